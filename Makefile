@@ -1,0 +1,38 @@
+# make train   environment, then the main job: an SAE on a real transformer, offline
+# make test    environment, then linters, type checker and every test
+# make bench   environment, then the CPU benchmarks and their report
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint bench clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+# pip, not uv: it also looks in the folders of wheels that a machine may be set up with
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed; set PYTHON="'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,bench,dev]'
+	touch $@
+
+train: $(VENV)/installed
+	$(BIN)/python train.py $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+bench: $(VENV)/installed
+	$(BIN)/python -m bench.run $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

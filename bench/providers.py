@@ -1,0 +1,94 @@
+"""Ways to compute the same loss, as a user would write each, and the bare products that bound them all.
+
+    loss = mean of cosine**2 over the k most similar pairs of columns of x [M, N]
+
+Selection and gradient are float32 throughout.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from topk_ortho import topk_ortho_loss
+from topk_ortho.selection import k_from_fraction
+
+FRACTION = 1e-3
+_CHUNK = 1024  # columns a block; 512 and 2,048 were slower for both providers that use it
+_HALF_GEMM_TILE = (1024, 2048)  # the fastest of those tried from (512, 1024) to (2048, 2048)
+
+
+def naive(x: Tensor) -> Tensor:
+    """Whole gram, one torch.topk; of the N x N values only the gram is kept for the backward pass."""
+    n_features = x.shape[1]
+    x_hat = normalize(x, dim=0)
+    gram = x_hat.T @ x_hat
+    with torch.no_grad():
+        magnitude = gram.abs().triu_(1)
+        top = magnitude.flatten().topk(k_from_fraction(n_features, FRACTION), sorted=False).indices
+        del magnitude
+    return gram.flatten()[top].square().mean()
+
+
+def chunked(x: Tensor) -> Tensor:
+    """Row blocks of the upper triangle, the k best so far merged with those of each block."""
+    n_features = x.shape[1]
+    k = k_from_fraction(n_features, FRACTION)
+    x_hat = normalize(x, dim=0)
+    with torch.no_grad():
+        best = x.new_empty(0)
+        index = x.new_empty(0, dtype=torch.int64)
+        for row in range(0, n_features, _CHUNK):
+            magnitude = (x_hat[:, row : row + _CHUNK].T @ x_hat[:, row:]).abs_().triu_(1)
+            block = magnitude.flatten().topk(min(k, magnitude.numel()), sorted=False)
+            n_cols = magnitude.shape[1]
+            block_index = (block.indices // n_cols + row) * n_features + block.indices % n_cols + row
+            best, kept = torch.cat([best, block.values]).topk(min(k, best.numel() + block.values.numel()), sorted=False)
+            index = torch.cat([index, block_index])[kept]
+    if not x.requires_grad:
+        return best.square().mean()
+    by_column = x_hat.T.contiguous()
+    return (by_column[index // n_features] * by_column[index % n_features]).sum(dim=1).square().mean()
+
+
+def streamed(x: Tensor) -> Tensor:
+    """topk_ortho."""
+    return topk_ortho_loss(x, FRACTION)
+
+
+def half_gemm(x: Tensor) -> Tensor:
+    """The products alone, every tile of the upper triangle overwritten by the next: the speed of light."""
+    n_features = x.shape[1]
+    tile_rows, tile_cols = _HALF_GEMM_TILE
+    buffer = x.new_empty(tile_rows * tile_cols)
+    for row in range(0, n_features, tile_rows):
+        panel = x[:, row : row + tile_rows].T
+        for col in range(row, n_features, tile_cols):
+            columns = x[:, col : col + tile_cols]
+            size = (panel.shape[0], columns.shape[1])
+            torch.mm(panel, columns, out=buffer[: size[0] * size[1]].view(size))
+    return buffer[0]
+
+
+FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
+    "half_gemm": half_gemm,
+    "streamed": streamed,
+    "chunked": chunked,
+    "naive": naive,
+}
+FORWARD_BACKWARD: dict[str, Callable[[Tensor], Tensor]] = {
+    "streamed": streamed,
+    "chunked": chunked,
+    "naive": naive,
+}
+
+
+def make_case(provider: str, mode: str, m: int, n: int, seed: int = 0) -> Callable[[], object]:
+    """A call that runs the provider once on Gaussian x [m, n]; mode is "forward" or "forward_backward"."""
+    x = torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+    if mode == "forward":
+        return lambda: FORWARD[provider](x)
+    x.requires_grad_()
+    loss = FORWARD_BACKWARD[provider]
+    return lambda: torch.autograd.grad(loss(x), x)

@@ -1,0 +1,102 @@
+"""Figure and README table from a result file: python -m bench.report bench/results/cpu."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+_README = Path(__file__).resolve().parent.parent / "README.md"
+_MARKERS = ("<!-- bench: begin -->\n", "<!-- bench: end -->")
+_LABELS = {
+    "naive": "matmul + torch.topk",
+    "chunked": "row blocks, merged torch.topk",
+    "streamed": "topk_ortho",
+    "half_gemm": "the products alone",
+}
+_COLORS = {"naive": "#c44e52", "chunked": "#dd8452", "streamed": "#2a6fbb", "half_gemm": "#888888"}
+
+
+def write_report(out: Path) -> None:
+    """OUT.json to OUT.png, and into the README."""
+    results = json.loads(out.with_suffix(".json").read_text())
+    plot(results, out.with_suffix(".png"))
+    text = _README.read_text()
+    before, rest = text.split(_MARKERS[0])
+    after = rest.split(_MARKERS[1])[1]
+    _README.write_text(before + _MARKERS[0] + table(results) + _MARKERS[1] + after)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: one row for every N and mode, times and peak memory of every provider, ratios to this package."""
+    cells = {(row["N"], row["mode"], row["provider"]): row for row in results["rows"]}
+    providers = ["streamed", "half_gemm", "chunked", "naive"]
+    lines = [
+        "| N | pass | " + " | ".join(f"{_LABELS[p]}" for p in providers) + " | faster than naive | memory / naive |",
+        "|--:|---|" + "--:|" * (len(providers) + 2),
+    ]
+    for n, mode in dict.fromkeys(key[:2] for key in cells):
+        row = {p: cells.get((n, mode, p)) for p in providers}
+        speedup, share = "", ""
+        ours, naive = cells[n, mode, "streamed"], cells[n, mode, "naive"]
+        if naive["peak_extra_bytes"] is not None:
+            speedup = f"{naive['time_s'] / ours['time_s']:.1f} x"
+            share = f"{ours['peak_extra_bytes'] / naive['peak_extra_bytes']:.2%}"
+        pass_name = "forward" if mode == "forward" else "forward + backward"
+        lines.append(f"| {n:,} | {pass_name} | " + " | ".join(map(_cell, row.values())) + f" | {speedup} | {share} |")
+    machine = results["environment"]
+    rows = {row["M"] for row in results["rows"]}
+    lines.append(
+        f"\nMedian time, and peak memory beyond x and its gradient. M = {rows.pop():,}, {results['dtype']}, "
+        f"k = {results['fraction']:.1%} of the pairs. {machine['cores']} cores of {machine['cpu']} "
+        f"({machine['capability']}), {machine['memory_bytes'] / 2**30:.0f} GiB, torch {machine['torch']}, "
+        f"commit {machine['commit']}, {machine['utc']} UTC.\n"
+    )
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Time and memory against N, forward and forward + backward; what ran out of memory is a cross at the top."""
+    matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    panels = [("forward", "time_s", "forward, seconds"), ("forward_backward", "time_s", "forward + backward, seconds")]
+    panels.append(("forward", "peak_extra_bytes", "forward, peak extra memory, MB"))
+    for axes, (mode, field, title) in zip(figure.subplots(1, 3), panels, strict=True):
+        scale = 1e6 if field == "peak_extra_bytes" else 1
+        rows = [row for row in results["rows"] if row["mode"] == mode]
+        for provider, label in _LABELS.items():
+            mine = [row for row in rows if row["provider"] == provider]
+            ran = [row for row in mine if row["peak_extra_bytes"] is not None]
+            if ran:
+                x, y = [row["N"] for row in ran], [row[field] / scale for row in ran]
+                axes.plot(x, y, marker="o", markersize=4, color=_COLORS[provider], label=label)
+            for row in mine:
+                if row["peak_extra_bytes"] is None:
+                    axes.plot(row["N"], 0.97, "x", color=_COLORS[provider], transform=axes.get_xaxis_transform())
+                    axes.annotate(
+                        "out of memory", (row["N"], 0.97), xycoords=axes.get_xaxis_transform(), xytext=(-6, 0),
+                        textcoords="offset points", ha="right", va="center", fontsize=8, color=_COLORS[provider],
+                    )  # fmt: skip
+        n_values = sorted({row["N"] for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(n_values, [f"{n:,}" for n in n_values], rotation=30)
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_xlabel("N features")
+        axes.grid(alpha=0.25)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if row["peak_extra_bytes"] is None:
+        return "out of memory"
+    return f"{row['time_s']:.3g} s, {row['peak_extra_bytes'] / 1e6:,.0f} MB"
+
+
+if __name__ == "__main__":
+    write_report(Path(sys.argv[1]))

@@ -1,0 +1,21 @@
+"""Timed by pytest-benchmark; `python -m bench.run` chooses the cases and gathers the results.
+
+A process runs every provider in turn: one untimed call, then the timed rounds.
+"""
+
+import os
+from typing import Any
+
+import pytest
+
+from bench.providers import make_case
+
+CASES = [case.split(":") for case in os.environ.get("BENCH_CASES", "").split() if case]
+
+
+@pytest.mark.parametrize(("provider", "mode", "m", "n"), CASES)
+def test_time(benchmark: Any, provider: str, mode: str, m: str, n: str) -> None:
+    call = make_case(provider, mode, int(m), int(n))
+    benchmark.extra_info |= {"provider": provider, "mode": mode, "M": int(m), "N": int(n)}
+    rounds = 1 if provider == "naive" else 3
+    benchmark.pedantic(call, rounds=rounds, iterations=1, warmup_rounds=1)

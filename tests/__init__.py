@@ -1,0 +1,1 @@
+"""Tests of topk_ortho; they mirror its tree."""

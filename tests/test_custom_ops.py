@@ -1,0 +1,241 @@
+"""What torch asks of an op: schema, fake kernels, gradients, compilation, vmap."""
+
+import shutil
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from tests.inputs import EDGES, VIEWS, activations, dyadic, normal, seeded
+from topk_ortho import (
+    MaxCosineLoss,
+    TopKOrthoLoss,
+    custom_ops,
+    initial_state,
+    max_cosine_loss,
+    topk_ortho_loss,
+    topk_pairs,
+)
+from topk_ortho.backends.registry import BACKENDS
+
+views = pytest.mark.parametrize("view", ["contiguous", "transposed", "strided_both_dims"])
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+class TestOpcheck:
+    """`torch.library.opcheck`: schema, registrations, fake kernels, AOT dispatch with dynamic shapes."""
+
+    @views
+    @backends
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+    def test_select_pairs(self, view, dtype, backend):
+        x = VIEWS[view](normal(6, 11, dtype=dtype)).requires_grad_()
+        opcheck(custom_ops.select_pairs, (x, 9, None, None, "abs", "highest", backend, None, None))
+
+    @backends
+    @pytest.mark.parametrize(
+        ("tau", "n_std", "similarity", "priority", "state"),
+        [
+            pytest.param(0.3, None, "abs", None, None, id="tau"),
+            pytest.param(None, 1.0, "positive", None, None, id="adaptive_positive"),
+            pytest.param(None, None, "abs", torch.arange(11), None, id="priority"),
+            pytest.param(None, None, "abs", None, initial_state(), id="state"),
+            pytest.param(0.999, None, "positive", torch.rand(11, generator=seeded(0)), initial_state(), id="nothing_selected"),
+        ],
+    )
+    def test_select_pairs_arguments(self, tau, n_std, similarity, priority, state, backend):
+        x = normal(6, 11).requires_grad_()
+        opcheck(custom_ops.select_pairs, (x, 9, tau, n_std, similarity, "medium", backend, priority, state))
+
+    @views
+    @backends
+    @pytest.mark.parametrize("n_chunks", [1, 3])
+    def test_row_max(self, view, n_chunks, backend):
+        x = VIEWS[view](normal(6, 11)).requires_grad_()
+        permutation = torch.randperm(11, generator=seeded(0)) if n_chunks > 1 else None
+        opcheck(custom_ops.row_max, (x, permutation, n_chunks, "highest", backend))
+
+    @views
+    @backends
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_pair_gradient(self, view, dtype, backend):
+        x = VIEWS[view](normal(6, 11, dtype=dtype))
+        values, rows, cols, *_, norms, _state = custom_ops.select_pairs(x, 9, 0.3, None, "abs", "highest", backend, None, None)
+        opcheck(custom_ops.pair_gradient, (x, norms, rows, cols, values, 2 * values, -values, backend))
+
+
+class TestGradcheck:
+    """Analytic against numeric gradients, in float64."""
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {},
+            {"reduction": "sum"},
+            {"tau": 0.3},
+            {"similarity": "positive", "tau": "adaptive", "n_std": 0.5},
+            {"priority": torch.ones(13)},
+        ],
+        ids=["mean", "sum", "tau", "positive_adaptive", "equal_priorities"],
+    )
+    def test_topk_ortho_loss(self, arguments, backend):
+        x = normal(5, 13, seed=1, dtype=torch.float64).requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: topk_ortho_loss(x, k=20, backend=backend, **arguments), x)
+
+    def test_topk_pairs(self, backend):
+        x = normal(5, 13, seed=2, dtype=torch.float64).requires_grad_()
+        # values are float32 by definition, too coarse for a numeric gradient: take them from the op below
+        arguments = (20, None, None, "abs", "highest", backend, None, None)
+        assert torch.autograd.gradcheck(lambda x: custom_ops.select_pairs(x, *arguments)[0], x)
+
+    @pytest.mark.parametrize("n_chunks", [1, 4])
+    def test_max_cosine_loss(self, n_chunks, backend):
+        x = normal(5, 13, seed=3, dtype=torch.float64).requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: max_cosine_loss(x, n_chunks, generator=seeded(0), backend=backend), x)
+
+    def test_through_a_transpose(self, backend):
+        """The decoder of an SAE: x = W_dec.T."""
+        w_dec = normal(13, 5, seed=4, dtype=torch.float64).requires_grad_()
+        assert torch.autograd.gradcheck(lambda w: topk_ortho_loss(w.T, k=20, backend=backend), w_dec)
+
+    def test_second_derivatives_are_refused(self, backend):
+        x = normal(5, 13).requires_grad_()
+        (gradient,) = torch.autograd.grad(topk_ortho_loss(x, k=20, backend=backend), x, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"(?i)pair_gradient|does not require grad"):
+            torch.autograd.grad(gradient.sum(), x)
+
+
+def test_outputs_are_fresh(small_backend):
+    """No output shares memory with an input or with another output."""
+    x, state = dyadic(6, 11), initial_state()
+    outputs = custom_ops.select_pairs(x, 9, None, None, "abs", "highest", small_backend, None, state)
+    outputs += custom_ops.row_max(x, None, 1, "highest", small_backend)
+    storages = [t.untyped_storage().data_ptr() for t in (x, state, *outputs) if t.numel()]
+    assert len(set(storages)) == len(storages)
+
+
+@pytest.mark.parametrize("n_chunks", [1, 3])
+def test_fake_outputs_are_like_real_ones(n_chunks, small_backend):
+    """opcheck covers the shapes that it was given; here also what an edge gives."""
+    for x in (EDGES["all_zero"], EDGES["one_row"], activations(6, 12, dtype=torch.bfloat16)):
+        permutation = torch.randperm(x.shape[1], generator=seeded(0)) if n_chunks > 1 else None
+        for op, arguments in (
+            (custom_ops.select_pairs, (7, 0.5, None, "positive", "highest", small_backend, None, initial_state())),
+            (custom_ops.row_max, (permutation, n_chunks, "highest", small_backend)),
+        ):
+            real = op(x, *arguments)
+            with torch._subclasses.FakeTensorMode() as mode:
+                fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in (x, *arguments)))
+            assert [(t.shape, t.dtype, t.stride()) for t in fake] == [(t.shape, t.dtype, t.stride()) for t in real]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: topk_ortho_loss(x, k=3), lambda x: topk_pairs(x, k=3).values, max_cosine_loss],
+    ids=["topk_ortho_loss", "topk_pairs", "max_cosine_loss"],
+)
+def test_vmap_is_refused(function):
+    with pytest.raises(NotImplementedError, match=r"topk_ortho ops do not support torch\.func\.vmap.*loop over the batch"):
+        torch.func.vmap(function)(torch.randn(2, 5, 6))
+
+
+def value_and_gradient(function, x):
+    x = x.detach().clone().requires_grad_()
+    value = function(x)
+    value.square().sum().backward()
+    return value.detach(), x.grad
+
+
+class TestCompile:
+    """`torch.compile(fullgraph=True)`: forward and backward equal eager, bit for bit."""
+
+    @pytest.fixture(autouse=True)
+    def _fresh_dynamo(self):
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    def check(self, function, x, compiler="aot_eager", **options):
+        compiled = torch.compile(function, fullgraph=True, backend=compiler, **options)
+        actual, expected = value_and_gradient(compiled, x), value_and_gradient(function, x)
+        for a, e in zip(actual, expected, strict=True):
+            assert torch.equal(a, e)
+        return compiled
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {},
+            {"tau": 0.3, "reduction": "sum"},
+            {"tau": "adaptive", "similarity": "positive", "precision": "medium"},
+            {"priority": torch.arange(43), "tau": 0.3},
+        ],
+        ids=["default", "tau_sum", "adaptive_positive_medium", "priority"],
+    )
+    def test_topk_ortho_loss(self, arguments, small_backend):
+        self.check(lambda x: topk_ortho_loss(x, 0.1, backend=small_backend, **arguments), normal(16, 43))
+
+    def test_topk_pairs(self, small_backend):
+        self.check(lambda x: topk_pairs(x, k=40, backend=small_backend).values, normal(16, 43))
+
+    def test_all_of_topk_pairs(self):
+        x = normal(16, 43)
+        actual = torch.compile(lambda x: topk_pairs(x, k=40), fullgraph=True, backend="aot_eager")(x)
+        expected = topk_pairs(x, k=40)
+        assert all(torch.equal(a, e) for a, e in zip(actual[:4], expected[:4], strict=True))
+        assert actual[4:] == expected[4:]
+
+    def test_topk_pairs_of_unknown_number(self):
+        with torch._dynamo.config.patch(capture_scalar_outputs=True):
+            self.check(lambda x: topk_pairs(x, k=400, tau=0.3).values, normal(16, 43))
+
+    @pytest.mark.parametrize("n_chunks", [1, 3])
+    def test_max_cosine_loss(self, n_chunks, small_backend):
+        def seeded_loss(x):
+            torch.manual_seed(5)
+            return max_cosine_loss(x, n_chunks, backend=small_backend)
+
+        with torch.random.fork_rng():
+            compiled = torch.compile(
+                lambda x: max_cosine_loss(x, n_chunks, backend=small_backend), fullgraph=True, backend="aot_eager"
+            )
+            torch.manual_seed(5)
+            actual, expected = value_and_gradient(compiled, normal(16, 43)), value_and_gradient(seeded_loss, normal(16, 43))
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+    def test_topk_module_keeps_its_state(self):
+        x = normal(16, 43)
+        module, twin = TopKOrthoLoss(0.1), TopKOrthoLoss(0.1)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        for step in range(3):
+            assert torch.equal(compiled(x + 0.01 * step), twin(x + 0.01 * step))
+            assert torch.equal(module.state, twin.state)
+        assert module.state[0] > -1
+
+    def test_dynamic_number_of_rows_and_columns(self):
+        compiled = self.check(lambda x: topk_ortho_loss(x, 0.1), normal(16, 43), dynamic=True)
+        for m, n in ((16, 50), (9, 31)):
+            x = normal(m, n, seed=n)
+            for a, e in zip(
+                value_and_gradient(compiled, x), value_and_gradient(lambda x: topk_ortho_loss(x, 0.1), x), strict=True
+            ):
+                assert torch.equal(a, e)
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own, in inductor
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+    def test_inductor(self):
+        """Both modules in one graph, as a training step has them; inductor may round the final sums differently."""
+        topk, max_cosine = TopKOrthoLoss(0.1, tau=0.1), MaxCosineLoss()
+
+        def step(w_dec):
+            return topk(w_dec.T) + 0.5 * max_cosine(w_dec.T)
+
+        w_dec = normal(43, 16)
+        actual = value_and_gradient(torch.compile(step, fullgraph=True), w_dec)
+        for a, e in zip(actual, value_and_gradient(step, w_dec), strict=True):
+            torch.testing.assert_close(a, e, rtol=4 * torch.finfo(torch.float32).eps, atol=1e-9)
+
+    def test_errors_come_through(self):
+        compiled = torch.compile(lambda x: topk_ortho_loss(x, 0.1), fullgraph=True, backend="aot_eager")
+        with pytest.raises(ValueError, match=r"x has 1 column with NaN or Inf: 7"):
+            compiled(normal(16, 43).index_fill(1, torch.tensor([7]), torch.nan))

@@ -1,0 +1,627 @@
+"""The public ops against the float64 oracle: selection, values, gradients, and what must not change them."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from tests import oracle
+from tests.inputs import EDGES, FLOATING, VIEWS, activations, dyadic, normal, seeded
+from tests.tolerances import (
+    PLAIN_FACTOR,
+    PLAIN_FLOOR,
+    accumulation_dtype,
+    assert_gradient,
+    assert_selection,
+    assert_within,
+    cosine_bound,
+    float64,
+    gradient_bound,
+    loss_bound,
+    unit_roundoff,
+)
+from topk_ortho import initial_state, max_cosine_loss, topk_ortho_loss, topk_pairs
+
+N_PAIRS = 43 * 42 // 2  # of N = 43: no multiple of 8, ragged for every tile of tests/conftest.py
+
+# every argument that changes what is selected; k is what `fraction` or `k` must come to at N = 43
+SELECTIONS = {
+    "fraction_default": ({}, 1),
+    "fraction_tenth": ({"fraction": 0.1}, 90),
+    "fraction_odd_entries": ({"fraction": 0.005}, 4),  # 9.03 ordered entries
+    "fraction_one": ({"fraction": 1.0}, N_PAIRS),
+    "k_is_one": ({"k": 1}, 1),
+    "k_is_odd": ({"k": 77}, 77),
+    "k_replaces_fraction": ({"fraction": 0.9, "k": 30}, 30),
+    "k_one_short_of_all": ({"k": N_PAIRS - 1}, N_PAIRS - 1),
+    "k_is_all": ({"k": N_PAIRS}, N_PAIRS),
+    "tau_zero": ({"k": N_PAIRS, "tau": 0.0}, N_PAIRS),
+    "tau_cuts": ({"k": 400, "tau": 0.3}, 400),
+    "tau_below_threshold": ({"k": 20, "tau": 0.05}, 20),
+    "tau_refuses_all": ({"k": 20, "tau": 0.9999}, 20),
+    "adaptive": ({"k": 700, "tau": "adaptive"}, 700),
+    "adaptive_mean": ({"k": 700, "tau": "adaptive", "n_std": 0.0}, 700),
+    "adaptive_low": ({"k": 30, "tau": "adaptive", "n_std": 0.5}, 30),
+    "adaptive_high": ({"k": 700, "tau": "adaptive", "n_std": 2.5}, 700),
+    "adaptive_refuses_all": ({"k": 700, "tau": "adaptive", "n_std": 50.0}, 700),
+    "adaptive_negative": ({"k": N_PAIRS, "tau": "adaptive", "n_std": -10.0}, N_PAIRS),
+    "positive": ({"k": 60, "similarity": "positive"}, 60),
+    "positive_all": ({"k": N_PAIRS, "similarity": "positive"}, N_PAIRS),
+    "positive_tau": ({"k": 400, "similarity": "positive", "tau": 0.2}, 400),
+    "positive_adaptive": ({"k": 700, "similarity": "positive", "tau": "adaptive", "n_std": 0.7}, 700),
+    "positive_adaptive_negative": ({"k": N_PAIRS, "similarity": "positive", "tau": "adaptive", "n_std": -10.0}, N_PAIRS),
+}
+selections = pytest.mark.parametrize(("arguments", "k"), SELECTIONS.values(), ids=SELECTIONS)
+
+PRIORITIES = {
+    "distinct_int": torch.randperm(43, generator=seeded(5)),
+    "distinct_float": torch.rand(43, generator=seeded(5)),
+    "ties_int": torch.randint(0, 3, (43,), generator=seeded(5)),
+    "all_equal": torch.ones(43),
+    "ascending_holds_cols": torch.arange(43),
+    "descending_holds_rows": -torch.arange(43, dtype=torch.float64),
+    "infinite": torch.tensor([torch.inf, -torch.inf, 0.0]).repeat(15)[:43],
+}
+
+
+def definition(arguments, k):
+    """Arguments of `oracle.select` and `assert_selection`."""
+    return {"k": k} | {name: arguments[name] for name in ("tau", "n_std", "similarity") if name in arguments}
+
+
+def separated_selection(x, arguments, k):
+    """The oracle's selection, after a check that rounding cannot change it."""
+    selected = oracle.select(float64(x), **definition(arguments, k))
+    similarities = oracle.cosines(float64(x))
+    if arguments.get("similarity", "abs") == "abs":
+        similarities = np.abs(similarities)
+    cuts = [np.sort(similarities)[::-1][k - 1 : k + 1].mean()] if len(selected.rows) == k < len(similarities) else []
+    cuts += [] if selected.tau is None else [selected.tau]
+    cuts += [0.0] if arguments.get("similarity") == "positive" else []
+    for cut in cuts:
+        assert np.abs(similarities - cut).min() > 2 * cosine_bound(x), "take another seed: rounding decides the selection"
+    return selected
+
+
+def loss_and_gradient(loss, x, **arguments):
+    x = x.detach().requires_grad_()
+    value = loss(x, **arguments)
+    (gradient,) = torch.autograd.grad(value, x)
+    return value.detach(), gradient
+
+
+class TestSelection:
+    """`topk_pairs` is exact."""
+
+    @selections
+    @pytest.mark.parametrize("make", [normal, activations])
+    def test_arguments(self, make, arguments, k, backend):
+        x = make(16, 43, seed=1)
+        pairs = topk_pairs(x, **arguments, backend=backend)
+        assert_selection(pairs, x, **definition(arguments, k))
+
+    @selections
+    def test_ties_are_broken_by_row_and_col(self, arguments, k, backend):
+        x = dyadic(8, 43, seed=2)
+        pairs = topk_pairs(x, **arguments, backend=backend)
+        expected = oracle.select(float64(x), **definition(arguments, k))
+        assert pairs.rows.tolist() == expected.rows.tolist()
+        assert pairs.cols.tolist() == expected.cols.tolist()
+        assert pairs.values.tolist() == expected.values.tolist()
+
+    @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+    @pytest.mark.parametrize("dtype", FLOATING, ids=str)
+    def test_dtypes_and_precisions(self, dtype, precision, backend):
+        x = normal(24, 43, seed=3, dtype=dtype)
+        pairs = topk_pairs(x, k=100, backend=backend, precision=precision)
+        assert_selection(pairs, x, k=100, precision=precision)
+        x = dyadic(8, 43, seed=3, dtype=dtype)
+        pairs = topk_pairs(x, k=100, tau=0.25, backend=backend, precision=precision)
+        expected = oracle.select(float64(x), k=100, tau=0.25)
+        assert (pairs.rows.tolist(), pairs.cols.tolist()) == (expected.rows.tolist(), expected.cols.tolist())
+
+    @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+    @pytest.mark.parametrize("requires_grad", [False, True], ids=["leaf", "requires_grad"])
+    def test_layouts(self, view, requires_grad, backend):
+        x = view(normal(16, 43, seed=4)).requires_grad_(requires_grad)
+        pairs = topk_pairs(x, k=50, backend=backend)
+        assert_selection(pairs, x, k=50)
+        assert pairs.values.requires_grad == requires_grad
+        assert not pairs.threshold.requires_grad
+
+    @pytest.mark.parametrize("x", EDGES.values(), ids=EDGES)
+    @pytest.mark.parametrize("arguments", [{}, {"tau": 0.3}, {"tau": "adaptive"}, {"similarity": "positive"}], ids=str)
+    def test_edges(self, x, arguments, backend):
+        n_pairs = x.shape[1] * (x.shape[1] - 1) // 2
+        for k in sorted({1, (n_pairs + 1) // 2, n_pairs}):
+            assert_selection(topk_pairs(x, k=k, **arguments, backend=backend), x, **definition(arguments, k))
+
+    @pytest.mark.parametrize("n", [2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 35, 36, 64, 65])
+    def test_sizes_around_the_tiles(self, n, backend):
+        x = dyadic(6, n, seed=n)
+        k = max(1, n * (n - 1) // 6)
+        pairs = topk_pairs(x, k=k, backend=backend)
+        expected = oracle.select(float64(x), k=k)
+        assert (pairs.rows.tolist(), pairs.cols.tolist()) == (expected.rows.tolist(), expected.cols.tolist())
+
+    def test_floor_at_the_only_cosine(self, backend):
+        """Every cosine is 1/2 and so is an adaptive tau: no pair is above it."""
+        x = torch.cat([torch.ones(2, 21), torch.eye(21).repeat(2, 1)])
+        for tau in (0.5, "adaptive"):
+            pairs = topk_pairs(x, k=10, tau=tau, backend=backend)
+            assert pairs.rows.numel() == 0
+            assert pairs.threshold == 0.5
+        assert topk_pairs(x, k=10, tau=0.4999999, backend=backend).rows.numel() == 10
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("n_std", [-3.0, -1.0, 0.0, 1.0, 3.0])
+    @pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-3, 1.0])
+    def test_adaptive_tau(self, spread, n_std, dtype, backend):
+        """mean + n_std * std, also where the std is tiny beside the mean and a difference of sums would cancel."""
+        x = (torch.ones(16, 1) + spread * normal(16, 43, seed=29)).to(dtype)
+        pairs = topk_pairs(x, k=10, tau="adaptive", n_std=n_std, backend=backend)
+        expected = oracle.tau_of(oracle.cosines(float64(x)), "adaptive", n_std)
+        bound = (1 + abs(n_std)) * cosine_bound(x)
+        assert_within(actual=pairs.tau, expected=expected, bound=bound)
+
+    def test_positive_does_not_list_zeros(self, backend):
+        x = torch.eye(19)
+        x[:, 7], x[:, 11] = x[:, 3], -x[:, 5]
+        pairs = topk_pairs(x, k=50, similarity="positive", backend=backend)
+        assert (pairs.rows.tolist(), pairs.cols.tolist(), pairs.threshold.item()) == ([3], [7], 0.0)
+
+    @given(data=st.data())
+    def test_any_small_integers(self, data, backend):
+        """Columns of 1, 4 or 16 equal entries: exact cosines, so equal to the oracle whatever ties."""
+        m = data.draw(st.sampled_from([16, 20]))
+        n = data.draw(st.integers(2, 40))
+        x = np.zeros((m, n))
+        for j in range(n):
+            support = data.draw(st.sampled_from([0, 1, 4, 4, 4, 16]))
+            first = data.draw(st.integers(0, m - support))
+            sign = data.draw(hnp.arrays(np.int8, support, elements=st.sampled_from([-1, 1])))
+            x[first : first + support, j] = sign * 2.0 ** data.draw(st.integers(-2, 2))
+        n_pairs = n * (n - 1) // 2
+        arguments = {
+            "tau": data.draw(st.sampled_from([None, None, 0.0, 0.125, 0.25, 0.5, 0.75])),
+            "similarity": data.draw(st.sampled_from(["abs", "positive"])),
+            "k": data.draw(st.integers(1, n_pairs)),
+        }
+        pairs = topk_pairs(torch.tensor(x, dtype=torch.float32), **arguments, backend=backend)
+        expected = oracle.select(x, **arguments)
+        assert pairs.rows.tolist() == expected.rows.tolist()
+        assert pairs.cols.tolist() == expected.cols.tolist()
+        assert pairs.values.tolist() == expected.values.tolist()
+        assert pairs.threshold.item() == expected.threshold
+
+    @given(data=st.data())
+    def test_any_floats(self, data, backend):
+        dtype = data.draw(st.sampled_from([np.float32, np.float64]))
+        shape = data.draw(hnp.array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=24))
+        elements = st.floats(-1e6, 1e6, width=np.dtype(dtype).itemsize * 8) | st.sampled_from([0.0, 1e-9, 1e18])
+        x = torch.from_numpy(data.draw(hnp.arrays(dtype, shape, elements=elements)))
+        k = data.draw(st.integers(1, shape[1] * (shape[1] - 1) // 2))
+        arguments = {
+            "tau": data.draw(st.sampled_from([None, 0.0, 0.4, "adaptive"])),
+            "n_std": data.draw(st.sampled_from([-1.0, 0.0, 1.0, 2.0])),
+            "similarity": data.draw(st.sampled_from(["abs", "positive"])),
+        }
+        assert_selection(topk_pairs(x, k=k, **arguments, backend=backend), x, k=k, **arguments)
+
+
+class TestLoss:
+    """`topk_ortho_loss`: its value and its gradient."""
+
+    @selections
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_arguments(self, arguments, k, reduction, backend):
+        x = normal(16, 43, seed=6)
+        selected = separated_selection(x, arguments, k)
+        value, gradient = loss_and_gradient(topk_ortho_loss, x, **arguments, reduction=reduction, backend=backend)
+        n_selected = len(selected.rows)
+        expected = oracle.loss_of(selected.values, reduction)
+        assert_within(actual=value, expected=expected, bound=loss_bound(x, n_selected, reduction))
+        assert_gradient(
+            actual=gradient,
+            expected=oracle.loss_gradient(float64(x), selected.rows, selected.cols, reduction),
+            bound=gradient_bound(x, selected.rows, selected.cols, 1 / max(1, n_selected) if reduction == "mean" else 1),
+            dtype=x.dtype,
+        )
+
+    @pytest.mark.parametrize("dtype", FLOATING, ids=str)
+    def test_dtypes(self, dtype, backend):
+        x = normal(24, 43, seed=8, dtype=dtype)
+        selected = separated_selection(x, {}, 60)
+        value, gradient = loss_and_gradient(topk_ortho_loss, x, k=60, backend=backend)
+        assert value.dtype == accumulation_dtype(x)
+        assert_within(actual=value, expected=oracle.loss_of(selected.values, "mean"), bound=loss_bound(x, 60))
+        assert_gradient(
+            actual=gradient,
+            expected=oracle.loss_gradient(float64(x), selected.rows, selected.cols, "mean"),
+            bound=gradient_bound(x, selected.rows, selected.cols, 1 / 60),
+            dtype=dtype,
+        )
+
+    @pytest.mark.parametrize("precision", ["high", "medium"])
+    def test_precision_words_bound_the_value(self, precision, backend):
+        x = normal(24, 43, seed=9)
+        expected = oracle.loss_of(oracle.select(float64(x), k=60).values, "mean")
+        value = topk_ortho_loss(x, k=60, precision=precision, backend=backend)
+        assert_within(actual=value, expected=expected, bound=loss_bound(x, 60, precision=precision))
+
+    @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+    def test_layouts(self, view, backend):
+        x = view(normal(16, 43, seed=10))
+        pairs = topk_pairs(x, k=50, backend=backend)  # exact by TestSelection; expanded views tie everywhere
+        value, gradient = loss_and_gradient(topk_ortho_loss, x, k=50, backend=backend)
+        assert_within(actual=value, expected=oracle.loss_of(float64(pairs.values), "mean"), bound=loss_bound(x, 50))
+        rows, cols = pairs.rows.numpy(), pairs.cols.numpy()
+        assert_gradient(
+            actual=gradient,
+            expected=oracle.loss_gradient(float64(x), rows, cols, "mean"),
+            bound=gradient_bound(x, rows, cols, 1 / 50),
+            dtype=x.dtype,
+        )
+
+    @pytest.mark.parametrize("priority", PRIORITIES.values(), ids=PRIORITIES)
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_priority(self, priority, reduction, backend):
+        x = normal(16, 43, seed=11)
+        selected = separated_selection(x, {}, 90)
+        value, gradient = loss_and_gradient(
+            topk_ortho_loss, x, k=90, reduction=reduction, priority=priority, backend=backend
+        )
+        assert torch.equal(value, topk_ortho_loss(x, k=90, reduction=reduction, backend=backend))
+        assert_gradient(
+            actual=gradient,
+            expected=oracle.loss_gradient(float64(x), selected.rows, selected.cols, reduction, priority.numpy()),
+            bound=gradient_bound(x, selected.rows, selected.cols, 1 / 90 if reduction == "mean" else 1),
+            dtype=x.dtype,
+        )
+
+    def test_priority_with_tau(self, backend):
+        """Padding names pair (0, 0), whose priorities are equal: it must not carry gradient."""
+        x, priority = normal(16, 43, seed=12), torch.arange(43)
+        selected = separated_selection(x, {"tau": 0.4}, 300)
+        assert 0 < len(selected.rows) < 300
+        _, gradient = loss_and_gradient(topk_ortho_loss, x, k=300, tau=0.4, priority=priority, backend=backend)
+        assert_gradient(
+            actual=gradient,
+            expected=oracle.loss_gradient(float64(x), selected.rows, selected.cols, "mean", priority.numpy()),
+            bound=gradient_bound(x, selected.rows, selected.cols, 1 / len(selected.rows)),
+            dtype=x.dtype,
+        )
+
+    @pytest.mark.parametrize("priority", [[3, 1, 2], (3.0, 1.0, 2.0), np.array([3, 1, 2])], ids=["list", "tuple", "numpy"])
+    def test_priority_of_other_types(self, priority, small_backend):
+        x = normal(5, 3)
+        _, expected = loss_and_gradient(topk_ortho_loss, x, k=3, priority=torch.tensor([3, 1, 2]), backend=small_backend)
+        _, actual = loss_and_gradient(topk_ortho_loss, x, k=3, priority=priority, backend=small_backend)
+        assert torch.equal(actual, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("x", EDGES.values(), ids=EDGES)
+    def test_edges(self, x, dtype, backend):
+        x = x.to(dtype)
+        n_pairs = x.shape[1] * (x.shape[1] - 1) // 2
+        for k in sorted({1, (n_pairs + 1) // 2, n_pairs}):
+            pairs = topk_pairs(x, k=k, backend=backend)
+            value, gradient = loss_and_gradient(topk_ortho_loss, x, k=k, backend=backend)
+            expected = oracle.loss_of(oracle.select(float64(x), k=k).values, "mean")
+            assert_within(actual=value, expected=expected, bound=loss_bound(x, k))
+            rows, cols = pairs.rows.numpy(), pairs.cols.numpy()
+            assert_gradient(
+                actual=gradient,
+                expected=oracle.loss_gradient(float64(x), rows, cols, "mean"),
+                bound=gradient_bound(x, rows, cols, 1 / k),
+                dtype=dtype,
+            )
+            assert not gradient[:, ~x.any(dim=0)].any(), "a dead column has a gradient"
+
+    def test_no_pair_passes(self, backend):
+        for reduction in ("mean", "sum"):
+            value, gradient = loss_and_gradient(
+                topk_ortho_loss, normal(16, 43), k=9, tau=0.99999, reduction=reduction, backend=backend
+            )
+            assert value == 0
+            assert not gradient.any()
+
+    def test_gradient_scales_with_what_comes_in(self, backend):
+        x = normal(16, 43, seed=13).requires_grad_()
+        (once,) = torch.autograd.grad(topk_ortho_loss(x, k=40, backend=backend), x)
+        (scaled,) = torch.autograd.grad(-4 * topk_ortho_loss(x, k=40, backend=backend), x)
+        assert torch.equal(scaled, -4 * once)
+
+    def test_a_small_step_against_the_gradient_lowers_the_loss(self, backend):
+        x = normal(16, 43, seed=14)
+        value, gradient = loss_and_gradient(topk_ortho_loss, x, k=40, backend=backend)
+        step = 1e-2 * value / gradient.square().sum()
+        assert topk_ortho_loss(x - step * gradient, k=40, backend=backend) < value
+
+
+class TestPairsGradient:
+    """`topk_pairs(...).values` is differentiable."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize(
+        "arguments", [{}, {"tau": 0.3}, {"similarity": "positive", "tau": "adaptive"}], ids=["plain", "tau", "positive_adaptive"]
+    )
+    def test_weighted_values(self, arguments, dtype, backend):
+        x = normal(16, 43, seed=15, dtype=dtype).requires_grad_()
+        selected = separated_selection(x, arguments, 200)
+        pairs = topk_pairs(x, k=200, **arguments, backend=backend)
+        weights = torch.linspace(-1, 2, len(selected.rows))
+        (gradient,) = torch.autograd.grad(pairs.values @ weights, x)
+        x64 = x.detach().double().requires_grad_()
+        (oracle.pair_values(x64, selected.rows, selected.cols) @ weights.double()).backward()
+        assert_gradient(
+            actual=gradient,
+            expected=x64.grad.numpy(),
+            bound=2 * gradient_bound(x, selected.rows, selected.cols, 1.0),
+            dtype=dtype,
+        )
+
+    def test_dead_column_gets_none(self, backend):
+        x = EDGES["one_dead_column"].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(topk_pairs(x, fraction=1.0, backend=backend).values.sum(), x)
+        assert not gradient[:, 5].any()
+        assert gradient[:, 4].any()
+
+
+class TestMaxCosine:
+    """`max_cosine_loss`: its value, its gradient and its chunks."""
+
+    @pytest.mark.parametrize("make", [normal, activations])
+    @pytest.mark.parametrize("dtype", FLOATING, ids=str)
+    def test_all_in_one_chunk(self, make, dtype, backend):
+        x = make(24, 43, seed=16, dtype=dtype)
+        values, partners = oracle.max_cosines(float64(x))
+        value, gradient = loss_and_gradient(max_cosine_loss, x, backend=backend)
+        assert value.dtype == accumulation_dtype(x)
+        assert_within(actual=value, expected=oracle.loss_of(values, "mean"), bound=loss_bound(x, 43))
+        assert_gradient(
+            actual=gradient,
+            expected=oracle.max_cosine_gradient(float64(x), partners),
+            bound=gradient_bound(x, np.arange(43), partners, 1 / 43),
+            dtype=dtype,
+        )
+
+    @pytest.mark.parametrize("precision", ["high", "medium"])
+    def test_precision_words_bound_the_value(self, precision, backend):
+        x = normal(24, 43, seed=17)
+        expected = oracle.loss_of(oracle.max_cosines(float64(x))[0], "mean")
+        value = max_cosine_loss(x, precision=precision, backend=backend)
+        assert_within(actual=value, expected=expected, bound=loss_bound(x, 43, precision=precision))
+
+    @pytest.mark.parametrize("n_chunks", [2, 3, 4, 21], ids=["halves", "ragged_thirds", "ragged_quarters", "pairs_and_a_triple"])
+    def test_chunks(self, n_chunks, backend):
+        x = normal(24, 43, seed=18)
+        chunks = torch.randperm(43, generator=seeded(7)).tensor_split(n_chunks)
+        values, partners = oracle.max_cosines(float64(x), [chunk.tolist() for chunk in chunks])
+        value, gradient = loss_and_gradient(max_cosine_loss, x, n_chunks=n_chunks, generator=seeded(7), backend=backend)
+        assert_within(actual=value, expected=oracle.loss_of(values, "mean"), bound=loss_bound(x, 43))
+        assert_gradient(
+            actual=gradient,
+            expected=oracle.max_cosine_gradient(float64(x), partners),
+            bound=gradient_bound(x, np.arange(43), partners, 1 / 43),
+            dtype=x.dtype,
+        )
+
+    def test_chunks_are_drawn_anew(self, backend):
+        x, generator = normal(24, 43, seed=18), seeded(7)
+        first, second = (max_cosine_loss(x, 4, generator=generator, backend=backend) for _ in range(2))
+        assert first != second
+        assert torch.equal(first, max_cosine_loss(x, 4, generator=seeded(7), backend=backend))
+
+    def test_without_a_generator_the_default_one_draws(self, backend):
+        x = normal(24, 43, seed=18)
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            value = max_cosine_loss(x, 4, backend=backend)
+        assert torch.equal(value, max_cosine_loss(x, 4, generator=seeded(7), backend=backend))
+
+    def test_one_chunk_draws_nothing(self, backend):
+        generator = seeded(7)
+        max_cosine_loss(normal(8, 9), generator=generator, backend=backend)
+        assert torch.equal(generator.get_state(), seeded(7).get_state())
+
+    @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+    @pytest.mark.parametrize("n_chunks", [1, 5])
+    def test_layouts(self, view, n_chunks, backend):
+        x = view(normal(24, 43, seed=19))
+        arguments = {"n_chunks": n_chunks, "backend": backend}
+        value, gradient = loss_and_gradient(max_cosine_loss, x, **arguments, generator=seeded(1))
+        same_value, same_gradient = loss_and_gradient(
+            max_cosine_loss, x.clone(memory_format=torch.contiguous_format), **arguments, generator=seeded(1)
+        )
+        assert_within(actual=value, expected=float64(same_value), bound=loss_bound(x, 43))
+        columns = np.arange(43)
+        assert_gradient(
+            actual=gradient,
+            expected=float64(same_gradient),
+            bound=2 * gradient_bound(x, columns, columns, 1 / 43),
+            dtype=x.dtype,
+        )
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("x", EDGES.values(), ids=EDGES)
+    def test_edges(self, x, dtype, backend):
+        x = x.to(dtype)
+        value, gradient = loss_and_gradient(max_cosine_loss, x, backend=backend)
+        expected = oracle.loss_of(oracle.max_cosines(float64(x))[0], "mean")
+        assert_within(actual=value, expected=expected, bound=loss_bound(x, x.shape[1]))
+        assert gradient.isfinite().all()
+        assert not gradient[:, ~x.any(dim=0)].any(), "a dead column has a gradient"
+
+    def test_a_column_may_face_only_negative_cosines(self, backend):
+        x = torch.tensor([[1.0, -1.0, -1.0], [0.0, 1.0, -1.0]])  # cosines: -s, -s, 0 with s = 1/sqrt(2)
+        assert_within(actual=max_cosine_loss(x, backend=backend), expected=0.5 / 3, bound=loss_bound(x, 3))
+
+
+def naive_loss(x, k):
+    """The expression that the docstring of topk_ortho_loss says it replaces."""
+    x_hat = torch.nn.functional.normalize(x, dim=0)
+    n_features = x.shape[1]
+    cosine = (x_hat.T @ x_hat)[tuple(torch.triu_indices(n_features, n_features, 1))]
+    return cosine.square().topk(k).values.mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("m", [1, 2, 8, 64, 512])
+@pytest.mark.parametrize("make", [normal, activations])
+def test_as_accurate_as_plain_torch(make, m, dtype, backend):
+    x = make(m, 43, seed=20, dtype=dtype)
+    rows, cols = oracle.all_pairs(43)
+    pairs = topk_pairs(x.double() if dtype == torch.float64 else x, fraction=1.0, backend=backend)
+    expected = oracle.cosines(float64(x))
+    ours = np.empty_like(expected)
+    ours[np.searchsorted(rows * 43 + cols, (pairs.rows * 43 + pairs.cols).numpy())] = float64(pairs.values)
+    x_hat = torch.nn.functional.normalize(x, dim=0)
+    plain = float64(x_hat.T @ x_hat)[rows, cols]
+    roundoff = unit_roundoff(torch.float32)  # values come in float32
+    bound = PLAIN_FACTOR * np.abs(plain - expected).max() + PLAIN_FLOOR * roundoff
+    assert_within(actual=ours, expected=expected, bound=bound)
+
+
+def test_equals_the_expression_it_replaces(backend):
+    x = normal(32, 43, seed=21, dtype=torch.float64)
+    actual = loss_and_gradient(topk_ortho_loss, x, k=45, backend=backend)
+    expected = loss_and_gradient(naive_loss, x, k=45)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+class TestDeterminism:
+    """Nothing but x and the arguments decides a bit of the result."""
+
+    @pytest.fixture(autouse=True)
+    def _as_users_run_it(self):
+        torch.use_deterministic_algorithms(False)
+
+    @pytest.mark.parametrize("make", [normal, dyadic, activations])
+    @pytest.mark.parametrize("arguments", [{}, {"tau": 0.3}, {"tau": "adaptive"}, {"similarity": "positive"}], ids=str)
+    def test_two_runs(self, make, arguments, backend):
+        x = make(16, 67, seed=22)
+        for first, second in zip(
+            *(topk_pairs(x, k=300, **arguments, backend=backend)[:4] for _ in range(2)), strict=True
+        ):
+            assert torch.equal(first, second)
+        for loss in (lambda x: topk_ortho_loss(x, k=300, **arguments, backend=backend), max_cosine_loss):
+            (value, gradient), (value_again, gradient_again) = (loss_and_gradient(loss, x) for _ in range(2))
+            assert torch.equal(value, value_again)
+            assert torch.equal(gradient, gradient_again)
+
+    @pytest.mark.parametrize(
+        "first_guess", [-1.0, 0.0, 0.05, 0.3, 0.5, 0.999, 1.0, 7.0], ids=lambda guess: f"guess_{guess}"
+    )
+    @pytest.mark.parametrize("make", [normal, dyadic, activations])
+    @pytest.mark.parametrize(
+        "arguments",
+        [{}, {"tau": 0.3}, {"tau": 0.999}, {"tau": "adaptive"}, {"similarity": "positive"}, {"similarity": "positive", "tau": 0.3}],
+        ids=str,
+    )
+    def test_warm_start_changes_no_bit(self, make, arguments, first_guess, backend):
+        x = make(16, 67, seed=23)
+        cold = topk_pairs(x, k=300, **arguments, backend=backend)
+        state = torch.tensor([first_guess, 0.15, 1.0])
+        for _ in range(3):
+            warm = topk_pairs(x, k=300, **arguments, backend=backend, state=state)
+            for field in ("rows", "cols", "values", "threshold"):
+                assert torch.equal(getattr(cold, field), getattr(warm, field)), field
+
+    def test_state_follows_a_moving_matrix(self, backend):
+        generator, state = seeded(0), initial_state()
+        x = normal(16, 67, seed=24)
+        for _ in range(12):
+            x = x + 0.05 * torch.randn(x.shape, generator=generator)
+            pairs = topk_pairs(x, k=150, backend=backend, state=state)
+            assert_selection(pairs, x, k=150)
+            assert -1 < state[0] < pairs.threshold
+            assert 0.05 <= state[1] <= 1.0
+            assert state[2] in (1.0, 2.0)
+
+    def test_state_stays_without_gradient(self, backend):
+        x, state = normal(16, 43).requires_grad_(), initial_state()
+        topk_ortho_loss(x, k=40, backend=backend, state=state).backward()
+        assert not state.requires_grad
+        assert state[0] > -1
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+    def test_state_of_other_dtypes(self, dtype, backend):
+        """A module may be cast as a whole; the rounded guess is still only a guess."""
+        x, state = normal(16, 43, seed=25), initial_state().to(dtype)
+        cold = topk_pairs(x, k=40, backend=backend)
+        for _ in range(3):
+            warm = topk_pairs(x, k=40, backend=backend, state=state)
+            assert torch.equal(cold.values, warm.values)
+        assert state.dtype == dtype
+
+
+class TestSurroundings:
+    """Process-wide settings change nothing, and are left as they were."""
+
+    @pytest.fixture(autouse=True)
+    def _restore_matmul_precision(self):
+        before = torch.backends.mkldnn.matmul.fp32_precision
+        yield
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+    @pytest.mark.parametrize("dtype", FLOATING, ids=str)
+    @pytest.mark.parametrize("backward_inside", [False, True])
+    def test_autocast(self, dtype, backward_inside, backend):
+        x = normal(64, 43, seed=26, dtype=dtype)
+        for loss in (
+            lambda x: topk_ortho_loss(x, k=60, tau="adaptive", backend=backend),
+            lambda x: max_cosine_loss(x, 3, generator=seeded(0), backend=backend),
+        ):
+            expected = loss_and_gradient(loss, x)
+            x.requires_grad_()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                value = loss(x)
+                if backward_inside:
+                    (gradient,) = torch.autograd.grad(value, x)
+            if not backward_inside:
+                (gradient,) = torch.autograd.grad(value, x)
+            assert torch.equal(value.detach(), expected[0])
+            assert torch.equal(gradient, expected[1])
+
+    @pytest.mark.parametrize("word", ["highest", "high", "medium"])
+    @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+    def test_matmul_precision_is_left_alone(self, word, precision, backend):
+        x = normal(64, 43, seed=27)
+        expected = topk_pairs(x, k=50, precision=precision, backend=backend).values
+        torch.set_float32_matmul_precision(word)
+        before = torch.backends.mkldnn.matmul.fp32_precision
+        actual = topk_pairs(x, k=50, precision=precision, backend=backend).values
+        max_cosine_loss(x, precision=precision, backend=backend)
+        assert torch.get_float32_matmul_precision() == word
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+        assert torch.equal(actual, expected)
+
+    def test_matmul_precision_is_restored_after_an_error(self, backend):
+        torch.set_float32_matmul_precision("high")
+        before = torch.backends.mkldnn.matmul.fp32_precision
+        for op in (topk_pairs, max_cosine_loss):
+            with pytest.raises(ValueError, match="NaN or Inf"):
+                op(torch.full((3, 4), torch.nan), backend=backend)
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+    def test_x_is_not_written(self, backend):
+        for dtype in FLOATING:
+            x = normal(16, 43, dtype=dtype)
+            before = x.clone()
+            loss_and_gradient(topk_ortho_loss, x, k=40, backend=backend)
+            loss_and_gradient(max_cosine_loss, x, n_chunks=3, backend=backend)
+            assert torch.equal(x, before)
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+    def test_without_autograd(self, mode, backend):
+        x = normal(16, 43, seed=28).requires_grad_()
+        expected = topk_ortho_loss(x, k=40, backend=backend)
+        with mode():
+            value = topk_ortho_loss(x, k=40, backend=backend, state=initial_state())
+        assert not value.requires_grad
+        assert torch.equal(value, expected)

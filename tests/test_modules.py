@@ -1,0 +1,170 @@
+"""The module forms equal the functions and own their warm-start state."""
+
+import copy
+import inspect
+import io
+
+import pytest
+import torch
+
+from tests.inputs import normal, seeded
+from topk_ortho import MaxCosineLoss, TopKOrthoLoss, initial_state, max_cosine_loss, topk_ortho_loss
+
+ARGUMENTS = {
+    "default": {},
+    "fraction": {"fraction": 0.2},
+    "k": {"k": 40},
+    "tau": {"k": 40, "tau": 0.3},
+    "adaptive": {"k": 300, "tau": "adaptive", "n_std": 0.5},
+    "positive": {"k": 40, "similarity": "positive"},
+    "sum": {"k": 40, "reduction": "sum"},
+    "precision": {"k": 40, "precision": "medium"},
+}
+
+
+def result_of(function, x):
+    x = x.clone().requires_grad_()
+    value = function(x)
+    value.backward()
+    return value.detach(), x.grad
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_topk_ortho_loss(arguments, small_backend):
+    x, priority = normal(16, 43), torch.arange(43)
+    module = TopKOrthoLoss(**arguments, backend=small_backend)
+    for _ in range(2):  # cold, then warm
+        for actual, expected in zip(
+            result_of(lambda x: module(x, priority), x),
+            result_of(lambda x: topk_ortho_loss(x, **arguments, priority=priority, backend=small_backend), x),
+            strict=True,
+        ):
+            assert torch.equal(actual, expected)
+    assert torch.equal(module(x), topk_ortho_loss(x, **arguments, backend=small_backend))
+
+
+@pytest.mark.parametrize("n_chunks", [1, 4])
+def test_max_cosine_loss(n_chunks, small_backend):
+    x = normal(16, 43)
+    module = MaxCosineLoss(n_chunks, generator=seeded(3), backend=small_backend)
+    expected = result_of(lambda x: max_cosine_loss(x, n_chunks, generator=seeded(3), backend=small_backend), x)
+    for actual, wanted in zip(result_of(module, x), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "given_at_call"),
+    [(TopKOrthoLoss, topk_ortho_loss, {"x", "priority", "state"}), (MaxCosineLoss, max_cosine_loss, {"x"})],
+)
+def test_constructors_take_the_arguments_of_the_functions(module, function, given_at_call):
+    wanted = inspect.signature(function).parameters
+    actual = inspect.signature(module).parameters
+    assert list(actual.values()) == [p for name, p in wanted.items() if name not in given_at_call]
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (TopKOrthoLoss(1.5), "fraction must be in"),
+        (TopKOrthoLoss(similarity="no"), "similarity must be one of"),
+        (TopKOrthoLoss(reduction="no"), "reduction must be one of"),
+        (MaxCosineLoss(0), "n_chunks must be in"),
+        (MaxCosineLoss(precision="no"), "precision must be one of"),
+    ],
+    ids=["fraction", "similarity", "reduction", "n_chunks", "max_cosine_precision"],
+)
+def test_arguments_are_checked_at_the_first_call(module, message):
+    with pytest.raises(ValueError, match=message):
+        module(normal(4, 5))
+
+
+class TestState:
+    """The state is a buffer that follows the calls and changes no result."""
+
+    @pytest.fixture
+    def warm(self, small_backend):
+        module = TopKOrthoLoss(k=40, backend=small_backend)
+        module(normal(16, 43))
+        return module
+
+    def test_starts_cold(self):
+        assert torch.equal(TopKOrthoLoss().state, initial_state())
+
+    def test_is_updated(self, warm):
+        assert -1 < warm.state[0] < 1
+        assert warm.state[2] == 1
+
+    def test_reset(self, warm):
+        buffer = warm.state
+        warm.reset_state()
+        assert torch.equal(warm.state, initial_state())
+        assert warm.state is buffer
+
+    def test_is_saved_and_loaded(self, warm):
+        assert list(warm.state_dict()) == ["state"]
+        assert not list(warm.parameters())
+        file = io.BytesIO()
+        torch.save(warm.state_dict(), file)
+        file.seek(0)
+        other = TopKOrthoLoss(k=40)
+        other.load_state_dict(torch.load(file))
+        assert torch.equal(other.state, warm.state)
+
+    def test_deepcopy_is_independent(self, warm):
+        twin = copy.deepcopy(warm)
+        assert torch.equal(twin.state, warm.state)
+        twin.reset_state()
+        assert not torch.equal(twin.state, warm.state)
+        x = normal(16, 43)
+        assert torch.equal(twin(x), warm(x))
+
+    def test_two_modules_share_nothing(self, warm):
+        assert torch.equal(TopKOrthoLoss(k=40).state, initial_state())
+
+    @pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "float"])
+    def test_casts(self, warm, cast):
+        x = normal(16, 43)
+        module = getattr(warm, cast)()
+        for _ in range(3):
+            assert torch.equal(module(x), topk_ortho_loss(x, k=40, backend=warm.backend))
+        module.reset_state()
+        assert module.state[0] == -1
+        narrow = getattr(x, cast)()
+        assert torch.equal(module(narrow), topk_ortho_loss(narrow, k=40, backend=warm.backend))
+
+    def test_an_error_leaves_it(self, warm):
+        before = warm.state.clone()
+        with pytest.raises(ValueError, match="NaN"):
+            warm(torch.full((16, 43), torch.nan))
+        assert torch.equal(warm.state, before)
+
+    def test_another_n_features(self, warm):
+        x = normal(16, 20, seed=9)
+        assert torch.equal(warm(x), topk_ortho_loss(x, k=40, backend=warm.backend))
+
+
+def test_max_cosine_deepcopy_continues_the_generator(small_backend):
+    x, module = normal(16, 43), MaxCosineLoss(4, generator=seeded(3), backend=small_backend)
+    module(x)
+    twin = copy.deepcopy(module)
+    assert torch.equal(twin(x), module(x))
+
+
+def test_max_cosine_has_no_state():
+    assert not MaxCosineLoss(4, generator=seeded(0)).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (TopKOrthoLoss(), "TopKOrthoLoss(fraction=0.001, tau=None, similarity='abs', reduction='mean')"),
+        (
+            TopKOrthoLoss(k=7, tau="adaptive", similarity="positive", reduction="sum"),
+            "TopKOrthoLoss(k=7, tau='adaptive', similarity='positive', reduction='sum')",
+        ),
+        (MaxCosineLoss(3), "MaxCosineLoss(n_chunks=3)"),
+    ],
+    ids=["fraction", "k", "max_cosine"],
+)
+def test_repr(module, expected):
+    assert repr(module) == expected

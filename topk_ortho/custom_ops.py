@@ -1,0 +1,148 @@
+"""The boundary that torch sees: opaque custom ops with fake kernels and registered gradients.
+
+    topk_ortho::select_pairs    x -> the selected pairs, padded to k; `values` is differentiable, the selection is not
+    topk_ortho::row_max         x -> for every column its largest cosine and the column that has it
+    topk_ortho::pair_gradient   the gradient of both
+
+They take plain, already checked arguments and look only at what tracing cannot see: the values of x and of priority.
+Selection reads counts on the host and may take a second pass, so the ops are opaque to the compiler.
+"""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from topk_ortho.backends.base import Query, accumulation_dtype
+from topk_ortho.backends.registry import BACKENDS
+
+
+@torch.library.custom_op("topk_ortho::select_pairs", mutates_args=())
+def select_pairs(
+    x: Tensor,
+    k: int,
+    tau: float | None,
+    n_std: float | None,
+    similarity: str,
+    precision: str,
+    backend: str,
+    priority: Tensor | None,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `topk_ortho.backends.base.Selection` for the outputs."""
+    if priority is not None and priority.is_floating_point() and priority.isnan().any():
+        raise ValueError(f"priority has {int(priority.isnan().sum())} NaN; every column needs a number")
+    query = Query(k=k, tau=tau, n_std=n_std, similarity=similarity, precision=precision)  # type: ignore[arg-type]
+    return BACKENDS[backend].select_pairs(x, query, state)
+
+
+@select_pairs.register_fake
+def _(
+    x: Tensor,
+    k: int,
+    tau: float | None,
+    n_std: float | None,
+    similarity: str,
+    precision: str,
+    backend: str,
+    priority: Tensor | None,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(x)
+    rows, cols = x.new_empty(k, dtype=torch.int64), x.new_empty(k, dtype=torch.int64)
+    values, norms = x.new_empty(k, dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
+    n_selected, threshold, tau_used = x.new_empty((), dtype=torch.int64), values.new_empty(()), values.new_empty(())
+    next_state = x.new_empty(0) if state is None else torch.empty_like(state)
+    return values, rows, cols, n_selected, threshold, tau_used, norms, next_state
+
+
+@torch.library.custom_op("topk_ortho::row_max", mutates_args=())
+def row_max(
+    x: Tensor, permutation: Tensor | None, n_chunks: int, precision: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `topk_ortho.backends.base.RowMax`; chunks are `n_chunks` nearly equal parts of `permutation`."""
+    chunks = None if permutation is None else permutation.tensor_split(n_chunks)
+    return BACKENDS[backend].row_max(x, chunks, precision)  # type: ignore[arg-type]
+
+
+@row_max.register_fake
+def _(
+    x: Tensor, permutation: Tensor | None, n_chunks: int, precision: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    values = x.new_empty(x.shape[1], dtype=accumulation_dtype(x))
+    return values, torch.empty_like(values, dtype=torch.int64), torch.empty_like(values)
+
+
+@torch.library.custom_op("topk_ortho::pair_gradient", mutates_args=())
+def pair_gradient(
+    x: Tensor,
+    norms: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    values: Tensor,
+    grad_rows: Tensor,
+    grad_cols: Tensor,
+    backend: str,
+) -> Tensor:
+    """See `topk_ortho.backends.base.Backend.pair_gradient`."""
+    return BACKENDS[backend].pair_gradient(x, norms, rows, cols, values, grad_rows, grad_cols)
+
+
+@pair_gradient.register_fake
+def _(
+    x: Tensor,
+    norms: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    values: Tensor,
+    grad_rows: Tensor,
+    grad_cols: Tensor,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _setup_select_pairs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    x, *_, backend, priority, _state = inputs
+    values, rows, cols, _n_selected, threshold, tau, norms, state = output
+    ctx.mark_non_differentiable(threshold, tau, norms, state)
+    ctx.save_for_backward(x, norms, rows, cols, values, priority)
+    ctx.backend = backend
+
+
+def _backward_select_pairs(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    x, norms, rows, cols, values, priority = ctx.saved_tensors
+    grad_rows = grad_cols = grads[0]
+    if priority is not None:
+        priority_rows, priority_cols = priority[rows], priority[cols]
+        grad_rows = grad_rows * (priority_rows <= priority_cols)
+        grad_cols = grad_cols * (priority_cols <= priority_rows)
+    return pair_gradient(x, norms, rows, cols, values, grad_rows, grad_cols, ctx.backend), *[None] * 8
+
+
+def _setup_row_max(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    values, partners, norms = output
+    ctx.mark_non_differentiable(norms)
+    ctx.save_for_backward(inputs[0], norms, values, partners)
+    ctx.backend = inputs[-1]
+
+
+def _backward_row_max(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    x, norms, values, partners = ctx.saved_tensors
+    columns = torch.arange(partners.numel(), device=partners.device)
+    grad = pair_gradient(x, norms, columns, partners, values, grads[0], grads[0], ctx.backend)
+    return grad, *[None] * 4
+
+
+select_pairs.register_autograd(_backward_select_pairs, setup_context=_setup_select_pairs)
+row_max.register_autograd(_backward_row_max, setup_context=_setup_row_max)
+
+
+def _refuse_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> NoReturn:
+    raise NotImplementedError(
+        "topk_ortho ops do not support torch.func.vmap: each matrix needs a selection of its own; loop over the batch"
+    )
+
+
+for _op in (select_pairs, row_max, pair_gradient):
+    _op.register_vmap(_refuse_vmap)

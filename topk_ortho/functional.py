@@ -1,0 +1,253 @@
+"""The public ops: check, resolve, delegate.
+
+A matrix x [M, N] holds N features in its columns. With ``x_hat[:, j] = x[:, j] / max(||x[:, j]||, 1e-12)`` the cosine
+of a pair (row, col), row < col, is an entry of ``gram = x_hat.T @ x_hat``, which is never held whole.
+"""
+
+import torch
+from torch import Tensor
+
+from topk_ortho import custom_ops
+from topk_ortho.backends.base import Precision, Selection, Similarity
+from topk_ortho.backends.registry import resolve_backend
+from topk_ortho.pairs import TopKPairs
+from topk_ortho.validation import (
+    check_features,
+    check_generator,
+    check_n_chunks,
+    check_state,
+    check_word,
+    resolve_k,
+    resolve_priority,
+    resolve_tau,
+)
+
+
+def topk_pairs(
+    x: Tensor,
+    fraction: float = 1e-3,
+    *,
+    k: int | None = None,
+    tau: float | str | None = None,
+    n_std: float = 1.0,
+    similarity: Similarity = "abs",
+    backend: str = "auto",
+    precision: Precision = "highest",
+    state: Tensor | None = None,
+) -> TopKPairs:
+    """The k most similar pairs of columns of x, exactly, without ever holding N x N values.
+
+    Pairs are ordered by |cosine| descending, then by (row, col) ascending; the first k that pass `tau` are selected.
+
+    Parameters
+    ----------
+    x : Tensor, shape [M, N], float16, bfloat16, float32 or float64
+        Features in columns, any strides, any device. A zero column has cosine 0 with every other.
+    fraction : float, default 1e-3
+        Share of the N(N-1)/2 pairs to select, in (0, 1]: ``k = max(1, int(N*(N-1)*fraction) // 2)``.
+    k : int, optional
+        Number of pairs, in [1, N(N-1)/2]; replaces `fraction`.
+    tau : None, float in [0, 1) or "adaptive"
+        Floor: a pair counts only if |cosine| > tau. "adaptive" is ``mean + n_std * std`` (population) of |cosine| over
+        all pairs.
+    n_std : float, default 1.0
+        Standard deviations above the mean of the adaptive tau.
+    similarity : {"abs", "positive"}
+        "positive" orders by the signed cosine and drops cosines <= 0.
+    backend : str, default "auto"
+        See `available_backends`. An explicit choice never falls back to another.
+    precision : {"highest", "high", "medium"}
+        Least precision of the products, as in `torch.set_float32_matmul_precision`; the process-wide setting is not
+        used. Products accumulate in float32, or in float64 for float64 input.
+    state : Tensor, optional
+        Warm-start state from `initial_state`, updated in place: a call on slowly changing x starts from the last
+        threshold. It changes the time a call takes, never its result.
+
+    Returns
+    -------
+    TopKPairs
+        ``rows``, ``cols``, ``values`` of the p <= k selected pairs, most similar first; ``values`` is differentiable in
+        x, the choice of pairs is not.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong type, x is sparse or its dtype is not floating.
+    ValueError
+        If x is not 2-D, has no row or fewer than 2 columns, or holds NaN or Inf; if an argument is out of its range; if
+        a backend is not available.
+
+    Notes ----- Exact means: against float64, every selected pair has |cosine| >= t_k - e and every other one |cosine|
+    <= t_k + e, where t_k is the k-th value and e the rounding of the precision asked for; the count is exact. N**2 M /
+    2 multiply-adds, O(k) memory beside one tile.
+
+    Under ``torch.compile(fullgraph=True)`` the number of pairs depends on the data if `tau` is given or `similarity` is
+    "positive", which needs ``torch._dynamo.config.capture_scalar_outputs = True``; `topk_ortho_loss` has no such limit.
+
+    Examples
+    --------
+    >>> x = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])
+    >>> pairs = topk_pairs(x, k=2)
+    >>> pairs.rows.tolist(), pairs.cols.tolist()
+    ([0, 1], [2, 2])
+    >>> pairs.values
+    tensor([0.8944, 0.4472])
+    """
+    selection, k = _select(x, fraction, k, tau, n_std, similarity, None, backend, precision, state)
+    rows, cols, values = selection.rows, selection.cols, selection.values
+    if tau is not None or similarity == "positive":
+        p = selection.n_selected.item()
+        rows, cols, values = rows[:p], cols[:p], values[:p]
+    tau_used = selection.tau if tau == "adaptive" else None if tau is None else float(tau)
+    return TopKPairs(rows, cols, values.float(), selection.threshold.float(), tau_used, x.shape[1], k)
+
+
+def topk_ortho_loss(
+    x: Tensor,
+    fraction: float = 1e-3,
+    *,
+    k: int | None = None,
+    tau: float | str | None = None,
+    n_std: float = 1.0,
+    similarity: Similarity = "abs",
+    reduction: str = "mean",
+    priority: Tensor | None = None,
+    backend: str = "auto",
+    precision: Precision = "highest",
+    state: Tensor | None = None,
+) -> Tensor:
+    """Mean of cosine**2 over the k most similar pairs of columns of x.
+
+    The naive expression that it replaces, for ``tau=None`` and ``similarity="abs"``::
+
+        x_hat = torch.nn.functional.normalize(x, dim=0)
+        cosine = (x_hat.T @ x_hat)[tuple(torch.triu_indices(N, N, 1))]
+        loss = cosine.square().topk(k).values.mean()
+
+    Parameters
+    ----------
+    x, fraction, k, tau, n_std, similarity, backend, precision, state
+        As in `topk_pairs`.
+    reduction : {"mean", "sum"}
+        Over the selected pairs. The mean over none is 0 with zero gradient.
+    priority : Tensor, shape [N], optional
+        Real numbers, for an SAE how often each feature fires. In each selected pair the column of higher priority is
+        held constant, so that only the other one gets gradient; equal priorities move both. The value does not change.
+
+    Returns
+    -------
+    Tensor, shape []
+        float32, float64 for float64 input. Differentiable in x; the choice of pairs and tau are not differentiated
+        through.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `topk_pairs`; also if `priority` does not have one real number a column, or `reduction` is unknown.
+
+    Notes ----- The backward pass gathers the partners of each column, O(k M), and applies the Jacobian of the
+    normalisation. The gradient of a dead column is zero.
+
+    Examples
+    --------
+    >>> x = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]], requires_grad=True)
+    >>> loss = topk_ortho_loss(x, k=1)
+    >>> loss.backward()
+    >>> loss
+    tensor(0.8000, grad_fn=<DivBackward0>)
+    >>> x.grad[:, 1]
+    tensor([0., 0.])
+    """
+    check_word("reduction", reduction, ("mean", "sum"))
+    selection, _ = _select(x, fraction, k, tau, n_std, similarity, priority, backend, precision, state)
+    loss = selection.values.square().sum()  # padding is 0
+    return loss / selection.n_selected.clamp_min(1) if reduction == "mean" else loss
+
+
+def max_cosine_loss(
+    x: Tensor,
+    n_chunks: int = 1,
+    *,
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+    precision: Precision = "highest",
+) -> Tensor:
+    """Mean over columns of the squared largest cosine to another column.
+
+    Equation 4 of OrtSAE [1]_: ``loss = mean_i (max_j cosine(i, j)) ** 2``, j over the other columns of i's random
+    chunk.
+
+    Parameters
+    ----------
+    x : Tensor, shape [M, N], float16, bfloat16, float32 or float64
+        Features in columns. A zero column has cosine 0 with every other.
+    n_chunks : int, default 1
+        Number of random chunks of (nearly) equal size, in [1, N // 2]; 1 compares every pair.
+    generator : torch.Generator, optional
+        Draws the chunks; unused for ``n_chunks=1``.
+    backend, precision
+        As in `topk_pairs`.
+
+    Returns
+    -------
+    Tensor, shape []
+        float32, float64 for float64 input. Differentiable in x; the choice of j (the lowest among equals) is not
+        differentiated through.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `topk_pairs`; also if `n_chunks` is out of range or `generator` is not a `torch.Generator`.
+
+    Notes
+    -----
+    N**2 M / (2 n_chunks) multiply-adds; O(N) memory beside one tile, and one chunk of x for ``n_chunks > 1``.
+
+    References
+    ----------
+    .. [1] Korznikov et al., "OrtSAE: Orthogonal Sparse Autoencoders Uncover Atomic Features", arXiv:2509.22033.
+
+    Examples
+    --------
+    >>> max_cosine_loss(torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]]))
+    tensor(0.6000)
+    """
+    check_features(x)
+    check_n_chunks(n_chunks, x.shape[1])
+    check_generator(generator)
+    check_word("precision", precision, ("highest", "high", "medium"))
+    backend = resolve_backend(backend, x.device)
+    permutation = None
+    if n_chunks > 1:
+        device = x.device if generator is None else generator.device
+        permutation = torch.randperm(x.shape[1], generator=generator, device=device).to(x.device)
+    values: Tensor = custom_ops.row_max(x, permutation, int(n_chunks), precision, backend)[0]
+    return values.square().mean()
+
+
+def _select(
+    x: Tensor,
+    fraction: float,
+    k: int | None,
+    tau: float | str | None,
+    n_std: float,
+    similarity: Similarity,
+    priority: Tensor | None,
+    backend: str,
+    precision: Precision,
+    state: Tensor | None,
+) -> tuple[Selection, int]:
+    check_features(x)
+    k = resolve_k(x.shape[1], fraction, k)
+    fixed_tau, adaptive_n_std = resolve_tau(tau, n_std)
+    check_word("similarity", similarity, ("abs", "positive"))
+    check_word("precision", precision, ("highest", "high", "medium"))
+    priority = resolve_priority(priority, x)
+    check_state(state, x)
+    backend = resolve_backend(backend, x.device)
+    selection = Selection(
+        *custom_ops.select_pairs(x, k, fixed_tau, adaptive_n_std, similarity, precision, backend, priority, state)
+    )
+    if state is not None:
+        state.copy_(selection.state)
+    return selection, k

@@ -1,0 +1,119 @@
+"""nn.Module forms of the ops; they add nothing but the warm-start state."""
+
+import torch
+from torch import Tensor, nn
+
+from topk_ortho.backends.base import Precision, Similarity
+from topk_ortho.functional import max_cosine_loss, topk_ortho_loss
+from topk_ortho.selection import initial_state
+
+
+class TopKOrthoLoss(nn.Module):
+    """`topk_ortho_loss` with its arguments and its warm-start state kept.
+
+    Parameters
+    ----------
+    fraction, k, tau, n_std, similarity, reduction, backend, precision
+        As in `topk_ortho_loss`; checked at the first call.
+
+    Attributes
+    ----------
+    state : Tensor, float32 [3]
+        Warm-start state, see `initial_state`: a buffer, so that it moves and is saved with the module. It never changes
+        a result.
+
+    Examples
+    --------
+    >>> penalty = TopKOrthoLoss(fraction=0.5)
+    >>> penalty(torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]]))
+    tensor(0.8000)
+    """
+
+    state: Tensor
+
+    def __init__(
+        self,
+        fraction: float = 1e-3,
+        *,
+        k: int | None = None,
+        tau: float | str | None = None,
+        n_std: float = 1.0,
+        similarity: Similarity = "abs",
+        reduction: str = "mean",
+        backend: str = "auto",
+        precision: Precision = "highest",
+    ):
+        super().__init__()
+        self.fraction = fraction
+        self.k = k
+        self.tau = tau
+        self.n_std = n_std
+        self.similarity = similarity
+        self.reduction = reduction
+        self.backend = backend
+        self.precision = precision
+        self.register_buffer("state", initial_state())
+
+    def forward(self, x: Tensor, priority: Tensor | None = None) -> Tensor:
+        """Penalty of x [M, N]; `priority` [N] holds the more frequent column of a pair, see `topk_ortho_loss`."""
+        return topk_ortho_loss(
+            x,
+            self.fraction,
+            k=self.k,
+            tau=self.tau,
+            n_std=self.n_std,
+            similarity=self.similarity,
+            reduction=self.reduction,
+            priority=priority,
+            backend=self.backend,
+            precision=self.precision,
+            state=self.state,
+        )
+
+    def reset_state(self) -> None:
+        """Forget the last threshold, for instance when the next x has nothing to do with the last."""
+        self.state.copy_(initial_state())
+
+    def extra_repr(self) -> str:
+        """Arguments, for repr."""
+        size = f"fraction={self.fraction}" if self.k is None else f"k={self.k}"
+        return f"{size}, tau={self.tau!r}, similarity={self.similarity!r}, reduction={self.reduction!r}"
+
+
+class MaxCosineLoss(nn.Module):
+    """`max_cosine_loss` with its arguments kept.
+
+    Parameters
+    ----------
+    n_chunks, generator, backend, precision
+        As in `max_cosine_loss`; checked at the first call.
+
+    Examples
+    --------
+    >>> MaxCosineLoss()(torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]]))
+    tensor(0.6000)
+    """
+
+    def __init__(
+        self,
+        n_chunks: int = 1,
+        *,
+        generator: torch.Generator | None = None,
+        backend: str = "auto",
+        precision: Precision = "highest",
+    ):
+        super().__init__()
+        self.n_chunks = n_chunks
+        self.generator = generator
+        self.backend = backend
+        self.precision = precision
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Penalty of x [M, N]."""
+        return max_cosine_loss(
+            x, self.n_chunks, generator=self.generator, backend=self.backend, precision=self.precision
+        )
+
+    def extra_repr(self) -> str:
+        """Arguments, for repr."""
+        return f"n_chunks={self.n_chunks}"

@@ -1,0 +1,146 @@
+"""How many pairs, in which order, and when a streamed selection is exact.
+
+**Order.** Pairs are ordered by similarity descending, then by (row, col) ascending. A pair is carried as its signed
+value and one int64, ``row * N + col``, so that the second half of the order is an integer comparison.
+
+**Certificate.** A backend streams the gram once and records *survivors*: pairs above a *cut*. The cut starts at a
+guess, hoped to lie just under the k-th similarity, and rises whenever the records overflow: the k-th of the pairs seen
+so far never exceeds the k-th of all, so what falls below it is not selected whatever follows. After the pass the
+selection is exact if k pairs survived, or if the guess was no higher than the floor that the user asked for. If neither
+holds, the guess was wrong: a second pass starts from the floor itself and cannot fail. Memory is bounded by the
+capacity plus one tile either way.
+
+**Warm start.** The state is a tensor of three numbers, owned by the caller: the guess for the next call (-1 if there is
+none), the margin by which that guess aims below the threshold, as a share of k, and the passes that the last call took.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from topk_ortho.backends.base import Query, Similarity
+
+MARGIN_START, MARGIN_LEAST, MARGIN_MOST = 0.15, 0.05, 1.0
+
+
+def n_pairs(n_features: int) -> int:
+    """Number of unordered pairs of distinct columns."""
+    return n_features * (n_features - 1) // 2
+
+
+def k_from_fraction(n_features: int, fraction: float) -> int:
+    """Number of unordered pairs in a share of the ordered ones: k = max(1, int(N (N-1) fraction) // 2)."""
+    return max(1, int(n_features * (n_features - 1) * fraction) // 2)
+
+
+def similarity_of(values: Tensor, similarity: Similarity) -> Tensor:
+    """What the order compares: |cosine|, or the signed cosine."""
+    return values.abs() if similarity == "abs" else values
+
+
+def first_of(values: Tensor, index: Tensor, similarity: Similarity, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` records of the total order, in it."""
+    if index.numel() > 2 * count:  # drop most records without sorting them
+        score = similarity_of(values, similarity)
+        kept = score >= score.topk(count, sorted=False).values.min()
+        values, index = values[kept], index[kept]
+    by_index = index.argsort()
+    by_similarity = similarity_of(values[by_index], similarity).argsort(descending=True, stable=True)
+    order = by_index[by_similarity][:count]
+    return values[order], index[order]
+
+
+def floor_of(query: Query, adaptive_tau: float | None = None) -> float:
+    """Largest similarity that is refused by definition; below -1 nothing is."""
+    tau = query.tau if adaptive_tau is None else adaptive_tau
+    if query.similarity == "positive":
+        return max(0.0, tau or 0.0)
+    return -1.0 if tau is None else tau
+
+
+def adaptive_tau(sum_abs: float, sum_squares: float, count: int, n_std: float) -> float:
+    """mean + n_std * std (population) of |cosine|, from its sums over all `count` pairs."""
+    mean = sum_abs / count
+    return mean + n_std * math.sqrt(max(0.0, sum_squares / count - mean * mean))
+
+
+def guess_from_sample(similarities: Tensor, k: int, count: int) -> float:
+    """Value that about 1.15 k of `count` pairs exceed, from the similarities of a random part of them.
+
+    The rank is raised by three standard deviations of a binomial count, so that a small sample aims lower.
+    """
+    expected = (1 + MARGIN_START) * k * similarities.numel() / count
+    rank = math.ceil(expected + 3 * math.sqrt(expected) + 1)
+    if rank >= similarities.numel():
+        return -1.0
+    return similarities.flatten().topk(rank, sorted=False).values.min().item()
+
+
+def initial_state(device: torch.device | str | None = None) -> Tensor:
+    """Warm-start state before the first call: float32 [3], (guess, margin, passes of the last call)."""
+    return torch.tensor([-1.0, MARGIN_START, 0.0], device=device)
+
+
+def next_state(state: Tensor, ordered: Tensor, k: int, n_passes: int) -> Tensor:
+    """State after a call that left the similarities `ordered`, descending: k or more, if as many passed the floor.
+
+    The next guess is the similarity at rank (1 + margin) k. Where fewer survived it is extended in a straight line from
+    rank (1 - margin) k through k; tails are convex, so that aims low. A call that needed a second pass doubles the
+    margin, the others let it shrink.
+    """
+    margin = state[1].item()
+    margin = min(MARGIN_MOST, 2 * margin) if n_passes > 1 else max(MARGIN_LEAST, 0.98 * margin)
+    rank = math.ceil((1 + margin) * k)
+    if ordered.numel() >= rank:
+        guess = ordered[rank - 1].item()
+    elif ordered.numel() >= k:
+        guess = 2 * ordered[k - 1].item() - ordered[max(0, math.floor((1 - margin) * k) - 1)].item()
+    else:
+        guess = -1.0
+    return torch.tensor([guess, margin, n_passes], dtype=state.dtype, device=state.device)
+
+
+class Survivors:
+    """The records of one pass: the first k pairs of the order among all that were added, in bounded memory.
+
+    A pair survives if its similarity is above `cut`, or equal to it with an index below `cut_index`.
+    """
+
+    def __init__(self, query: Query, guess: float):
+        self.query = query
+        self.capacity = 2 * query.k + 2**14
+        self.cut = guess
+        self.cut_index = -1
+        self.n_overflows = 0
+        self._values: list[Tensor] = []
+        self._index: list[Tensor] = []
+        self._n_records = 0
+
+    def screen(self, first_index: int) -> float:
+        """Bound, lowered by more than rounding, that survivors exceed among pairs from `first_index` on."""
+        if self.cut > 0:
+            return self.cut * (1 - 2**-20)
+        return self.cut if first_index > self.cut_index else -1.0
+
+    def add(self, values: Tensor, index: Tensor) -> None:
+        """Record those of the given pairs that survive."""
+        similarity = similarity_of(values, self.query.similarity)
+        keep = (similarity > self.cut) | ((similarity == self.cut) & (index < self.cut_index))
+        values, index = values[keep], index[keep]
+        self._values.append(values)
+        self._index.append(index)
+        self._n_records += index.numel()
+        if self._n_records > self.capacity:
+            self.n_overflows += 1
+            self._raise_cut()
+
+    def _raise_cut(self) -> None:
+        values, index = self.first(self.query.k)
+        self.cut = similarity_of(values[-1], self.query.similarity).item()
+        self.cut_index = int(index[-1])
+        self._values, self._index, self._n_records = [values], [index], index.numel()
+
+    def first(self, count: int) -> tuple[Tensor, Tensor]:
+        """Values and index of the first `count` records, in order."""
+        return first_of(torch.cat(self._values), torch.cat(self._index), self.query.similarity, count)

@@ -1,0 +1,1 @@
+"""The trainer: configuration, activations of a real transformer, the loop, and what it measures."""

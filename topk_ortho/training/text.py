@@ -1,0 +1,102 @@
+"""Text as windows of token ids, through Hugging Face `datasets`."""
+
+import ast
+import importlib
+import inspect
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from topk_ortho.training.config import TextConfig
+
+_NOT_DOCUMENTATION = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo"}
+_FILE_LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def load_text(config: TextConfig) -> Iterable[str]:
+    """Documents of a text source, one string each; a data set on the hub is streamed."""
+    path = Path(config.source)
+    if config.source == "python-docs":
+        documents = datasets.Dataset.from_dict({config.column: list(python_documentation())})
+    elif path.suffix in _FILE_LOADERS:
+        if not path.is_file():
+            raise FileNotFoundError(f"text.source {config.source!r} is not a file")
+        by_paragraph = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
+        documents = datasets.load_dataset(
+            _FILE_LOADERS[path.suffix], data_files=str(path), split="train", streaming=True, **by_paragraph
+        )
+    else:
+        documents = datasets.load_dataset(config.source, split="train", streaming=True)
+    for document in documents:
+        if config.column not in document:
+            raise ValueError(f"text.column {config.column!r} is not in {config.source!r}; it has {sorted(document)}")
+        yield document[config.column]
+
+
+def token_windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, config: TextConfig) -> Tensor:
+    """Token ids [n_windows, context_size], int64, every window full.
+
+    Documents are joined by the tokenizer's separator and cut without regard to their ends. Each window opens with the
+    classification or beginning-of-sequence token and closes with the separator, as far as the tokenizer has them.
+    """
+    first, last = _special_ids(tokenizer)
+    n_body = config.context_size - len(first) - len(last)
+    n_windows = -(-config.n_tokens // n_body)
+    separator = last or [i for i in [tokenizer.eos_token_id] if i is not None]
+    stream: list[int] = []
+    for document in documents:
+        ids = tokenizer(document, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        stream += ids + separator
+        if len(stream) >= n_windows * n_body:
+            break
+    n_windows = min(n_windows, len(stream) // n_body)
+    if n_windows < 2:
+        raise ValueError(f"text has {len(stream)} tokens; at least two windows of {n_body} are needed")
+    body = torch.tensor(stream[: n_windows * n_body]).view(n_windows, n_body)
+    edges = [torch.tensor(ids, dtype=torch.int64).expand(n_windows, len(ids)) for ids in (first, last)]
+    return torch.cat([edges[0], body, edges[1]], dim=1)
+
+
+def python_documentation() -> Iterator[str]:
+    """Python's language reference as `help()` shows it, then docstrings of the standard library.
+
+    Their order is fixed for a version of Python; the text differs between versions.
+    """
+    from pydoc_data.topics import topics
+
+    yield from (topics[name] for name in sorted(topics))
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        if _NOT_DOCUMENTATION.isdisjoint(path.relative_to(root).parts):
+            yield from _docstrings(path)
+    for name in sorted(sys.builtin_module_names):
+        members = [member for _, member in inspect.getmembers(importlib.import_module(name), callable)]
+        yield from filter(None, map(inspect.getdoc, members))
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    source = path.read_text(encoding="utf-8", errors="ignore")
+    if '"""' not in source:
+        return
+    with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
+        tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield docstring
+
+
+def _special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids that open and close a window, each empty or one long."""
+    first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+    last = tokenizer.sep_token_id if tokenizer.cls_token_id is not None else None
+    return [i for i in [first] if i is not None], [i for i in [last] if i is not None]
