@@ -27,7 +27,7 @@ def activations(m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float3
 
 
 def dyadic(m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Columns with 4 entries of one magnitude, a power of two: every cosine is a multiple of 1/4, exact in any dtype; ties abound."""
+    """Columns with 4 entries +-2**i: every cosine is a multiple of 1/4, exact in any dtype, and ties abound."""
     generator = seeded(seed)
     x = torch.zeros(m, n, dtype=torch.float64)
     for j in range(n):

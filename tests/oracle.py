@@ -1,6 +1,7 @@
-"""What the ops must compute, in float64 and the plainest code. Imports nothing of topk_ortho; checked by hand in test_oracle.py.
+"""What the ops must compute, in float64 and the plainest code.
 
-A matrix x [M, N] is a NumPy array here; a pair is (row, col) with row < col, and the list of all pairs is in (row, col) order.
+Imports nothing of topk_ortho and is checked by hand in test_oracle.py. A matrix x [M, N] is a NumPy array here; a pair
+is (row, col) with row < col, and the list of all pairs is in (row, col) order.
 """
 
 from collections.abc import Sequence
@@ -84,7 +85,7 @@ def loss_of(values: np.ndarray, reduction: str) -> float:
 
 
 def max_cosines(x: np.ndarray, chunks: Sequence[Sequence[int]] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(values, partners): for each column the largest signed cosine to another of its chunk, and the lowest column that has it."""
+    """For each column the largest signed cosine to another of its chunk, and the lowest column that has it."""
     x_hat = normalized(x)
     gram = x_hat.T @ x_hat
     values, partners = np.zeros(x.shape[1]), np.zeros(x.shape[1], dtype=np.int64)
@@ -96,7 +97,9 @@ def max_cosines(x: np.ndarray, chunks: Sequence[Sequence[int]] | None = None) ->
     return values, partners
 
 
-def pair_values(x: torch.Tensor, rows: np.ndarray, cols: np.ndarray, priority: np.ndarray | None = None) -> torch.Tensor:
+def pair_values(
+    x: torch.Tensor, rows: np.ndarray, cols: np.ndarray, priority: np.ndarray | None = None
+) -> torch.Tensor:
     """Signed cosines of the given pairs, differentiable in x; the column of higher priority is held constant."""
     x_hat = torch.nn.functional.normalize(x, dim=0, eps=EPS)
     a, b = x_hat[:, rows], x_hat[:, cols]

@@ -40,7 +40,9 @@ class TestOpcheck:
             pytest.param(None, 1.0, "positive", None, None, id="adaptive_positive"),
             pytest.param(None, None, "abs", torch.arange(11), None, id="priority"),
             pytest.param(None, None, "abs", None, initial_state(), id="state"),
-            pytest.param(0.999, None, "positive", torch.rand(11, generator=seeded(0)), initial_state(), id="nothing_selected"),
+            pytest.param(
+                0.999, None, "positive", torch.rand(11, generator=seeded(0)), initial_state(), id="nothing_selected"
+            ),
         ],
     )
     def test_select_pairs_arguments(self, tau, n_std, similarity, priority, state, backend):
@@ -60,7 +62,9 @@ class TestOpcheck:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     def test_pair_gradient(self, view, dtype, backend):
         x = VIEWS[view](normal(6, 11, dtype=dtype))
-        values, rows, cols, *_, norms, _state = custom_ops.select_pairs(x, 9, 0.3, None, "abs", "highest", backend, None, None)
+        values, rows, cols, *_, norms, _state = custom_ops.select_pairs(
+            x, 9, 0.3, None, "abs", "highest", backend, None, None
+        )
         opcheck(custom_ops.pair_gradient, (x, norms, rows, cols, values, 2 * values, -values, backend))
 
 
@@ -101,7 +105,7 @@ class TestGradcheck:
     def test_second_derivatives_are_refused(self, backend):
         x = normal(5, 13).requires_grad_()
         (gradient,) = torch.autograd.grad(topk_ortho_loss(x, k=20, backend=backend), x, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"(?i)pair_gradient|does not require grad"):
+        with pytest.raises(RuntimeError, match=r"backward through topk_ortho\.pair_gradient"):
             torch.autograd.grad(gradient.sum(), x)
 
 
@@ -135,7 +139,9 @@ def test_fake_outputs_are_like_real_ones(n_chunks, small_backend):
     ids=["topk_ortho_loss", "topk_pairs", "max_cosine_loss"],
 )
 def test_vmap_is_refused(function):
-    with pytest.raises(NotImplementedError, match=r"topk_ortho ops do not support torch\.func\.vmap.*loop over the batch"):
+    with pytest.raises(
+        NotImplementedError, match=r"topk_ortho ops do not support torch\.func\.vmap.*loop over the batch"
+    ):
         torch.func.vmap(function)(torch.randn(2, 5, 6))
 
 
@@ -200,7 +206,10 @@ class TestCompile:
                 lambda x: max_cosine_loss(x, n_chunks, backend=small_backend), fullgraph=True, backend="aot_eager"
             )
             torch.manual_seed(5)
-            actual, expected = value_and_gradient(compiled, normal(16, 43)), value_and_gradient(seeded_loss, normal(16, 43))
+            actual, expected = (
+                value_and_gradient(compiled, normal(16, 43)),
+                value_and_gradient(seeded_loss, normal(16, 43)),
+            )
         assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
     def test_topk_module_keeps_its_state(self):
@@ -221,7 +230,9 @@ class TestCompile:
             ):
                 assert torch.equal(a, e)
 
-    @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own, in inductor
+    @pytest.mark.filterwarnings(
+        "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+    )  # torch's own, in inductor
     @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
     def test_inductor(self):
         """Both modules in one graph, as a training step has them; inductor may round the final sums differently."""

@@ -51,7 +51,10 @@ SELECTIONS = {
     "positive_all": ({"k": N_PAIRS, "similarity": "positive"}, N_PAIRS),
     "positive_tau": ({"k": 400, "similarity": "positive", "tau": 0.2}, 400),
     "positive_adaptive": ({"k": 700, "similarity": "positive", "tau": "adaptive", "n_std": 0.7}, 700),
-    "positive_adaptive_negative": ({"k": N_PAIRS, "similarity": "positive", "tau": "adaptive", "n_std": -10.0}, N_PAIRS),
+    "positive_adaptive_negative": (
+        {"k": N_PAIRS, "similarity": "positive", "tau": "adaptive", "n_std": -10.0},
+        N_PAIRS,
+    ),
 }
 selections = pytest.mark.parametrize(("arguments", "k"), SELECTIONS.values(), ids=SELECTIONS)
 
@@ -81,7 +84,9 @@ def separated_selection(x, arguments, k):
     cuts += [] if selected.tau is None else [selected.tau]
     cuts += [0.0] if arguments.get("similarity") == "positive" else []
     for cut in cuts:
-        assert np.abs(similarities - cut).min() > 2 * cosine_bound(x), "take another seed: rounding decides the selection"
+        assert np.abs(similarities - cut).min() > 2 * cosine_bound(x), (
+            "take another seed: rounding decides the selection"
+        )
     return selected
 
 
@@ -294,10 +299,14 @@ class TestLoss:
             dtype=x.dtype,
         )
 
-    @pytest.mark.parametrize("priority", [[3, 1, 2], (3.0, 1.0, 2.0), np.array([3, 1, 2])], ids=["list", "tuple", "numpy"])
+    @pytest.mark.parametrize(
+        "priority", [[3, 1, 2], (3.0, 1.0, 2.0), np.array([3, 1, 2])], ids=["list", "tuple", "numpy"]
+    )
     def test_priority_of_other_types(self, priority, small_backend):
         x = normal(5, 3)
-        _, expected = loss_and_gradient(topk_ortho_loss, x, k=3, priority=torch.tensor([3, 1, 2]), backend=small_backend)
+        _, expected = loss_and_gradient(
+            topk_ortho_loss, x, k=3, priority=torch.tensor([3, 1, 2]), backend=small_backend
+        )
         _, actual = loss_and_gradient(topk_ortho_loss, x, k=3, priority=priority, backend=small_backend)
         assert torch.equal(actual, expected)
 
@@ -346,7 +355,9 @@ class TestPairsGradient:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     @pytest.mark.parametrize(
-        "arguments", [{}, {"tau": 0.3}, {"similarity": "positive", "tau": "adaptive"}], ids=["plain", "tau", "positive_adaptive"]
+        "arguments",
+        [{}, {"tau": 0.3}, {"similarity": "positive", "tau": "adaptive"}],
+        ids=["plain", "tau", "positive_adaptive"],
     )
     def test_weighted_values(self, arguments, dtype, backend):
         x = normal(16, 43, seed=15, dtype=dtype).requires_grad_()
@@ -395,7 +406,9 @@ class TestMaxCosine:
         value = max_cosine_loss(x, precision=precision, backend=backend)
         assert_within(actual=value, expected=expected, bound=loss_bound(x, 43, precision=precision))
 
-    @pytest.mark.parametrize("n_chunks", [2, 3, 4, 21], ids=["halves", "ragged_thirds", "ragged_quarters", "pairs_and_a_triple"])
+    @pytest.mark.parametrize(
+        "n_chunks", [2, 3, 4, 21], ids=["halves", "ragged_thirds", "ragged_quarters", "pairs_and_a_triple"]
+    )
     def test_chunks(self, n_chunks, backend):
         x = normal(24, 43, seed=18)
         chunks = torch.randperm(43, generator=seeded(7)).tensor_split(n_chunks)
@@ -518,7 +531,14 @@ class TestDeterminism:
     @pytest.mark.parametrize("make", [normal, dyadic, activations])
     @pytest.mark.parametrize(
         "arguments",
-        [{}, {"tau": 0.3}, {"tau": 0.999}, {"tau": "adaptive"}, {"similarity": "positive"}, {"similarity": "positive", "tau": 0.3}],
+        [
+            {},
+            {"tau": 0.3},
+            {"tau": 0.999},
+            {"tau": "adaptive"},
+            {"similarity": "positive"},
+            {"similarity": "positive", "tau": 0.3},
+        ],
         ids=str,
     )
     def test_warm_start_changes_no_bit(self, make, arguments, first_guess, backend):

@@ -65,7 +65,9 @@ SIGNED = np.array([[1.0, 0.0, -1.0, 2.0], [0.0, 1.0, 0.0, 0.0]])
         pytest.param({"k": 5, "tau": 0.0}, [(0, 2), (0, 3), (2, 3)], 0.0, id="tau_is_strict"),
         pytest.param({"k": 5, "tau": 0.3}, [(0, 2), (0, 3), (2, 3)], 0.3, id="fewer_than_k_pass"),
         pytest.param({"k": 2, "similarity": "positive"}, [(0, 3)], 0.0, id="positive_drops_the_rest"),
-        pytest.param({"k": 4, "tau": "adaptive", "n_std": 0.5}, [(0, 2), (0, 3), (2, 3)], 0.75, id="mean_half_std_half"),
+        pytest.param(
+            {"k": 4, "tau": "adaptive", "n_std": 0.5}, [(0, 2), (0, 3), (2, 3)], 0.75, id="mean_half_std_half"
+        ),
         pytest.param({"k": 4, "tau": "adaptive", "n_std": 1.0}, [], 1.0, id="tau_equals_the_largest"),
     ],
 )
@@ -133,7 +135,9 @@ def test_loss_gradient_of_no_pair_is_zero():
 
 
 def test_max_cosine_gradient():
-    gradient = oracle.max_cosine_gradient(X[:, [0, 2]], np.array([1, 0]))  # both columns choose the one pair: the mean is its cos**2
+    gradient = oracle.max_cosine_gradient(
+        X[:, [0, 2]], np.array([1, 0])
+    )  # both columns choose the one pair: the mean is its cos**2
     np.testing.assert_allclose(gradient.T, [GRAD_A, GRAD_C], rtol=0, atol=1e-15)
 
 

@@ -85,7 +85,9 @@ class TestGuessFromSample:
     def test_rarely_misses_and_rarely_overshoots(self, seed):
         population = torch.randn(100_000, generator=seeded(seed)).abs()
         k = 2_000
-        guess = selection.guess_from_sample(population[torch.randperm(100_000, generator=seeded(seed))[:10_000]], k, 100_000)
+        guess = selection.guess_from_sample(
+            population[torch.randperm(100_000, generator=seeded(seed))[:10_000]], k, 100_000
+        )
         assert k <= (population > guess).sum() <= 1.6 * k
 
 
@@ -141,9 +143,7 @@ def blocks_of(n, n_rows, n_cols):
         if col >= n:
             continue
         pairs = [
-            r * n + c
-            for r in range(row, min(row + n_rows, n))
-            for c in range(max(r + 1, col), min(col + n_cols, n))
+            r * n + c for r in range(row, min(row + n_rows, n)) for c in range(max(r + 1, col), min(col + n_cols, n))
         ]
         yield torch.tensor(pairs, dtype=torch.int64), row * n + col
 
@@ -156,7 +156,9 @@ class TestSurvivors:
         n = data.draw(st.integers(2, 24))
         levels = data.draw(st.sampled_from([1, 2, 4, 1000]))
         similarity = data.draw(st.sampled_from(["abs", "positive"]))
-        value_of = torch.randint(-levels, levels + 1, (n * n,), generator=seeded(data.draw(st.integers(0, 99)))) / levels
+        value_of = (
+            torch.randint(-levels, levels + 1, (n * n,), generator=seeded(data.draw(st.integers(0, 99)))) / levels
+        )
         k = data.draw(st.integers(1, n * (n - 1) // 2))
         guess = data.draw(st.sampled_from([-1.0, 0.0, 0.25, 0.5]))
         query = Query(k=k, similarity=similarity)

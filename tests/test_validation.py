@@ -24,7 +24,11 @@ BAD_X = {
     "bool": (torch.ones(3, 4, dtype=torch.bool), TypeError, r"x must have dtype .* got torch\.bool"),
     "complex": (torch.ones(3, 4, dtype=torch.complex64), TypeError, r"x must have dtype .* got torch\.complex64"),
     "float8": (torch.ones(3, 4).to(torch.float8_e4m3fn), TypeError, r"x must have dtype .* got torch\.float8_e4m3fn"),
-    "sparse": (torch.eye(4).to_sparse(), TypeError, r"x must be a dense tensor, got layout torch\.sparse_coo; .*to_dense"),
+    "sparse": (
+        torch.eye(4).to_sparse(),
+        TypeError,
+        r"x must be a dense tensor, got layout torch\.sparse_coo; .*to_dense",
+    ),
 }
 
 BAD_ARGUMENTS = {
@@ -35,7 +39,11 @@ BAD_ARGUMENTS = {
     "fraction_word": ({"fraction": "0.1"}, TypeError, r"fraction must be a number, got str '0\.1'"),
     "fraction_bool": ({"fraction": True}, TypeError, r"fraction must be a number, got bool True"),
     "fraction_none": ({"fraction": None}, TypeError, r"fraction must be a number, got NoneType"),
-    "fraction_tensor": ({"fraction": torch.tensor(0.1)}, TypeError, r"fraction must be a number, got a tensor of dtype"),
+    "fraction_tensor": (
+        {"fraction": torch.tensor(0.1)},
+        TypeError,
+        r"fraction must be a number, got a tensor of dtype",
+    ),
     "k_zero": ({"k": 0}, ValueError, r"k must be in \[1, 45\], the pairs of 10 columns; got 0"),
     "k_negative": ({"k": -1}, ValueError, r"k must be in \[1, 45\].* got -1"),
     "k_above_all": ({"k": 46}, ValueError, r"k must be in \[1, 45\], the pairs of 10 columns; got 46"),
@@ -59,10 +67,10 @@ BAD_ARGUMENTS = {
 }
 
 BAD_COMMON = {
-    "precision": ({"precision": "tf32"}, ValueError, r"precision must be one of 'highest', 'high', 'medium', got 'tf32'"),
+    "precision": ({"precision": "tf32"}, ValueError, r"precision must be one of 'highest', .* got 'tf32'"),
     "precision_none": ({"precision": None}, ValueError, r"precision must be one of .* got None"),
     "backend_unknown": (
-        {"backend": "cuda"}, ValueError, r"""backend must be "auto" or one of \[.*'tiled'.*\], got 'cuda': there is no such""",
+        {"backend": "cuda"}, ValueError, r"""backend must be "auto" or one of \[.*'tiled'.*\], got 'cuda': there""",
     ),
     "backend_none": ({"backend": None}, ValueError, r"backend must be .* got None"),
     "backend_list": ({"backend": ["tiled"]}, (TypeError, ValueError), r"backend must be"),
@@ -72,13 +80,13 @@ BAD_PRIORITY = {
     "priority_short": (torch.ones(9), ValueError, r"priority must have shape \[10\], one number a column; got \[9\]"),
     "priority_2d": (torch.ones(10, 1), ValueError, r"priority must have shape \[10\].* got \[10, 1\]"),
     "priority_number": (3.0, ValueError, r"priority must have shape \[10\].* got \[\]"),
-    "priority_complex": (torch.ones(10, dtype=torch.complex64), TypeError, r"priority must hold real numbers, got torch\.complex64"),
-    "priority_nan": (torch.tensor([1.0, torch.nan] * 5), ValueError, r"priority has 5 NaN; every column needs a number"),
+    "priority_complex": (torch.ones(10) + 0j, TypeError, r"priority must hold real numbers, got torch\.complex64"),
+    "priority_nan": (torch.tensor([1, torch.nan] * 5), ValueError, r"priority has 5 NaN; every column needs a number"),
     "priority_words": (["a"] * 10, (TypeError, ValueError), r"priority must"),
 }  # fmt: skip
 
 BAD_MAX_COSINE = {
-    "n_chunks_zero": ({"n_chunks": 0}, ValueError, r"n_chunks must be in \[1, 5\], two columns to a chunk or more; got 0"),
+    "n_chunks_zero": ({"n_chunks": 0}, ValueError, r"n_chunks must be in \[1, 5\], two columns to a chunk .*; got 0"),
     "n_chunks_above_half": ({"n_chunks": 6}, ValueError, r"n_chunks must be in \[1, 5\].* got 6"),
     "n_chunks_float": ({"n_chunks": 2.0}, TypeError, r"n_chunks must be an integer, got float 2\.0"),
     "n_chunks_bool": ({"n_chunks": True}, TypeError, r"n_chunks must be an integer, got bool True"),
@@ -134,7 +142,9 @@ def test_reduction(bad):
 def test_unavailable_backend_says_why(op, name):
     if name in available_backends():
         pytest.skip(f"{name} runs here")
-    with pytest.raises(ValueError, match=rf"""backend must be "auto" or one of \['naive', 'tiled'.*\], got '{name}': .+"""):
+    with pytest.raises(
+        ValueError, match=rf"""backend must be "auto" or one of \['naive', 'tiled'.*\], got '{name}': .+"""
+    ):
         op(X, backend=name)
 
 
@@ -145,8 +155,12 @@ def test_unavailable_backend_says_why(op, name):
         pytest.param([7], torch.nan, r"x has 1 column with NaN or Inf: 7$", id="one_nan"),
         pytest.param([0, 39], torch.inf, r"x has 2 columns with NaN or Inf: 0, 39$", id="two_inf"),
         pytest.param([3], -torch.inf, r"x has 1 column with NaN or Inf: 3$", id="minus_inf"),
-        pytest.param(range(10), torch.nan, r"x has 10 columns with NaN or Inf: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9$", id="ten"),
-        pytest.param(range(5, 17), torch.nan, r"x has 12 columns .* 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, \.\.\.$", id="twelve"),
+        pytest.param(
+            range(10), torch.nan, r"x has 10 columns with NaN or Inf: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9$", id="ten"
+        ),
+        pytest.param(
+            range(5, 17), torch.nan, r"x has 12 columns .* 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, \.\.\.$", id="twelve"
+        ),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
