@@ -48,10 +48,13 @@ def main(path: Path) -> None:
     right.axvline(threshold, color=_RED, linewidth=1.2)
     right.set_yscale("log")
     top = right.get_ylim()[1]
-    right.annotate("guess, from a sample\nor the last step", (guess, top), xytext=(-4, -4), textcoords="offset points",
-                   ha="right", va="top", fontsize=8, color=_BLUE)  # fmt: skip
-    right.annotate(f"k-th |cosine|, exact: {pairs.k} pairs above it,\ncertified because more than {pairs.k} survived the guess",
-                   (threshold, top), xytext=(5, -4), textcoords="offset points", va="top", fontsize=8, color=_RED)  # fmt: skip
+    label = {"textcoords": "offset points", "va": "top", "fontsize": 8}
+    text = "guess, from a sample\nor the last step"
+    right.annotate(text, (guess, top), xytext=(-4, -4), ha="right", color=_BLUE, **label)
+    text = (
+        f"k-th |cosine|, exact: {pairs.k} pairs from here on,\ncertified because more than {pairs.k} exceed the guess"
+    )
+    right.annotate(text, (threshold, top), xytext=(5, -4), color=_RED, **label)
     right.set_xlabel("|cosine| of a pair")
     right.set_ylabel("pairs")
     right.spines[["top", "right"]].set_visible(False)

@@ -43,7 +43,7 @@ def test_k_from_fraction_equals_the_definition(n_features, fraction):
 @pytest.mark.parametrize("count", [1, 7, 60, 249, 250, 251, 499, 500, 1000])
 def test_first_of_the_total_order(similarity, count):
     generator = seeded(0)
-    values = torch.randint(-4, 5, (500,), generator=generator) / 4
+    values = torch.randint(-4 if similarity == "abs" else 0, 5, (500,), generator=generator) / 4
     index = torch.randperm(1000, generator=generator)[:500]
     key = {"abs": values.abs(), "positive": values}[similarity]
     expected = np.lexsort((index.numpy(), -key.numpy()))[:count]
@@ -206,6 +206,11 @@ class TestSurvivors:
         values, index = survivors.first(3)
         assert index.tolist() == [8, 2, 3]
         assert torch.equal(values, torch.tensor([0.9, 0.5, -0.5]))
+
+    def test_what_equals_the_guess_does_not_survive(self):
+        survivors = Survivors(Query(k=3), 0.5)
+        survivors.add(torch.tensor([0.5, -0.5, 0.75, 0.25]), torch.arange(4))
+        assert survivors.first(3)[1].tolist() == [2]
 
     @pytest.mark.parametrize("cut", [0.25, 0.9999999, 1e-30])
     def test_screen_lets_every_tie_with_a_positive_cut_pass(self, cut):

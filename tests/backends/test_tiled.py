@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -100,6 +100,7 @@ class TestTiles:
             assert row * n + col > highest_of_earlier_panels
         assert (seen.triu(1) == torch.ones(n, n, dtype=torch.int64).triu(1)).all()
 
+    @settings(max_examples=100)
     @given(data=st.data())
     def test_any_shape_any_ties(self, data, tile, passes):
         rows = data.draw(st.integers(1, 20))

@@ -40,7 +40,7 @@ def select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
     n_selected = selected.numel()
     padding = (0, query.k - n_selected)
     floor = tau or 0.0
-    threshold = similarity[selected[-1]] if n_selected == query.k else values.new_tensor(floor)
+    threshold = similarity[selected[-1]].clone() if n_selected == query.k else values.new_tensor(floor)
     return Selection(
         values=torch.nn.functional.pad(values[selected], padding),
         rows=torch.nn.functional.pad(rows[selected], padding),
