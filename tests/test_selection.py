@@ -39,12 +39,14 @@ def test_k_from_fraction_equals_the_definition(n_features, fraction):
     assert 1 <= k <= selection.n_pairs(n_features)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("similarity", ["abs", "positive"])
 @pytest.mark.parametrize("count", [1, 7, 60, 249, 250, 251, 499, 500, 1000])
-def test_first_of_the_total_order(similarity, count):
+def test_first_of_the_total_order(similarity, count, dtype):
     generator = seeded(0)
-    values = torch.randint(-4 if similarity == "abs" else 0, 5, (500,), generator=generator) / 4
+    values = torch.randint(-4, 5, (500,), generator=generator).to(dtype) / 4
     index = torch.randperm(1000, generator=generator)[:500]
+    values[(values == 0) & (index % 2 == 0)] = -0.0
     key = {"abs": values.abs(), "positive": values}[similarity]
     expected = np.lexsort((index.numpy(), -key.numpy()))[:count]
     first_values, first_index = selection.first_of(values, index, similarity, count)

@@ -112,12 +112,13 @@ def assert_selection(
     all_rows, all_cols = oracle.all_pairs(n_features)
     index = all_rows * n_features + all_cols
     similarities = np.abs(cosine) if similarity == "abs" else cosine
+    adaptive = tau == "adaptive"
     tau = oracle.tau_of(cosine, tau, n_std)
     floor = -np.inf if tau is None else tau
     if similarity == "positive":
         floor = max(floor, 0.0)
     # a mean and a population std move by no more than the numbers they are of
-    e_floor = (1 + abs(n_std)) * e if isinstance(pairs.tau, Tensor) else e
+    e_floor = (1 + abs(n_std)) * e if adaptive else e
 
     assert (pairs.n_features, pairs.k) == (n_features, k)
     assert (pairs.rows.dtype, pairs.cols.dtype, pairs.values.dtype) == (torch.int64, torch.int64, torch.float32)

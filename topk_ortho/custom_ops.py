@@ -52,7 +52,7 @@ def _(
     rows, cols = x.new_empty(k, dtype=torch.int64), x.new_empty(k, dtype=torch.int64)
     values, norms = x.new_empty(k, dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
     n_selected, threshold, tau_used = x.new_empty((), dtype=torch.int64), values.new_empty(()), values.new_empty(())
-    next_state = x.new_empty(0) if state is None else torch.empty_like(state)
+    next_state = norms.new_empty(0) if state is None else torch.empty_like(state)
     return values, rows, cols, n_selected, threshold, tau_used, norms, next_state
 
 

@@ -77,9 +77,11 @@ def topk_pairs(
         If x is not 2-D, has no row or fewer than 2 columns, or holds NaN or Inf; if an argument is out of its range; if
         a backend is not available.
 
-    Notes ----- Exact means: against float64, every selected pair has |cosine| >= t_k - e and every other one |cosine|
-    <= t_k + e, where t_k is the k-th value and e the rounding of the precision asked for; the count is exact. N**2 M /
-    2 multiply-adds, O(k) memory beside one tile.
+    Notes
+    -----
+    Exact means: against float64, every selected pair has |cosine| >= t_k - e and every other one |cosine| <= t_k + e,
+    where t_k is the k-th value and e the rounding of the precision asked for; the count is exact. It takes N**2 M / 2
+    multiply-adds and O(k) memory beside one tile.
 
     Under ``torch.compile(fullgraph=True)`` the number of pairs depends on the data if `tau` is given or `similarity` is
     "positive", which needs ``torch._dynamo.config.capture_scalar_outputs = True``; `topk_ortho_loss` has no such limit.
@@ -98,7 +100,7 @@ def topk_pairs(
     if tau is not None or similarity == "positive":
         p = selection.n_selected.item()
         rows, cols, values = rows[:p], cols[:p], values[:p]
-    tau_used = selection.tau if tau == "adaptive" else None if tau is None else float(tau)
+    tau_used = selection.tau.item() if tau == "adaptive" else None if tau is None else float(tau)
     return TopKPairs(rows, cols, values.float(), selection.threshold.float(), tau_used, x.shape[1], k)
 
 
@@ -145,8 +147,10 @@ def topk_ortho_loss(
     TypeError, ValueError
         As in `topk_pairs`; also if `priority` does not have one real number a column, or `reduction` is unknown.
 
-    Notes ----- The backward pass gathers the partners of each column, O(k M), and applies the Jacobian of the
-    normalisation. The gradient of a dead column is zero.
+    Notes
+    -----
+    The backward pass gathers the partners of each column, O(k M), and applies the Jacobian of the normalisation. The
+    gradient of a dead column is zero.
 
     Examples
     --------

@@ -17,8 +17,8 @@ class TopKPairs(NamedTuple):
     """float32 [p], signed cosines; differentiable in x"""
     threshold: Tensor
     """[] the k-th |cosine|; the floor in force (tau, or 0) if fewer than k pairs passed it"""
-    tau: float | Tensor | None
-    """The floor used: the number given, a tensor [] if it was adaptive, None if there was none"""
+    tau: float | None
+    """The floor used, given or adaptive; None if there was none"""
     n_features: int
     """N"""
     k: int

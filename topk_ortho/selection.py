@@ -40,17 +40,26 @@ def similarity_of(values: Tensor, similarity: Similarity) -> Tensor:
 
 
 def first_of(values: Tensor, index: Tensor, similarity: Similarity, count: int) -> tuple[Tensor, Tensor]:
-    """The first `count` records of the total order, in it; no similarity may be negative."""
+    """The first `count` records of the total order, in it."""
     if index.numel() > 2 * count:  # drop most records without sorting them
         score = similarity_of(values, similarity)
         kept = score >= score.topk(count, sorted=False).values.min()
         values, index = values[kept], index[kept]
     by_index = index.argsort()
-    # survivors are never negative, so their bits order as they do: integers sort by radix, ten times faster on a CPU
-    integer = torch.int64 if values.dtype == torch.float64 else torch.int32
-    bits = similarity_of(values[by_index], similarity).view(integer)
-    order = by_index[bits.neg().argsort(stable=True)][:count]
+    rank = _integers_in_order(similarity_of(values[by_index], similarity))
+    order = by_index[rank.bitwise_not().argsort(stable=True)][:count]  # ~rank descends and cannot overflow
     return values[order], index[order]
+
+
+def _integers_in_order(numbers: Tensor) -> Tensor:
+    """Integers that compare as the floating `numbers` do: they sort by radix, ten times faster on a CPU.
+
+    The bits of a float order as it does, except that below zero they order backwards.
+    """
+    integer, sign_bit = (torch.int64, 63) if numbers.dtype == torch.float64 else (torch.int32, 31)
+    bits = (numbers + 0.0).view(integer)  # + 0.0 turns -0.0 into 0.0
+    ordered: Tensor = bits ^ ((bits >> sign_bit) & (2**sign_bit - 1))
+    return ordered
 
 
 def floor_of(query: Query, adaptive_tau: float | None = None) -> float:
@@ -61,10 +70,30 @@ def floor_of(query: Query, adaptive_tau: float | None = None) -> float:
     return -1.0 if tau is None else tau
 
 
-def adaptive_tau(sum_abs: float, sum_squares: float, count: int, n_std: float) -> float:
-    """mean + n_std * std (population) of |cosine|, from its sums over all `count` pairs."""
-    mean = sum_abs / count
-    return mean + n_std * math.sqrt(max(0.0, sum_squares / count - mean * mean))
+class Moments:
+    """Mean and population standard deviation of |cosine|, gathered tile by tile.
+
+    Every tile is summed as deviations from the mean so far, so that nothing cancels where all cosines are alike
+    (Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983).
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = 0.0
+        """Over all that was added; whoever adds the first tile sets it to that tile's mean before."""
+        self._sum_squares = 0.0
+
+    def add(self, deviations: Tensor, count: int) -> None:
+        """Add `count` magnitudes, given less `mean`; further entries must be 0."""
+        flat = deviations.view(-1)
+        total, squares = flat.sum().item(), torch.dot(flat, flat).item()
+        self.count += count
+        self.mean += total / self.count
+        self._sum_squares += squares - total * total / self.count
+
+    def adaptive_tau(self, n_std: float) -> float:
+        """mean + n_std * std."""
+        return self.mean + n_std * math.sqrt(max(0.0, self._sum_squares / self.count))
 
 
 def guess_from_sample(similarities: Tensor, k: int, count: int) -> float:

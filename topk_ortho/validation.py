@@ -83,7 +83,10 @@ def resolve_priority(priority: Any, x: Tensor) -> Tensor | None:
     """`priority` as a tensor [N] on the device of x."""
     if priority is None:
         return None
-    numbers_of_columns: Tensor = torch.as_tensor(priority, device=x.device).detach()
+    try:
+        numbers_of_columns: Tensor = torch.as_tensor(priority, device=x.device).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"priority must hold one real number a column, got {_describe(priority)}") from error
     if numbers_of_columns.is_complex():
         raise TypeError(f"priority must hold real numbers, got {numbers_of_columns.dtype}")
     if numbers_of_columns.shape != x.shape[1:]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from topk_ortho.backends.base import EPS, Precision, Query, RowMax, Selection, accumulation_dtype
 from topk_ortho.backends.norms import column_norms, inverse_norms
+from topk_ortho.backends.precision import matmul_precision
 from topk_ortho.selection import next_state, similarity_of
 
 
@@ -39,7 +40,7 @@ def select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
     selected = order[: query.k]
     n_selected = selected.numel()
     padding = (0, query.k - n_selected)
-    floor = tau or 0.0
+    floor = max(0.0, tau or 0.0)
     threshold = similarity[selected[-1]].clone() if n_selected == query.k else values.new_tensor(floor)
     return Selection(
         values=torch.nn.functional.pad(values[selected], padding),
@@ -49,7 +50,7 @@ def select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
         threshold=threshold,
         tau=values.new_tensor(-1.0 if tau is None else tau),
         norms=norms,
-        state=x.new_empty(0) if state is None else next_state(state, similarity[order], query.k, n_passes=1),
+        state=norms.new_empty(0) if state is None else next_state(state, similarity[order], query.k, n_passes=1),
     )
 
 
@@ -75,9 +76,10 @@ def pair_gradient(
     weights = x_hat.new_zeros(n_features, n_features)
     weights.index_put_((cols, rows), grad_rows, accumulate=True)
     weights.index_put_((rows, cols), grad_cols, accumulate=True)
-    grad_x_hat = x_hat @ weights
+    with matmul_precision(x.device, "highest"):
+        grad_x_hat = x_hat @ weights
     inner = (grad_x_hat * x_hat).sum(dim=0) * (norms > EPS)
-    return ((grad_x_hat - x_hat * inner) * inverse_norms(norms)).to(x.dtype)
+    return torch.empty_like(x).copy_((grad_x_hat - x_hat * inner) * inverse_norms(norms))
 
 
 def _normalize(x: Tensor, norms: Tensor) -> Tensor:
@@ -85,4 +87,5 @@ def _normalize(x: Tensor, norms: Tensor) -> Tensor:
 
 
 def _gram(x_hat: Tensor) -> Tensor:
-    return (x_hat.T @ x_hat).clamp_(-1, 1)
+    with matmul_precision(x_hat.device, "highest"):
+        return (x_hat.T @ x_hat).clamp_(-1, 1)

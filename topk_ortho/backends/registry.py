@@ -30,7 +30,7 @@ def resolve_backend(name: str, device: torch.device) -> str:
     """Name of the backend that serves `name` on `device`; an explicit choice never falls back to another."""
     if name == "auto":
         return "tiled"
-    if name in BACKENDS:
+    if isinstance(name, str) and name in BACKENDS:
         reason = BACKENDS[name].unavailable_reason(device)
     else:
         reason = "this version does not have it" if name in _PLANNED else "there is no such backend"

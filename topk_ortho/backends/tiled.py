@@ -7,9 +7,8 @@ Extra memory: one tile with its magnitudes, O(k) survivors, and a copy of x only
 multiplied as it is. Exactness is the business of `topk_ortho.selection`.
 """
 
-import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +16,10 @@ from torch.nn.functional import embedding_bag, pad
 
 from topk_ortho.backends.base import EPS, Precision, Query, RowMax, Selection, accumulation_dtype
 from topk_ortho.backends.norms import column_norms, inverse_norms
+from topk_ortho.backends.precision import matmul_precision
 from topk_ortho.selection import (
+    Moments,
     Survivors,
-    adaptive_tau,
     floor_of,
     guess_from_sample,
     n_pairs,
@@ -29,8 +29,7 @@ from topk_ortho.selection import (
 
 _SAMPLE_ROWS, _SAMPLE_COLS = 256, 1024  # 2**18 sampled pairs: 262 of them above the threshold at fraction 1e-3
 _SMALLEST_SAMPLED = 128  # features; below, the whole gram is smaller than a useful sample
-# Of the gradient's feature-major slab [N, slab rows]: it stays in cache, but a gathered line is at least a cache line
-# long.
+# Of the gradient's feature-major slab [N, slab rows]: it stays in cache, yet a gathered line fills a cache line.
 _SLAB_BYTES, _SLAB_ROWS_LEAST = 2**21, 16
 
 
@@ -55,7 +54,7 @@ def select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
     """One pass from a guess; a second, from the floor, only if the first cannot be certified."""
     norms = column_norms(x)
     x = _multipliable(x)
-    with _matmul_precision(x.device, query.precision):
+    with matmul_precision(x.device, query.precision):
         guess = _guess(x, norms, query, state)
         floor = floor_of(query)
         survivors, moments = _stream(x, norms, query, max(guess, floor))
@@ -63,7 +62,7 @@ def select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
 
         tau = query.tau
         if query.n_std is not None:
-            tau = adaptive_tau(*moments, n_pairs(x.shape[1]), query.n_std)
+            tau = moments.adaptive_tau(query.n_std)
             floor = floor_of(query, tau)
         values, index = survivors.first(2 * query.k)
         if index.numel() < query.k and guess > floor:
@@ -84,7 +83,7 @@ def select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
         threshold=similarity[query.k - 1].clone() if n_selected == query.k else values.new_tensor(max(floor, 0.0)),
         tau=values.new_tensor(-1.0 if tau is None else tau),
         norms=norms,
-        state=x.new_empty(0) if state is None else next_state(state, similarity, query.k, n_passes),
+        state=norms.new_empty(0) if state is None else next_state(state, similarity, query.k, n_passes),
     )
 
 
@@ -92,7 +91,7 @@ def row_max(x: Tensor, chunks: tuple[Tensor, ...] | None, precision: Precision) 
     """Running maxima over the tiles, for the columns of a tile and for its rows."""
     norms = column_norms(x)
     x = _multipliable(x)
-    with _matmul_precision(x.device, precision):
+    with matmul_precision(x.device, precision):
         if chunks is None:
             return RowMax(*_row_max_of_all(x, norms), norms)
         values, partners = torch.empty_like(norms), torch.empty_like(norms, dtype=torch.int64)
@@ -156,30 +155,35 @@ def _upper_tiles(x: Tensor, norms: Tensor) -> Iterator[_Tile]:
             yield _Tile(row, col, torch.mm(panel, columns, out=buffer[: size[0] * size[1]].view(size)))
 
 
-def _stream(x: Tensor, norms: Tensor, query: Query, guess: float) -> tuple[Survivors, tuple[float, float]]:
-    """Survivors of one pass, and the sums of |cosine| and of its square over all pairs (0 unless tau is adaptive)."""
+def _stream(x: Tensor, norms: Tensor, query: Query, guess: float) -> tuple[Survivors, Moments]:
+    """Survivors of one pass, and the moments of |cosine| over all pairs, empty unless tau is adaptive."""
     n_features = x.shape[1]
     survivors = Survivors(query, guess)
     column_scale = norms.clamp_min(EPS)
     inverse = inverse_norms(norms)
     scan, lower = _Scan(x), _LowerTriangle(x)
-    sum_abs = sum_squares = 0.0
+    moments = Moments()
     for row, col, products in _upper_tiles(x, norms):
         cols = slice(col, col + products.shape[1])
         scores = scan.load(products, absolute=query.similarity == "abs" or query.n_std is not None)
         if query.n_std is not None:
             magnitude = scores.mul_(inverse[cols])
+            n_rows = magnitude.shape[0]
+            n_tile = magnitude.numel() - (n_rows * (n_rows + 1) // 2 if row == col else 0)
+            if moments.count == 0:
+                lower.fill(magnitude, 0.0)
+                moments.mean = magnitude.sum().item() / n_tile
+            magnitude.sub_(moments.mean)
             if row == col:
                 lower.fill(magnitude, 0.0)
-            sum_abs += magnitude.sum().item()
-            sum_squares += torch.dot(magnitude.view(-1), magnitude.view(-1)).item()
+            moments.add(magnitude, n_tile)
             scores = scan.load(products, absolute=query.similarity == "abs")
         if row == col:
             lower.fill(scores, -torch.inf)
         local_row, local_col = scan.above(column_scale[cols] * survivors.screen(row * n_features + col))
         values = products[local_row, local_col].mul_(inverse[cols][local_col]).clamp_(-1, 1)
         survivors.add(values, (local_row + row) * n_features + (local_col + col))
-    return survivors, (sum_abs, sum_squares)
+    return survivors, moments
 
 
 class _LowerTriangle:
@@ -250,8 +254,7 @@ def _row_max_of_all(x: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
         cosine = products.mul_(inverse[cols]).clamp_(-1, 1)
         if row == col:
             lower.fill(cosine, -torch.inf)
-        # ascending partners for every column: those in earlier panels came first, then the column side, then the row
-        # side
+        # partners ascend for every column: earlier panels came first, then the column side, then the row side
         for span, dim, first_partner in ((cols, 0, row), (rows, 1, col)):
             highest = cosine.amax(dim=dim)
             improved = (highest > best[span]).nonzero().squeeze(1)
@@ -284,17 +287,3 @@ def _multipliable(x: Tensor) -> Tensor:
 
 def _tile_shape(x: Tensor) -> _TileShape:
     return _CPU_TILE if x.device.type == "cpu" else _ACCELERATOR_TILE
-
-
-@contextlib.contextmanager
-def _matmul_precision(device: torch.device, precision: Precision) -> Iterator[None]:
-    """Products at `precision`, whatever the process-wide setting and autocast say, as far as the hardware has it."""
-    on_cpu = device.type == "cpu"
-    setting: Any = torch.backends.mkldnn.matmul if on_cpu else torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    before = setting.fp32_precision
-    setting.fp32_precision = {"highest": "ieee", "high": "tf32", "medium": "bf16" if on_cpu else "tf32"}[precision]
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        setting.fp32_precision = before
