@@ -30,22 +30,30 @@ def write_report(out: Path) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: one row for every N and mode, times and peak memory of every provider, ratios to this package."""
+    """Markdown: one row for every N and mode, with time and peak memory of every provider, and ratios."""
     cells = {(row["N"], row["mode"], row["provider"]): row for row in results["rows"]}
     providers = ["streamed", "half_gemm", "chunked", "naive"]
     lines = [
-        "| N | pass | " + " | ".join(f"{_LABELS[p]}" for p in providers) + " | faster than naive | memory / naive |",
-        "|--:|---|" + "--:|" * (len(providers) + 2),
+        "| N | pass | "
+        + " | ".join(f"{_LABELS[p]}" for p in providers)
+        + " | time / products | faster than naive | memory / naive |",
+        "|--:|---|" + "--:|" * (len(providers) + 3),
     ]
     for n, mode in dict.fromkeys(key[:2] for key in cells):
         row = {p: cells.get((n, mode, p)) for p in providers}
-        speedup, share = "", ""
+        slowdown = speedup = share = ""
         ours, naive = cells[n, mode, "streamed"], cells[n, mode, "naive"]
+        if row["half_gemm"] is not None:
+            slowdown = f"{ours['time_s'] / row['half_gemm']['time_s']:.2f}"
         if naive["peak_extra_bytes"] is not None:
             speedup = f"{naive['time_s'] / ours['time_s']:.1f} x"
             share = f"{ours['peak_extra_bytes'] / naive['peak_extra_bytes']:.2%}"
         pass_name = "forward" if mode == "forward" else "forward + backward"
-        lines.append(f"| {n:,} | {pass_name} | " + " | ".join(map(_cell, row.values())) + f" | {speedup} | {share} |")
+        lines.append(
+            f"| {n:,} | {pass_name} | "
+            + " | ".join(map(_cell, row.values()))
+            + f" | {slowdown} | {speedup} | {share} |"
+        )
     machine = results["environment"]
     rows = {row["M"] for row in results["rows"]}
     lines.append(
@@ -60,7 +68,7 @@ def table(results: dict[str, Any]) -> str:
 def plot(results: dict[str, Any], path: Path) -> None:
     """Time and memory against N, forward and forward + backward; what ran out of memory is a cross at the top."""
     matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
     panels = [("forward", "time_s", "forward, seconds"), ("forward_backward", "time_s", "forward + backward, seconds")]
     panels.append(("forward", "peak_extra_bytes", "forward, peak extra memory, MB"))
     for axes, (mode, field, title) in zip(figure.subplots(1, 3), panels, strict=True):
@@ -82,11 +90,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
         n_values = sorted({row["N"] for row in rows})
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.set_ylim(top=2.5 * axes.get_ylim()[1])  # room for the crosses
         axes.set_xticks(n_values, [f"{n:,}" for n in n_values], rotation=30)
         axes.set_title(title, fontsize=9, loc="left")
         axes.set_xlabel("N features")
         axes.grid(alpha=0.25)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -95,7 +104,8 @@ def _cell(row: dict[str, Any] | None) -> str:
         return ""
     if row["peak_extra_bytes"] is None:
         return "out of memory"
-    return f"{row['time_s']:.3g} s, {row['peak_extra_bytes'] / 1e6:,.0f} MB"
+    digits = 3 if row["time_s"] < 0.1 else 2 if row["time_s"] < 10 else 1
+    return f"{row['time_s']:.{digits}f} s, {row['peak_extra_bytes'] / 1e6:,.0f} MB"
 
 
 if __name__ == "__main__":

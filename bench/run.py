@@ -1,7 +1,8 @@
 """All CPU benchmarks in one command: python -m bench.run [--n 2048 ...] [--m 1024] [--repeats 3] [--out PATH].
 
 Memory first, one process a case, which also finds what cannot run; then time, `repeats` processes for every N, each of
-which runs all providers. Writes PATH.json, and PATH.png and the README's table through `bench.report`.
+which runs all providers. Writes PATH.json, and PATH.png and the README's table through `bench.report`. The default
+sizes take most of an hour on two cores.
 """
 
 import argparse

@@ -22,6 +22,11 @@ views = pytest.mark.parametrize("view", ["contiguous", "transposed", "strided_bo
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
+@pytest.mark.parametrize("op", [custom_ops.select_pairs, custom_ops.row_max], ids=["select_pairs", "row_max"])
+def test_ops_that_read_on_the_host_say_so(op):
+    assert torch.Tag.cudagraph_unsafe in op._opoverload.tags
+
+
 class TestOpcheck:
     """`torch.library.opcheck`: schema, registrations, fake kernels, AOT dispatch with dynamic shapes."""
 

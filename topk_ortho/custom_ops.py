@@ -16,8 +16,10 @@ from torch import Tensor
 from topk_ortho.backends.base import Query, accumulation_dtype
 from topk_ortho.backends.registry import BACKENDS
 
+_READS_ON_THE_HOST = (torch.Tag.cudagraph_unsafe,)
 
-@torch.library.custom_op("topk_ortho::select_pairs", mutates_args=())
+
+@torch.library.custom_op("topk_ortho::select_pairs", mutates_args=(), tags=_READS_ON_THE_HOST)
 def select_pairs(
     x: Tensor,
     k: int,
@@ -56,7 +58,7 @@ def _(
     return values, rows, cols, n_selected, threshold, tau_used, norms, next_state
 
 
-@torch.library.custom_op("topk_ortho::row_max", mutates_args=())
+@torch.library.custom_op("topk_ortho::row_max", mutates_args=(), tags=_READS_ON_THE_HOST)
 def row_max(
     x: Tensor, permutation: Tensor | None, n_chunks: int, precision: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:

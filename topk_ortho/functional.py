@@ -128,13 +128,15 @@ def topk_ortho_loss(
 
     Parameters
     ----------
-    x, fraction, k, tau, n_std, similarity, backend, precision, state
+    x, fraction, k, tau, n_std, similarity
         As in `topk_pairs`.
     reduction : {"mean", "sum"}
         Over the selected pairs. The mean over none is 0 with zero gradient.
     priority : Tensor, shape [N], optional
         Real numbers, for an SAE how often each feature fires. In each selected pair the column of higher priority is
         held constant, so that only the other one gets gradient; equal priorities move both. The value does not change.
+    backend, precision, state
+        As in `topk_pairs`.
 
     Returns
     -------

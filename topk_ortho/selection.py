@@ -109,7 +109,26 @@ def guess_from_sample(similarities: Tensor, k: int, count: int) -> float:
 
 
 def initial_state(device: torch.device | str | None = None) -> Tensor:
-    """Warm-start state before the first call: float32 [3], (guess, margin, passes of the last call)."""
+    """Warm-start state before the first call, for the `state` argument of `topk_pairs` and `topk_ortho_loss`.
+
+    Parameters
+    ----------
+    device : torch.device or str, optional
+        Of the x that it will be used with.
+
+    Returns
+    -------
+    Tensor, float32 [3]
+        (guess for the next call, -1 for none; margin by which it aims low, as a share of k; passes of the last call).
+        A call updates it in place.
+
+    Examples
+    --------
+    >>> state = initial_state()
+    >>> pairs = topk_pairs(torch.eye(3), k=1, state=state)
+    >>> state[2]  # passes
+    tensor(1.)
+    """
     return torch.tensor([-1.0, MARGIN_START, 0.0], device=device)
 
 

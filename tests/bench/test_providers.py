@@ -47,4 +47,4 @@ def test_table_names_what_ran_out_of_memory():
     text = table(
         json.loads(json.dumps({"rows": rows, "dtype": "float32", "fraction": 1e-3, "environment": environment}))
     )
-    assert "| 64 | forward | 0.5 s, 1 MB | 0.5 s, 1 MB | 0.5 s, 1 MB | out of memory |  |  |" in text
+    assert "| 64 | forward | 0.50 s, 1 MB | 0.50 s, 1 MB | 0.50 s, 1 MB | out of memory | 1.00 |  |  |" in text

@@ -75,14 +75,16 @@ def test_unknown_hook_is_refused_with_examples(tmp_path):
 
 
 def test_other_weights_are_refused():
-    with pytest.raises(ValueError, match=r"has sha256 53aa51172d.*, but model.sha256 asks for 00"):
+    with pytest.raises(ValueError, match=r"has sha256 53aa51172d.*, expected 00"):
         resolve_model(ModelConfig(sha256="00"))
 
 
 def test_local_directory_and_hub_name(tmp_path):
     directory = Path(resolve_model(ModelConfig()))
     assert resolve_model(ModelConfig(name=str(directory))) == str(directory)
-    assert resolve_model(ModelConfig(name="owner/model", sha256=None)) == "owner/model"
+    assert resolve_model(ModelConfig(name="owner/model")) == "owner/model"
+    with pytest.raises(ValueError, match=r"model.sha256 checks a local directory, and 'owner/model' is none"):
+        resolve_model(ModelConfig(name="owner/model", sha256="00"))
 
 
 def test_batches_visit_every_token_once_an_epoch():

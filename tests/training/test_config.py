@@ -22,6 +22,10 @@ from topk_ortho.training.config import PRESETS, ModelConfig, PenaltyConfig, SAEC
         (lambda: PenaltyConfig(weight=-1.0), "penalty.weight must be 0 or more"),
         (lambda: PenaltyConfig(fraction=0.0), r"penalty.fraction must be in \(0, 1\], got 0.0"),
         (lambda: PenaltyConfig(tau=1.0), "penalty.tau must be"),
+        (lambda: PenaltyConfig(tau=1), "penalty.tau must be .* got 1"),
+        (lambda: PenaltyConfig(tau="adaptative"), "penalty.tau must be .* got adaptative"),
+        (lambda: PenaltyConfig(target="encoder"), r"penalty.target must be one of \('decoder', .* got encoder"),
+        (lambda: PenaltyConfig(similarity="cosine"), "penalty.similarity must be one of"),
     ],
 )
 def test_nonsense_is_refused_by_name(build, message):

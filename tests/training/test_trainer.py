@@ -61,6 +61,14 @@ def test_penalty_separates_the_decoder(activations, tmp_path):
     assert summaries["decoder"]["mean_max_decoder_cosine"] < 0.9 * summaries["none"]["mean_max_decoder_cosine"]
 
 
+def test_divergence_is_loud(activations, tmp_path):
+    settings = config(tmp_path, lr=1e30, penalty=PenaltyConfig(target="none"))
+    with pytest.raises(
+        FloatingPointError, match=r"training diverged by step 40: .*'unexplained': (nan|inf).* lower lr"
+    ):
+        Trainer(settings, activations).fit()
+
+
 def test_decoder_keeps_unit_directions(activations, tmp_path):
     trainer = Trainer(config(tmp_path), activations)
     trainer.train_step(next(trainer.activations))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from topk_ortho.training.config import ModelConfig, TextConfig
+from topk_ortho.training.config import MINILM_SHA256, ModelConfig, TextConfig
 from topk_ortho.training.text import load_text, token_windows
 
 _WINDOWS_PER_SHARD = 1024
@@ -67,12 +67,15 @@ def resolve_model(config: ModelConfig) -> str:
     else:
         directory = Path(config.name)
         if not directory.is_dir():
+            if config.sha256 is not None:
+                raise ValueError(f"model.sha256 checks a local directory, and {config.name!r} is none")
             return config.name
-    if config.sha256 is not None:
+    expected = config.sha256 or (MINILM_SHA256 if config.name == "minilm" else None)
+    if expected is not None:
         weights = directory / "model.safetensors"
         actual = _sha256(weights)
-        if actual != config.sha256:
-            raise ValueError(f"{weights} has sha256 {actual}, but model.sha256 asks for {config.sha256}")
+        if actual != expected:
+            raise ValueError(f"{weights} has sha256 {actual}, expected {expected}")
     return str(directory)
 
 

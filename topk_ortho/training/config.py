@@ -2,9 +2,10 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""Of model.safetensors, as sentence-transformers published it."""
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:
@@ -21,8 +22,8 @@ class ModelConfig:
     hub."""
     hook: str = "blocks.3.hook_resid_post"
     """Name of the transformer_lens hook point; the model runs no further than that."""
-    sha256: str | None = MINILM_SHA256
-    """Expected sha256 of a local model's model.safetensors; "none" accepts any."""
+    sha256: str | None = None
+    """Expected sha256 of a local model's model.safetensors; None accepts any, but for "minilm", whose own is known."""
     batch_size: int = 32
     """Context windows in one forward pass."""
 
@@ -88,8 +89,12 @@ class PenaltyConfig:
     def __post_init__(self) -> None:
         _require(self.weight >= 0, "penalty.weight", self.weight, "0 or more")
         _require(0 < self.fraction <= 1, "penalty.fraction", self.fraction, "in (0, 1]")
-        if isinstance(self.tau, float):
-            _require(0 <= self.tau < 1, "penalty.tau", self.tau, 'in [0, 1), "adaptive" or none')
+        if self.tau not in (None, "adaptive"):
+            in_range = isinstance(self.tau, int | float) and 0 <= self.tau < 1
+            _require(in_range, "penalty.tau", self.tau, 'in [0, 1), "adaptive" or None')
+        for name in ("target", "similarity", "reduction", "priority"):
+            words = get_args(get_type_hints(PenaltyConfig)[name])
+            _require(getattr(self, name) in words, f"penalty.{name}", getattr(self, name), f"one of {words}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ the activations' scale.
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -118,6 +119,8 @@ class Trainer:
     def metrics(self, losses: Losses) -> dict[str, float]:
         """One line of metrics.jsonl; reads the losses back from the device."""
         terms = {name: term.item() for name, term in losses._asdict().items()}
+        if not all(map(math.isfinite, terms.values())):
+            raise FloatingPointError(f"training diverged by step {self.step}: {terms}; a lower lr may help")
         return {"step": self.step, "tokens": self.step * self.config.batch_size} | terms | {"dead": self.n_dead()}
 
     def summary(self) -> dict[str, float]:
