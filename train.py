@@ -22,22 +22,24 @@ except ModuleNotFoundError as error:
 
 
 def main() -> None:
-    """Parse, load, train, show."""
-    config = parse(sys.argv[1:])
-    activations = load_activations(config.model, config.text, config.cache_dir, resolve_device(config.device))
-    trainer = Trainer(config, activations)
-    show(config, trainer.fit())
+    """Parse, load, train, show; what the user can mend ends in one line."""
+    try:
+        config = parse(sys.argv[1:])
+        activations = load_activations(config.model, config.text, config.cache_dir, resolve_device(config.device))
+        trainer = Trainer(config, activations)
+        show(config, trainer.fit())
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"train.py: {error}")
 
 
 def parse(arguments: list[str]) -> TrainConfig:
     """The preset, with every option given put over it."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="minilm")
-    preset, rest = first.parse_known_args(arguments)
-    try:
-        return tyro.cli(TrainConfig, default=PRESETS[preset.preset], args=rest, description=__doc__)
-    except ValueError as error:
-        sys.exit(f"train.py: {error}")
+    chosen, rest = first.parse_known_args(arguments)
+    purpose = (__doc__ or "").splitlines()[0]
+    description = f"{purpose}\n\nDefaults are those of --preset {chosen.preset}; presets: {', '.join(PRESETS)}."
+    return tyro.cli(TrainConfig, default=PRESETS[chosen.preset], args=rest, description=description)
 
 
 def show(config: TrainConfig, summary: dict[str, float]) -> None:

@@ -83,6 +83,8 @@ def test_local_directory_and_hub_name(tmp_path):
     directory = Path(resolve_model(ModelConfig()))
     assert resolve_model(ModelConfig(name=str(directory))) == str(directory)
     assert resolve_model(ModelConfig(name="owner/model")) == "owner/model"
+    with pytest.raises(ValueError, match=r"model.name './absent' is not a directory"):
+        resolve_model(ModelConfig(name="./absent"))
     with pytest.raises(ValueError, match=r"model.sha256 checks a local directory, and 'owner/model' is none"):
         resolve_model(ModelConfig(name="owner/model", sha256="00"))
 

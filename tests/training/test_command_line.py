@@ -29,12 +29,16 @@ def test_every_level_can_be_overridden():
         (["--steps", "many"], "--steps"),
         (["--penalty.fraction", "2"], r"penalty.fraction must be in (0, 1], got 2.0"),
         (["--preset", "maxilm"], "maxilm"),
+        (["--model.name", "./absent"], "model.name './absent' is not a directory"),
+        (["--text.source", "absent.jsonl"], "text.source 'absent.jsonl' is not a file"),
+        (["--device", "abacus"], "device 'abacus' cannot be used here"),
     ],
-    ids=["unknown_key", "not_a_number", "out_of_range", "unknown_preset"],
+    ids=["unknown_key", "not_a_number", "out_of_range", "unknown_preset", "no_model", "no_text", "no_device"],
 )
-def test_bad_input_is_refused_by_name(arguments, message, capsys):
+def test_bad_input_ends_in_a_line_that_names_it(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(SystemExit) as stop:
-        train.parse(arguments)
+        train.main()
     assert message in str(stop.value) + "".join(capsys.readouterr())
     assert stop.value.code != 0
 

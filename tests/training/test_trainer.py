@@ -10,7 +10,7 @@ from topk_ortho.training.activations import Activations
 from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig
 from topk_ortho.training.metrics import evaluate, mean_max_cosine
 from topk_ortho.training.penalty import Penalty
-from topk_ortho.training.trainer import Trainer
+from topk_ortho.training.trainer import Trainer, resolve_device
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +61,19 @@ def test_penalty_separates_the_decoder(activations, tmp_path):
     assert summaries["decoder"]["mean_max_decoder_cosine"] < 0.9 * summaries["none"]["mean_max_decoder_cosine"]
 
 
-def test_divergence_is_loud(activations, tmp_path):
-    settings = config(tmp_path, lr=1e30, penalty=PenaltyConfig(target="none"))
-    with pytest.raises(
-        FloatingPointError, match=r"training diverged by step 40: .*'unexplained': (nan|inf).* lower lr"
-    ):
+def test_unknown_device_is_refused():
+    assert resolve_device("auto") == resolve_device(str(resolve_device("auto")))
+    for device in ("cuda:99", "abacus"):
+        with pytest.raises(ValueError, match=f"device '{device}' cannot be used here: "):
+            resolve_device(device)
+
+
+@pytest.mark.parametrize(
+    ("target", "what"), [("none", "'unexplained': (nan|inf)"), ("decoder", "x has .* columns with NaN or Inf")]
+)
+def test_divergence_is_loud(target, what, activations, tmp_path):
+    settings = config(tmp_path, lr=1e30, penalty=PenaltyConfig(target=target))
+    with pytest.raises(FloatingPointError, match=f"training diverged by step .*{what}.* lower lr"):
         Trainer(settings, activations).fit()
 
 

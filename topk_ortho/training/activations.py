@@ -67,6 +67,8 @@ def resolve_model(config: ModelConfig) -> str:
     else:
         directory = Path(config.name)
         if not directory.is_dir():
+            if config.name.startswith((".", "/", "~")):
+                raise ValueError(f"model.name {config.name!r} is not a directory")
             if config.sha256 is not None:
                 raise ValueError(f"model.sha256 checks a local directory, and {config.name!r} is none")
             return config.name

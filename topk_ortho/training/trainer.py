@@ -105,7 +105,10 @@ class Trainer:
         unexplained = (x - reconstruction).square().sum(dim=1).mean() / self.variance
         l1 = features.sum(dim=1).mean() / self.variance**0.5
         self._count_firing(features)
-        penalty = self.penalty(self.sae.W_dec, features, self.firing_rate)
+        try:
+            penalty = self.penalty(self.sae.W_dec, features, self.firing_rate)
+        except ValueError as error:  # the config is checked, so only NaN, Inf and overflow are left
+            raise FloatingPointError(self._diverged(str(error))) from error
         l1_weight = self.config.sae.l1_weight * self._warmup(self.step)
         loss = unexplained + l1_weight * l1 + self.config.penalty.weight * penalty
         self.optimizer.zero_grad()
@@ -120,7 +123,7 @@ class Trainer:
         """One line of metrics.jsonl; reads the losses back from the device."""
         terms = {name: term.item() for name, term in losses._asdict().items()}
         if not all(map(math.isfinite, terms.values())):
-            raise FloatingPointError(f"training diverged by step {self.step}: {terms}; a lower lr may help")
+            raise FloatingPointError(self._diverged(str(terms)))
         return {"step": self.step, "tokens": self.step * self.config.batch_size} | terms | {"dead": self.n_dead()}
 
     def summary(self) -> dict[str, float]:
@@ -149,6 +152,9 @@ class Trainer:
         self.tokens_since_fired += features.shape[0]
         self.tokens_since_fired[fired.any(dim=0)] = 0
 
+    def _diverged(self, what: str) -> str:
+        return f"training diverged by step {self.step}: {what}; a lower lr may help"
+
     def _split(self, windows: list[Tensor]) -> tuple[Tensor, Tensor]:
         """(training, held-out) tokens [n, d_in]; whole windows are held out, so that no context is shared."""
         order = torch.randperm(len(windows), generator=self.generator).tolist()
@@ -168,4 +174,7 @@ def resolve_device(device: str) -> torch.device:
     """The device that the word "auto" or a torch device string means."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
