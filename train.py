@@ -46,7 +46,8 @@ def show(config: TrainConfig, summary: dict[str, float]) -> None:
     """Print the result for a person."""
     penalty = config.penalty
     print(f"\n{config.sae.n_features} features at {config.model.hook} of {config.model.name}, {config.steps} steps")
-    print(f"penalty: {penalty.target}, weight {penalty.weight}, {penalty.fraction:.2%} of the pairs")
+    settings = "" if penalty.target == "none" else f", weight {penalty.weight}, {penalty.fraction:.2%} of the pairs"
+    print(f"penalty: {penalty.target}{settings}")
     rows = {
         "explained variance (held out)": f"{summary['explained_variance']:.4f}",
         "L0 (held out)": f"{summary['l0']:.1f}",
