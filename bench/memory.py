@@ -1,6 +1,7 @@
-"""Peak memory of one case, beyond its input and the gradient that it returns: python -m bench.memory PROVIDER MODE M N.
+"""Peak memory of one case beyond its input: python -m bench.memory PROVIDER MODE M N.
 
-Prints bytes, or "out of memory" if the machine's memory does not suffice. A process measures one case. Linux only.
+A gradient that the case returns counts. Prints bytes, or "out of memory" if the machine's memory does not suffice. A
+process measures one case. Linux only.
 """
 
 import resource
@@ -13,14 +14,13 @@ from bench.providers import make_case
 
 
 def peak_extra_bytes(provider: str, mode: str, m: int, n: int) -> int:
-    """Highest resident size during one call, less the resident size before it and the returned gradient."""
+    """Highest resident size during one call, less the resident size before it."""
     make_case(provider, mode, 8, 64)()  # loads libraries and starts threads
     call = make_case(provider, mode, m, n)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status_bytes("VmRSS")
     call()
-    gradient_bytes = 4 * m * n if mode == "forward_backward" else 0
-    return _status_bytes("VmHWM") - before - gradient_bytes
+    return _status_bytes("VmHWM") - before
 
 
 def machine_bytes() -> int:

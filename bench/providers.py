@@ -1,4 +1,4 @@
-"""Ways to compute the same loss, as a user would write each, and the bare products that bound them all.
+"""Ways to compute the same loss, as a user would write each, and the bare products that all of them need.
 
     loss = mean of cosine**2 over the k most similar pairs of columns of x [M, N]
 
@@ -20,15 +20,26 @@ _HALF_GEMM_TILE = (768, 1536)  # as fast as any tried from (512, 1024) to (2048,
 
 
 def naive(x: Tensor) -> Tensor:
-    """Whole gram, one torch.topk; of the N x N values only the gram is kept for the backward pass."""
+    """Whole gram in one buffer, one torch.topk; the gradient through the selected columns only."""
+    n_features = x.shape[1]
+    x_hat = normalize(x, dim=0)
+    with torch.no_grad():
+        magnitude = (x_hat.T @ x_hat).abs_().triu_(1)
+        best, index = magnitude.flatten().topk(k_from_fraction(n_features, FRACTION), sorted=False)
+        del magnitude
+    return best.square().mean() if not x.requires_grad else _loss_of_pairs(x_hat, index)
+
+
+def naive_autograd(x: Tensor) -> Tensor:
+    """The same, with the gradient through the whole gram, as autograd makes it of matmul and torch.topk."""
     n_features = x.shape[1]
     x_hat = normalize(x, dim=0)
     gram = x_hat.T @ x_hat
     with torch.no_grad():
         magnitude = gram.abs().triu_(1)
-        top = magnitude.flatten().topk(k_from_fraction(n_features, FRACTION), sorted=False).indices
+        index = magnitude.flatten().topk(k_from_fraction(n_features, FRACTION), sorted=False).indices
         del magnitude
-    return gram.flatten()[top].square().mean()
+    return gram.flatten()[index].square().mean()
 
 
 def chunked(x: Tensor) -> Tensor:
@@ -46,10 +57,7 @@ def chunked(x: Tensor) -> Tensor:
             block_index = (block.indices // n_cols + row) * n_features + block.indices % n_cols + row
             best, kept = torch.cat([best, block.values]).topk(min(k, best.numel() + block.values.numel()), sorted=False)
             index = torch.cat([index, block_index])[kept]
-    if not x.requires_grad:
-        return best.square().mean()
-    by_column = x_hat.T.contiguous()
-    return (by_column[index // n_features] * by_column[index % n_features]).sum(dim=1).square().mean()
+    return best.square().mean() if not x.requires_grad else _loss_of_pairs(x_hat, index)
 
 
 def streamed(x: Tensor) -> Tensor:
@@ -58,7 +66,7 @@ def streamed(x: Tensor) -> Tensor:
 
 
 def half_gemm(x: Tensor) -> Tensor:
-    """The products alone, every tile of the upper triangle overwritten by the next: the speed of light."""
+    """The products alone, every tile of the upper triangle overwritten by the next: a floor, up to noise."""
     n_features = x.shape[1]
     tile_rows, tile_cols = _HALF_GEMM_TILE
     buffer = x.new_empty(tile_rows * tile_cols)
@@ -71,6 +79,13 @@ def half_gemm(x: Tensor) -> Tensor:
     return buffer[0]
 
 
+def _loss_of_pairs(x_hat: Tensor, index: Tensor) -> Tensor:
+    """Differentiable loss of the pairs row * N + col, their columns gathered."""
+    n_features = x_hat.shape[1]
+    by_column = x_hat.T.contiguous()
+    return (by_column[index // n_features] * by_column[index % n_features]).sum(dim=1).square().mean()
+
+
 FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
     "half_gemm": half_gemm,
     "streamed": streamed,
@@ -81,6 +96,7 @@ FORWARD_BACKWARD: dict[str, Callable[[Tensor], Tensor]] = {
     "streamed": streamed,
     "chunked": chunked,
     "naive": naive,
+    "naive_autograd": naive_autograd,
 }
 
 

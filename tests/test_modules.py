@@ -157,12 +157,17 @@ def test_max_cosine_has_no_state():
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
-        (TopKOrthoLoss(), "TopKOrthoLoss(fraction=0.001, tau=None, similarity='abs', reduction='mean')"),
+        (
+            TopKOrthoLoss(),
+            "TopKOrthoLoss(fraction=0.001, tau=None, n_std=1.0, similarity='abs', reduction='mean', "
+            "backend='auto', precision='highest')",
+        ),
         (
             TopKOrthoLoss(k=7, tau="adaptive", similarity="positive", reduction="sum"),
-            "TopKOrthoLoss(k=7, tau='adaptive', similarity='positive', reduction='sum')",
+            "TopKOrthoLoss(k=7, tau='adaptive', n_std=1.0, similarity='positive', reduction='sum', "
+            "backend='auto', precision='highest')",
         ),
-        (MaxCosineLoss(3), "MaxCosineLoss(n_chunks=3)"),
+        (MaxCosineLoss(3), "MaxCosineLoss(n_chunks=3, backend='auto', precision='highest')"),
     ],
     ids=["fraction", "k", "max_cosine"],
 )

@@ -179,7 +179,9 @@ class TestSurvivors:
 
         index = torch.cat(everything)
         values = value_of[index]
-        above = selection.similarity_of(values, similarity) > max(guess, selection.floor_of(query))
+        floor = selection.floor_of(query)
+        scores = selection.similarity_of(values, similarity)
+        above = scores >= guess if guess > floor else scores > floor
         index, values = index[above], values[above]
         order = np.lexsort((index.numpy(), -selection.similarity_of(values, similarity).numpy()))[:k]
         kept_values, kept_index = survivors.first(k)
@@ -209,10 +211,11 @@ class TestSurvivors:
         assert index.tolist() == [8, 2, 3]
         assert torch.equal(values, torch.tensor([0.9, 0.5, -0.5]))
 
-    def test_what_equals_the_guess_does_not_survive(self):
-        survivors = Survivors(Query(k=3), 0.5)
+    @pytest.mark.parametrize(("tau", "index"), [(None, [2, 0, 1]), (0.5, [2])], ids=["guess", "floor"])
+    def test_what_equals_the_guess_survives_and_what_equals_the_floor_does_not(self, tau, index):
+        survivors = Survivors(Query(k=3, tau=tau), 0.5)
         survivors.add(torch.tensor([0.5, -0.5, 0.75, 0.25]), torch.arange(4))
-        assert survivors.first(3)[1].tolist() == [2]
+        assert survivors.first(3)[1].tolist() == index
 
     @pytest.mark.parametrize("cut", [0.25, 0.9999999, 1e-30])
     def test_screen_lets_every_tie_with_a_positive_cut_pass(self, cut):

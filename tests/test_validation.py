@@ -38,6 +38,7 @@ BAD_ARGUMENTS = {
     "fraction_nan": ({"fraction": float("nan")}, ValueError, r"fraction must be in \(0, 1\], got nan"),
     "fraction_word": ({"fraction": "0.1"}, TypeError, r"fraction must be a number, got str '0\.1'"),
     "fraction_bool": ({"fraction": True}, TypeError, r"fraction must be a number, got bool True"),
+    "fraction_huge": ({"fraction": 10**400}, ValueError, r"fraction must be in \(0, 1\]"),
     "fraction_none": ({"fraction": None}, TypeError, r"fraction must be a number, got NoneType"),
     "fraction_tensor": (
         {"fraction": torch.tensor(0.1)},
@@ -63,11 +64,14 @@ BAD_ARGUMENTS = {
     "state_list": ({"state": [0.0] * 3}, TypeError, r"state must come from topk_ortho\.initial_state\(\).* got list"),
     "state_shape": ({"state": torch.zeros(4)}, TypeError, r"state must come from .* shape \[4\]"),
     "state_int": ({"state": torch.zeros(3, dtype=torch.int64)}, TypeError, r"state must come from .* torch\.int64"),
+    "state_grad": ({"state": initial_state().requires_grad_()}, ValueError, r"state is updated in place, so it must"),
+    "state_expanded": ({"state": torch.zeros(1).expand(3)}, ValueError, r"state is updated in place, so it must own"),
     "state_device": ({"state": initial_state("meta")}, ValueError, r"state must be on the device of x, cpu; got meta"),
 }
 
 BAD_COMMON = {
     "precision": ({"precision": "tf32"}, ValueError, r"precision must be one of 'highest', .* got 'tf32'"),
+    "precision_array": ({"precision": np.array(["high", "medium"])}, ValueError, r"precision must .* got array"),
     "precision_none": ({"precision": None}, ValueError, r"precision must be one of .* got None"),
     "backend_unknown": (
         {"backend": "cuda"}, ValueError, r"""backend must be "auto" or one of \[.*'tiled'.*\], got 'cuda': there""",
@@ -80,8 +84,11 @@ BAD_PRIORITY = {
     "priority_short": (torch.ones(9), ValueError, r"priority must have shape \[10\], one number a column; got \[9\]"),
     "priority_2d": (torch.ones(10, 1), ValueError, r"priority must have shape \[10\].* got \[10, 1\]"),
     "priority_number": (3.0, ValueError, r"priority must have shape \[10\].* got \[\]"),
-    "priority_complex": (torch.ones(10) + 0j, TypeError, r"priority must hold real numbers, got torch\.complex64"),
+    "priority_complex": (torch.ones(10) + 0j, TypeError, r"priority must hold real .* torch\.complex64"),
     "priority_nan": (torch.tensor([1, torch.nan] * 5), ValueError, r"priority has 5 NaN; every column needs a number"),
+    "priority_uint16": (torch.ones(10, dtype=torch.uint16), TypeError, r"priority must hold real .* torch\.uint16"),
+    "priority_sparse": (torch.ones(10).to_sparse(), TypeError, r"priority must be a dense tensor with data"),
+    "priority_meta": (torch.ones(10, device="meta"), TypeError, r"priority must be a dense tensor with data"),
     "priority_words": (["a"] * 10, (TypeError, ValueError), r"priority must"),
 }  # fmt: skip
 
@@ -189,6 +196,30 @@ def test_numpy_numbers_are_numbers(integer):
     assert torch.equal(topk_ortho_loss(X, k=integer), topk_ortho_loss(X, k=7))
     assert torch.equal(topk_ortho_loss(X, np.float32(0.5), tau=np.float64(0.1)), topk_ortho_loss(X, 0.5, tau=0.1))
     assert torch.equal(max_cosine_loss(X, np.int64(1)), max_cosine_loss(X, 1))
+
+
+def test_numpy_fractions_count_in_float64():
+    x = normal(2, 300)
+    for fraction in (np.float32(1e-3), np.float16(1e-3), np.float16(1)):
+        assert topk_pairs(x, fraction).k == topk_pairs(x, float(fraction)).k
+
+
+def test_state_from_inference_mode_is_refused_outside_it():
+    with torch.inference_mode():
+        state = initial_state()
+        topk_pairs(X, state=state)
+    with pytest.raises(ValueError, match=r"state is updated in place.* not come from inference mode"):
+        topk_pairs(X, state=state)
+
+
+def test_priority_is_taken_as_it_is_now():
+    x = X.clone().requires_grad_()
+    priority = np.arange(10)
+    loss = topk_ortho_loss(x, k=5, priority=priority)
+    priority[:] = 0
+    (gradient,) = torch.autograd.grad(loss, x)
+    expected = torch.autograd.grad(topk_ortho_loss(x, k=5, priority=torch.arange(10)), x)[0]
+    assert torch.equal(gradient, expected)
 
 
 def test_the_limits_are_allowed():

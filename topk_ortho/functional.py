@@ -81,7 +81,8 @@ def topk_pairs(
     -----
     Exact means: against float64, every selected pair has |cosine| >= t_k - e and every other one |cosine| <= t_k + e,
     where t_k is the k-th value and e the rounding of the precision asked for; the count is exact. It takes N**2 M / 2
-    multiply-adds and O(k) memory beside one tile.
+    multiply-adds, twice that if the first guess was wrong. Extra memory is O(k) and a bounded number of tiles, and a
+    float32 copy of x if it is bfloat16, float16 or has no unit stride.
 
     Under ``torch.compile(fullgraph=True)`` the number of pairs depends on the data if `tau` is given or `similarity` is
     "positive", which needs ``torch._dynamo.config.capture_scalar_outputs = True``; `topk_ortho_loss` has no such limit.

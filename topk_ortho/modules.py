@@ -77,7 +77,8 @@ class TopKOrthoLoss(nn.Module):
     def extra_repr(self) -> str:
         """Arguments, for repr."""
         size = f"fraction={self.fraction}" if self.k is None else f"k={self.k}"
-        return f"{size}, tau={self.tau!r}, similarity={self.similarity!r}, reduction={self.reduction!r}"
+        names = ("tau", "n_std", "similarity", "reduction", "backend", "precision")
+        return ", ".join([size, *(f"{name}={getattr(self, name)!r}" for name in names)])
 
 
 class MaxCosineLoss(nn.Module):
@@ -116,4 +117,4 @@ class MaxCosineLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Arguments, for repr."""
-        return f"n_chunks={self.n_chunks}"
+        return f"n_chunks={self.n_chunks}, backend={self.backend!r}, precision={self.precision!r}"

@@ -84,9 +84,10 @@ class Moments:
         self._sum_squares = 0.0
 
     def add(self, deviations: Tensor, count: int) -> None:
-        """Add `count` magnitudes, given less `mean`; further entries must be 0."""
-        flat = deviations.view(-1)
-        total, squares = flat.sum().item(), torch.dot(flat, flat).item()
+        """Add `count` magnitudes [rows, cols], given less `mean`; further entries must be 0."""
+        # float64 across the rows: float32 over a whole tile of millions rounds small squares away, always downwards
+        total = deviations.sum(dim=1).double().sum().item()
+        squares = torch.linalg.vector_norm(deviations, dim=1).double().square().sum().item()
         self.count += count
         self.mean += total / self.count
         self._sum_squares += squares - total * total / self.count
@@ -129,7 +130,7 @@ def initial_state(device: torch.device | str | None = None) -> Tensor:
     >>> state[2]  # passes
     tensor(1.)
     """
-    return torch.tensor([-1.0, MARGIN_START, 0.0], device=device)
+    return torch.tensor([-1.0, MARGIN_START, 0.0], dtype=torch.float32, device=device)
 
 
 def next_state(state: Tensor, ordered: Tensor, k: int, n_passes: int) -> Tensor:
@@ -140,6 +141,8 @@ def next_state(state: Tensor, ordered: Tensor, k: int, n_passes: int) -> Tensor:
     margin, the others let it shrink.
     """
     margin = state[1].item()
+    if not MARGIN_LEAST <= margin <= MARGIN_MOST:  # NaN too, from a buffer that nobody initialised
+        margin = MARGIN_START
     margin = min(MARGIN_MOST, 2 * margin) if n_passes > 1 else max(MARGIN_LEAST, 0.98 * margin)
     rank = math.ceil((1 + margin) * k)
     if ordered.numel() >= rank:
@@ -161,7 +164,8 @@ class Survivors:
         self.query = query
         self.capacity = 2 * query.k + 2**14
         self.cut = guess
-        self.cut_index = -1
+        # pairs equal to a guess may be the ones that are asked for, pairs equal to the floor never are
+        self.cut_index = 2**63 - 1 if guess > floor_of(query) else -1
         self.n_overflows = 0
         self._values: list[Tensor] = []
         self._index: list[Tensor] = []

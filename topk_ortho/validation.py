@@ -14,6 +14,7 @@ from torch import Tensor
 from topk_ortho.selection import k_from_fraction, n_pairs
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_COMPARABLE = (*FLOATING, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_features(x: Any) -> None:
@@ -36,7 +37,7 @@ def resolve_k(n_features: int, fraction: Any, k: Any) -> int:
         _check_number("fraction", fraction)
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {fraction}")
-        return k_from_fraction(n_features, fraction)
+        return k_from_fraction(n_features, float(fraction))
     _check_integer("k", k)
     if not 1 <= k <= n_pairs(n_features):
         raise ValueError(f"k must be in [1, {n_pairs(n_features)}], the pairs of {n_features} columns; got {k}")
@@ -62,7 +63,7 @@ def resolve_tau(tau: Any, n_std: Any) -> tuple[float | None, float | None]:
 
 def check_word(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Refuse a value that is not one of the allowed words."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
@@ -83,12 +84,19 @@ def resolve_priority(priority: Any, x: Tensor) -> Tensor | None:
     """`priority` as a tensor [N] on the device of x."""
     if priority is None:
         return None
-    try:
-        numbers_of_columns: Tensor = torch.as_tensor(priority, device=x.device).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"priority must hold one real number a column, got {_describe(priority)}") from error
-    if numbers_of_columns.is_complex():
-        raise TypeError(f"priority must hold real numbers, got {numbers_of_columns.dtype}")
+    if isinstance(priority, Tensor):
+        if priority.layout != torch.strided or priority.is_meta != x.is_meta:
+            raise TypeError(f"priority must be a dense tensor with data, got {_describe(priority)}")
+        numbers_of_columns = priority.detach().to(x.device)
+    else:
+        try:
+            numbers_of_columns = torch.tensor(priority, device=x.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"priority must hold one real number a column, got {_describe(priority)}") from error
+    if numbers_of_columns.dtype not in _COMPARABLE:
+        raise TypeError(
+            f"priority must hold real numbers, bool, int8 to int64, uint8 or floating; got {numbers_of_columns.dtype}"
+        )
     if numbers_of_columns.shape != x.shape[1:]:
         shape = list(numbers_of_columns.shape)
         raise ValueError(f"priority must have shape [{x.shape[1]}], one number a column; got {shape}")
@@ -102,6 +110,11 @@ def check_state(state: Any, x: Tensor) -> None:
     if not isinstance(state, Tensor) or state.shape != (3,) or not state.is_floating_point():
         raise TypeError(
             f"state must come from topk_ortho.initial_state(), a floating tensor [3]; got {_describe(state)}"
+        )
+    stale = not torch.compiler.is_compiling() and state.is_inference() and not torch.is_inference_mode_enabled()
+    if stale or state.requires_grad or 0 in state.stride():
+        raise ValueError(
+            "state is updated in place, so it must own its memory, not require grad, and not come from inference mode"
         )
     if state.device != x.device:
         raise ValueError(f"state must be on the device of x, {x.device}; got {state.device}")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import oracle
 from tests.inputs import activations, dyadic, normal, seeded
-from tests.tolerances import assert_selection, assert_within, float64, loss_bound
-from topk_ortho import TopKPairs, max_cosine_loss, topk_pairs
+from tests.tolerances import assert_selection, assert_within, cosine_bound, float64, loss_bound
+from topk_ortho import TopKPairs, initial_state, max_cosine_loss, topk_pairs
 from topk_ortho.backends import tiled
 from topk_ortho.backends.base import Query
 from topk_ortho.backends.norms import column_norms
@@ -384,6 +385,30 @@ assert grown < 8000 * 8000, f"{grown / 2**20:.0f} MiB"
         assert result.returncode == 0, result.stderr
 
 
+def test_adaptive_tau_over_whole_tiles():
+    """Few large cosines among very many small ones: float32 over a tile of 10**6 would round the small squares away."""
+    x = torch.eye(32).repeat(1, 80)
+    pairs = topk_pairs(x, k=1000, tau="adaptive", n_std=3.0)
+    expected = oracle.tau_of(oracle.cosines(float64(x)), "adaptive", 3.0)
+    assert_within(actual=pairs.tau, expected=expected, bound=4 * cosine_bound(x))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dead", "duplicates", "dyadic"])
+def test_a_tied_threshold_takes_one_pass_when_warm(kind):
+    x = {
+        "sparse": (torch.rand(64, 600, generator=seeded(0)) < 0.002).float(),
+        "dead": torch.cat([normal(16, 200), torch.zeros(16, 400)], dim=1),
+        "duplicates": normal(16, 60).repeat(1, 10),
+        "dyadic": dyadic(6, 600, seed=1),
+    }[kind]
+    state = initial_state()
+    passes = []
+    for _ in range(4):
+        topk_pairs(x, fraction=0.5 if kind == "dead" else 0.01, state=state)
+        passes.append(int(state[2]))
+    assert passes[1:] == [1, 1, 1]
+
+
 class _MatmulPrecisions(TorchDispatchMode):
     """The oneDNN setting that was in force at each matrix product."""
 
@@ -393,7 +418,8 @@ class _MatmulPrecisions(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.matmul, torch.ops.aten.addmm, torch.ops.aten.bmm):
-            self.seen.add(torch.backends.mkldnn.matmul.fp32_precision)
+            setting = torch.backends.mkldnn.matmul.fp32_precision
+            self.seen.add("ieee" if setting == "none" else setting)
         return func(*args, **(kwargs or {}))
 
 
@@ -410,6 +436,30 @@ class TestPrecision:
             else:
                 tiled.row_max(normal(8, 200), torch.arange(200).tensor_split(2), word)
         assert precisions.seen == {setting}
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+    @pytest.mark.parametrize("parent", [torch.backends, torch.backends.mkldnn], ids=["all", "mkldnn"])
+    def test_an_inherited_setting_stays_inherited(self, parent, monkeypatch):
+        own = torch.backends.mkldnn.matmul.fp32_precision
+        before = parent.fp32_precision
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        try:
+            parent.fp32_precision = "bf16"
+            tiled.select_pairs(normal(8, 200), Query(k=10), None)
+            assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+            parent.fp32_precision = "ieee"
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+        finally:
+            parent.fp32_precision = before
+            torch.backends.mkldnn.matmul.fp32_precision = own
+
+    def test_threads_do_not_mix_their_precisions(self):
+        x, words = normal(64, 400), ["highest", "medium"] * 8
+        expected = {word: tiled.select_pairs(x, Query(k=99, precision=word), None).values for word in set(words)}
+        before = torch.backends.mkldnn.matmul.fp32_precision
+        with ThreadPoolExecutor(4) as threads:
+            values = list(threads.map(lambda w: tiled.select_pairs(x, Query(k=99, precision=w), None).values, words))
+        assert all(torch.equal(v, expected[word]) for v, word in zip(values, words, strict=True))
         assert torch.backends.mkldnn.matmul.fp32_precision == before
 
     def test_is_restored_after_an_error_between_the_products(self, monkeypatch):

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -51,6 +52,21 @@ def test_same_seed_same_run(activations, tmp_path):
     first.fit()
     second.fit()
     assert all(torch.equal(a, b) for a, b in zip(first.sae.parameters(), second.sae.parameters(), strict=True))
+
+
+def test_step_descends_the_documented_loss(activations, tmp_path):
+    trainer = Trainer(config(tmp_path, warmup_steps=0), activations)
+    sae = copy.deepcopy(trainer.sae)
+    x = next(trainer.activations)
+    trainer.train_step(x)
+
+    reconstruction, features = sae(x)
+    unexplained = (x - reconstruction).square().sum(dim=1).mean() / trainer.variance
+    l1 = features.sum(dim=1).mean() / trainer.variance**0.5
+    penalty = topk_ortho_loss(sae.W_dec.T, 0.05, similarity="positive", priority=trainer.firing_rate)
+    (unexplained + 0.03 * l1 + 0.3 * penalty).backward()
+    for (name, actual), expected in zip(trainer.sae.named_parameters(), sae.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_penalty_separates_the_decoder(activations, tmp_path):
