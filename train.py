@@ -18,7 +18,7 @@ try:
     from topk_ortho.training.config import PRESETS, TrainConfig
     from topk_ortho.training.trainer import Trainer, resolve_device
 except ModuleNotFoundError as error:
-    sys.exit(f"train.py needs {error.name}; install it with: pip install 'topk-ortho[train]'")
+    sys.exit(f"train.py needs {error.name}; install it with: pip install '.[train]'")
 
 
 def main() -> None:
@@ -56,6 +56,8 @@ def show(config: TrainConfig, summary: dict[str, float]) -> None:
         "penalty": f"{summary['penalty']:.4f}",
         "training tokens/s": f"{summary['tokens_per_second']:,.0f}",
     }
+    if "transformer_tokens_per_second" in summary:
+        rows["transformer tokens/s"] = f"{summary['transformer_tokens_per_second']:,.0f}"
     for name, value in rows.items():
         print(f"  {name:<30} {value:>14}")
     print(f"saved in {config.out_dir}/: config.json, metrics.jsonl, summary.json, sae.safetensors")

@@ -74,8 +74,8 @@ def topk_pairs(
     TypeError
         If an argument is of the wrong type, x is sparse or its dtype is not floating.
     ValueError
-        If x is not 2-D, has no row or fewer than 2 columns, or holds NaN or Inf; if an argument is out of its range; if
-        a backend is not available.
+        If x is not 2-D, has no row or fewer than 2 columns, holds NaN or Inf, or has a column whose norm exceeds its
+        accumulation dtype; if an argument is out of its range; if a backend is not available.
 
     Notes
     -----
@@ -84,8 +84,9 @@ def topk_pairs(
     multiply-adds, twice that if the first guess was wrong. Extra memory is O(k) and a bounded number of tiles, and a
     float32 copy of x if it is bfloat16, float16 or has no unit stride.
 
-    Under ``torch.compile(fullgraph=True)`` the number of pairs depends on the data if `tau` is given or `similarity` is
-    "positive", which needs ``torch._dynamo.config.capture_scalar_outputs = True``; `topk_ortho_loss` has no such limit.
+    If `tau` is given or `similarity` is "positive", the number of pairs depends on the data, which
+    ``torch.compile(fullgraph=True)`` may refuse where a gradient is needed, or without
+    ``torch._dynamo.config.capture_scalar_outputs = True``; `topk_ortho_loss` has no such limit.
 
     Examples
     --------
@@ -191,7 +192,7 @@ def max_cosine_loss(
     n_chunks : int, default 1
         Number of random chunks of (nearly) equal size, in [1, N // 2]; 1 compares every pair.
     generator : torch.Generator, optional
-        Draws the chunks; unused for ``n_chunks=1``.
+        Draws the chunks; unused for ``n_chunks=1``. ``torch.compile(fullgraph=True)`` does not take one.
     backend, precision
         As in `topk_pairs`.
 

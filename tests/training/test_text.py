@@ -23,7 +23,7 @@ def test_windows_hold_the_joined_documents_between_special_tokens(tokenizer):
     assert text == ["a", "dictionary", "of", "features", "[SEP]", "one", "two", "three", "four", "five", "six", "[SEP]"]
 
 
-def test_no_more_tokens_are_read_than_asked_for(tokenizer):
+def test_tokens_are_rounded_up_to_whole_windows(tokenizer):
     def endless():
         while True:
             yield "word " * 50
@@ -65,6 +65,21 @@ def test_local_files(suffix, tmp_path, monkeypatch):
 def test_missing_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a file"):
         list(load_text(TextConfig(source=str(tmp_path / "none.txt"))))
+
+
+def test_rows_without_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "corpus.JSONL"
+    path.write_text('{"text": "one", "n": 1}\n{"text": null, "n": 2}\n{"text": "two", "n": 3}\n')
+    assert list(load_text(TextConfig(source=str(path)))) == ["one", "two"]
+    with pytest.raises(ValueError, match=r"text.column 'n' of .*corpus.JSONL' holds int, not text"):
+        list(load_text(TextConfig(source=str(path), column="n")))
+
+
+def test_file_of_unknown_kind_is_refused(tmp_path):
+    (tmp_path / "corpus.csv").write_text("a,b")
+    with pytest.raises(ValueError, match=r"text.source must be a .txt, .jsonl, .json, .parquet file or a data set"):
+        list(load_text(TextConfig(source=str(tmp_path / "corpus.csv"))))
 
 
 def test_hub_data_set_is_streamed(monkeypatch):

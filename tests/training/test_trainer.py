@@ -55,7 +55,8 @@ def test_same_seed_same_run(activations, tmp_path):
 
 
 def test_step_descends_the_documented_loss(activations, tmp_path):
-    trainer = Trainer(config(tmp_path, warmup_steps=0), activations)
+    penalty = PenaltyConfig(fraction=0.05, weight=0.7)
+    trainer = Trainer(config(tmp_path, warmup_steps=1, penalty=penalty), activations)
     sae = copy.deepcopy(trainer.sae)
     x = next(trainer.activations)
     trainer.train_step(x)
@@ -64,9 +65,66 @@ def test_step_descends_the_documented_loss(activations, tmp_path):
     unexplained = (x - reconstruction).square().sum(dim=1).mean() / trainer.variance
     l1 = features.sum(dim=1).mean() / trainer.variance**0.5
     penalty = topk_ortho_loss(sae.W_dec.T, 0.05, similarity="positive", priority=trainer.firing_rate)
-    (unexplained + 0.03 * l1 + 0.3 * penalty).backward()
+    (unexplained + 0.5 * 0.03 * l1 + 0.7 * penalty).backward()  # half-way through the warm-up
     for (name, actual), expected in zip(trainer.sae.named_parameters(), sae.parameters(), strict=True):
         torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_learning_rate_and_l1_weight_warm_up_and_the_rate_falls_to_zero(activations, tmp_path):
+    trainer = Trainer(config(tmp_path, steps=50, warmup_steps=4, lr=0.5), activations)
+    rates = []
+    for _ in range(50):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step()
+        trainer.schedule.step()
+    expected = [0.1, 0.2, 0.3, 0.4, *[0.5] * 37, *(0.05 * n for n in range(9, 0, -1))]
+    assert rates == pytest.approx(expected)
+    assert [trainer._warmup(step) for step in (0, 3, 4, 49)] == pytest.approx([0.2, 0.8, 1, 1])
+
+
+def test_firing_rate_is_an_average_over_batches(activations, tmp_path):
+    trainer = Trainer(config(tmp_path), activations)
+    expected = torch.zeros(32)
+    for _ in range(3):
+        x = next(trainer.activations)
+        fired = (trainer.sae(x).features > 0).float().mean(dim=0)
+        expected = 0.99 * expected + 0.01 * fired
+        trainer.train_step(x)
+    torch.testing.assert_close(trainer.firing_rate, expected)
+
+
+def test_variance_is_that_of_the_training_tokens(activations, tmp_path):
+    trainer = Trainer(config(tmp_path), activations)
+    seen = torch.cat([next(trainer.activations) for _ in range(19)]).double()
+    expected = (seen - seen.mean(dim=0)).square().sum(dim=1).mean()
+    assert trainer.variance == pytest.approx(expected.item(), rel=1e-3)
+    torch.testing.assert_close(trainer.mean, seen.mean(dim=0).float(), rtol=1e-3, atol=1e-3)
+
+
+def test_seed_decides_weights_split_and_order(activations, tmp_path):
+    one, other = (Trainer(config(tmp_path, seed=seed), activations) for seed in (0, 1))
+    assert not torch.equal(one.sae.W_dec, other.sae.W_dec)
+    assert not torch.equal(one.held_out, other.held_out)
+    assert not torch.equal(next(one.activations), next(other.activations))
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.999])
+def test_some_windows_are_held_out_and_some_are_not(activations, tmp_path, fraction):
+    few = Activations(activations.windows[:2], None)
+    trainer = Trainer(config(tmp_path, held_out_fraction=fraction, batch_size=50), few)
+    assert trainer.held_out.shape == next(trainer.activations).shape == (50, 16)
+
+
+def test_activations_without_variance_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"all activations at blocks.3.hook_resid_post are equal"):
+        Trainer(config(tmp_path), Activations([torch.ones(50, 16).half()] * 4, None))
+
+
+def test_diverged_run_leaves_no_result_of_an_earlier_one(activations, tmp_path):
+    Trainer(config(tmp_path, steps=6), activations).fit()
+    with pytest.raises(FloatingPointError):
+        Trainer(config(tmp_path, lr=1e30), activations).fit()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl"}
 
 
 def test_penalty_separates_the_decoder(activations, tmp_path):
@@ -78,8 +136,7 @@ def test_penalty_separates_the_decoder(activations, tmp_path):
 
 
 def test_unknown_device_is_refused():
-    assert resolve_device("auto") == resolve_device(str(resolve_device("auto")))
-    for device in ("cuda:99", "abacus"):
+    for device in ("cuda:99", "abacus", "meta"):
         with pytest.raises(ValueError, match=f"device '{device}' cannot be used here: "):
             resolve_device(device)
 
@@ -111,6 +168,7 @@ def test_held_out_windows_are_not_trained_on(activations, tmp_path):
 def test_dead_features_are_those_that_stopped_firing(activations, tmp_path):
     trainer = Trainer(config(tmp_path, dead_after_tokens=250), activations)
     trainer.sae.b_enc.data[:3] = -100.0
+    assert trainer.n_dead() == 0
     counts = []
     for _ in range(4):
         trainer.train_step(next(trainer.activations))

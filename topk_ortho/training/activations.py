@@ -1,23 +1,25 @@
 """Activations of a real transformer: harvested once, cached on disk, served in random order.
 
-The cache is a folder of safetensors shards and a manifest that is written last, so that an interrupted harvest is never
-mistaken for a whole one. Its name is a hash of all that decides its content: the model's weights, the hook and the
-token ids.
+The cache is a folder of safetensors shards and a manifest. It is written under another name and renamed when whole, so
+that neither an interrupted harvest nor two at a time can leave a part. Its name is a hash of all that decides its
+content: the model's weights and configuration, the hook and the token ids.
 """
 
+import contextlib
 import hashlib
 import json
-import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from topk_ortho.training.config import MINILM_SHA256, ModelConfig, TextConfig
@@ -46,15 +48,17 @@ class Activations:
 def load_activations(model: ModelConfig, text: TextConfig, cache_dir: Path, device: torch.device) -> Activations:
     """Activations at a hook of a transformer over a text, from the cache if they are there."""
     source = resolve_model(model)
+    model_config = AutoConfig.from_pretrained(source)
+    longest = getattr(model_config, "max_position_embeddings", text.context_size)
+    if text.context_size > longest:
+        raise ValueError(f"text.context_size must be at most {longest} for {model.name}, got {text.context_size}")
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokens = token_windows(load_text(text), tokenizer, text)
     special = torch.isin(tokens, torch.tensor(tokenizer.all_special_ids))
-    folder = cache_dir / _cache_key(source, model.hook, tokens)
-    tokens_per_second = None
-    if not (folder / "manifest.json").is_file():
-        tokens_per_second = _harvest(source, model, tokens, folder, device)
-    shards = sorted(folder.glob("shard-*.safetensors"))
-    hidden = [window for shard in shards for window in load_file(shard)["activations"]]
+    version = _version(source, model_config)
+    folder = cache_dir / _cache_key(version, model.hook, tokens)
+    tokens_per_second = None if folder.is_dir() else _harvest(source, model, tokens, folder, device)
+    hidden = [window for shard in _shards(folder) for window in shard]
     return Activations([h[~s] for h, s in zip(hidden, special, strict=True)], tokens_per_second)
 
 
@@ -66,6 +70,8 @@ def resolve_model(config: ModelConfig) -> str:
         directory = Path(get_model_path())
     else:
         directory = Path(config.name)
+        if directory.is_dir() and not (directory / "config.json").is_file():
+            raise ValueError(f"model.name {config.name!r} is a directory without a model: it has no config.json")
         if not directory.is_dir():
             if config.name.startswith((".", "/", "~")):
                 raise ValueError(f"model.name {config.name!r} is not a directory")
@@ -76,7 +82,7 @@ def resolve_model(config: ModelConfig) -> str:
     if expected is not None:
         weights = directory / "model.safetensors"
         actual = _sha256(weights)
-        if actual != expected:
+        if actual != expected.lower():
             raise ValueError(f"{weights} has sha256 {actual}, expected {expected}")
     return str(directory)
 
@@ -94,9 +100,19 @@ def batches(tokens: Tensor, batch_size: int, generator: torch.Generator) -> Iter
 @torch.no_grad()
 def _harvest(source: str, config: ModelConfig, tokens: Tensor, folder: Path, device: torch.device) -> float:
     """Run the transformer over all windows and write the cache; returns tokens per second."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     bridge = _load_bridge(source, config.hook, device)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-", ignore_cleanup_errors=True) as unfinished:
+        tokens_per_second = _write_shards(bridge, config, tokens, Path(unfinished), device)
+        manifest = {"model": source, "hook": config.hook, "windows": tokens.shape[0], "context_size": tokens.shape[1]}
+        (Path(unfinished) / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        with contextlib.suppress(OSError):  # another process finished first, with the same content
+            Path(unfinished).rename(folder)
+    return tokens_per_second
+
+
+def _write_shards(bridge: Any, config: ModelConfig, tokens: Tensor, folder: Path, device: torch.device) -> float:
+    """Returns tokens per second."""
     with tqdm(total=tokens.numel(), desc="transformer", unit=" tokens", unit_scale=True, mininterval=0.5) as progress:
         for number, windows in enumerate(tokens.split(_WINDOWS_PER_SHARD)):
             hidden = []
@@ -107,10 +123,17 @@ def _harvest(source: str, config: ModelConfig, tokens: Tensor, folder: Path, dev
             if not shard.isfinite().all():
                 raise ValueError(f"activations at {config.hook} exceed {_CACHE_DTYPE}, or the model returned NaN")
             save_file({"activations": shard}, folder / f"shard-{number:05}.safetensors")
-        tokens_per_second = progress.n / progress.format_dict["elapsed"]
-    manifest = {"model": source, "hook": config.hook, "windows": tokens.shape[0], "context_size": tokens.shape[1]}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    return float(tokens_per_second)
+        return float(progress.n / progress.format_dict["elapsed"])
+
+
+def _shards(folder: Path) -> Iterator[Tensor]:
+    """Shards [windows, context, d_in] of a finished harvest, in order."""
+    n_windows = json.loads((folder / "manifest.json").read_text())["windows"]
+    for number in range(-(-n_windows // _WINDOWS_PER_SHARD)):
+        try:
+            yield load_file(folder / f"shard-{number:05}.safetensors")["activations"]
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder} is damaged, delete it: {error}") from error
 
 
 def _load_bridge(source: str, hook: str, device: torch.device) -> Any:
@@ -137,13 +160,25 @@ def _hidden_states(bridge: Any, hook: str, tokens: Tensor) -> Tensor:
         raise StopAtLayerException(value)
 
     bridge.run_with_hooks(tokens, fwd_hooks=[(hook, capture)], return_type=None)
+    if captured[0].ndim != 3:
+        shape = list(captured[0].shape)
+        raise ValueError(
+            f"model.hook must carry [batch, context, width], such as a residual stream; {hook} has {shape}"
+        )
     return captured[0]
 
 
-def _cache_key(source: str, hook: str, tokens: Tensor) -> str:
-    weights = Path(source) / "model.safetensors"
-    identity = _sha256(weights) if weights.is_file() else source
-    digest = hashlib.sha256(f"{identity} {hook} {_CACHE_DTYPE} {list(tokens.shape)} ".encode())
+def _version(source: str, model_config: Any) -> str:
+    """What identifies the model: hashes of a directory's weights and configuration, or name and commit on the hub."""
+    directory = Path(source)
+    if not directory.is_dir():
+        return f"{source} {getattr(model_config, '_commit_hash', None)}"
+    weights = (path for pattern in ("*.safetensors", "*.bin") for path in directory.glob(pattern))
+    return " ".join(_sha256(path) for path in sorted([directory / "config.json", *weights]))
+
+
+def _cache_key(version: str, hook: str, tokens: Tensor) -> str:
+    digest = hashlib.sha256(f"{version} {hook} {_CACHE_DTYPE} {_WINDOWS_PER_SHARD} {list(tokens.shape)} ".encode())
     digest.update(tokens.numpy().tobytes())
     return digest.hexdigest()[:16]
 

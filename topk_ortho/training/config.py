@@ -1,5 +1,6 @@
 """Everything that decides a training run, with the presets. Nonsense is refused here, before any model loads."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -36,14 +37,15 @@ class TextConfig:
     """The text that the transformer reads."""
 
     source: str = "python-docs"
-    """"python-docs" (Python's own documentation and docstrings, offline), a .txt, .jsonl or .parquet file, or a data
-    set on the hub."""
+    """"python-docs" (Python's own documentation and docstrings, offline), a .txt, .json, .jsonl or .parquet file, or
+    a data set on the hub, whose split "train" is streamed."""
     column: str = "text"
     """Column of the data set that holds the text."""
     context_size: int = 128
     """Tokens in a window, special tokens included."""
     n_tokens: int = 300_000
-    """Tokens to read at most, special tokens not counted."""
+    """Tokens to read, rounded up to whole windows, if there are as many; separators between documents
+    count, the special tokens around a window do not."""
 
     def __post_init__(self) -> None:
         _require(self.context_size >= 8, "text.context_size", self.context_size, "at least 8")
@@ -61,7 +63,7 @@ class SAEConfig:
 
     def __post_init__(self) -> None:
         _require(self.n_features >= 2, "sae.n_features", self.n_features, "at least 2")
-        _require(self.l1_weight >= 0, "sae.l1_weight", self.l1_weight, "0 (off) or more")
+        _require(0 <= self.l1_weight < math.inf, "sae.l1_weight", self.l1_weight, "0 (off) or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +89,8 @@ class PenaltyConfig:
     """In each pair hold the feature that fires more often, so that the rarer one moves; "none" moves both."""
 
     def __post_init__(self) -> None:
-        _require(self.weight >= 0, "penalty.weight", self.weight, "0 or more")
+        _require(0 <= self.weight < math.inf, "penalty.weight", self.weight, "0 or more")
+        _require(math.isfinite(self.n_std), "penalty.n_std", self.n_std, "finite")
         _require(0 < self.fraction <= 1, "penalty.fraction", self.fraction, "in (0, 1]")
         if self.tau not in (None, "adaptive"):
             in_range = isinstance(self.tau, int | float) and 0 <= self.tau < 1
@@ -131,7 +134,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "dead_after_tokens"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.lr > 0, "lr", self.lr, "above 0")
+        _require(0 < self.lr < math.inf, "lr", self.lr, "above 0")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2**63)")
         _require(
             0 <= self.warmup_steps < self.steps, "warmup_steps", self.warmup_steps, f"in [0, steps = {self.steps})"
         )

@@ -25,20 +25,28 @@ def load_text(config: TextConfig) -> Iterable[str]:
     """Documents of a text source, one string each; a data set on the hub is streamed."""
     path = Path(config.source)
     if config.source == "python-docs":
-        documents = datasets.Dataset.from_dict({config.column: list(python_documentation())})
-    elif path.suffix in _FILE_LOADERS:
+        documents = datasets.Dataset.from_dict({config.column: list(dict.fromkeys(python_documentation()))})
+    elif path.suffix.lower() in _FILE_LOADERS:
         if not path.is_file():
             raise FileNotFoundError(f"text.source {config.source!r} is not a file")
         by_paragraph = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
         documents = datasets.load_dataset(
-            _FILE_LOADERS[path.suffix], data_files=str(path), split="train", streaming=True, **by_paragraph
+            _FILE_LOADERS[path.suffix.lower()], data_files=str(path), split="train", streaming=True, **by_paragraph
         )
+    elif path.exists():
+        raise ValueError(f"text.source must be a {', '.join(_FILE_LOADERS)} file or a data set, got {config.source!r}")
     else:
         documents = datasets.load_dataset(config.source, split="train", streaming=True)
     for document in documents:
         if config.column not in document:
             raise ValueError(f"text.column {config.column!r} is not in {config.source!r}; it has {sorted(document)}")
-        yield document[config.column]
+        text = document[config.column]
+        if isinstance(text, str):
+            yield text
+        elif text is not None:
+            raise ValueError(
+                f"text.column {config.column!r} of {config.source!r} holds {type(text).__name__}, not text"
+            )
 
 
 def token_windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, config: TextConfig) -> Tensor:
@@ -68,7 +76,7 @@ def token_windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, 
 def python_documentation() -> Iterator[str]:
     """Python's language reference as `help()` shows it, then docstrings of the standard library.
 
-    Their order is fixed for a version of Python; the text differs between versions.
+    Their order is fixed for a version of Python; the text differs between versions, and some of it repeats.
     """
     from pydoc_data.topics import topics
 

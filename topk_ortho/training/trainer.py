@@ -58,6 +58,9 @@ class Trainer:
         training, self.held_out = self._split(activations.windows)
         self.mean = training.mean(dim=0, dtype=torch.float32)
         self.variance = training.float().var(dim=0, correction=0).sum().item()
+        if self.variance == 0:
+            raise ValueError(f"all activations at {config.model.hook} are equal: there is nothing to learn")
+        self.transformer_tokens_per_second = activations.tokens_per_second
         self.activations: Iterator[Tensor] = batches(training, config.batch_size, self.generator)
 
         self.sae = StandardSAE(activations.d_in, config.sae.n_features, generator=self.generator)
@@ -70,12 +73,14 @@ class Trainer:
 
         self.step = 0
         self.firing_rate = torch.zeros(config.sae.n_features, device=self.device)
-        self.tokens_since_fired = torch.zeros(config.sae.n_features, device=self.device)
+        self.tokens_since_fired = torch.zeros(config.sae.n_features, dtype=torch.int64, device=self.device)
 
     def fit(self) -> dict[str, float]:
         """Train for the configured steps; returns the summary, which is saved too."""
         out_dir = self.config.out_dir
         out_dir.mkdir(parents=True, exist_ok=True)
+        for name in ("summary.json", "sae.safetensors"):  # of an earlier run
+            (out_dir / name).unlink(missing_ok=True)
         (out_dir / "config.json").write_text(json.dumps(self.config.as_json(), indent=2) + "\n")
         started = time.perf_counter()
         with (
@@ -95,6 +100,8 @@ class Trainer:
                     )
         seconds = time.perf_counter() - started
         summary = self.summary() | {"tokens_per_second": self.step * self.config.batch_size / seconds}
+        if self.transformer_tokens_per_second is not None:
+            summary["transformer_tokens_per_second"] = self.transformer_tokens_per_second
         save_file(self.sae.state_dict(), out_dir / "sae.safetensors")
         (out_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         return summary
@@ -127,7 +134,7 @@ class Trainer:
         return {"step": self.step, "tokens": self.step * self.config.batch_size} | terms | {"dead": self.n_dead()}
 
     def summary(self) -> dict[str, float]:
-        """What the dictionary is like now, measured on the tokens held out."""
+        """What the dictionary is like now, on the tokens held out; the penalty of activations is of the first batch."""
         held_out = (x.float().to(self.device) for x in self.held_out.split(self.config.batch_size))
         with torch.no_grad():
             features = self.sae.encode(self.held_out[: self.config.batch_size].float().to(self.device))
@@ -142,7 +149,7 @@ class Trainer:
 
     def n_dead(self) -> int:
         """Features that have not fired for `dead_after_tokens` training tokens, or at all if there were fewer."""
-        window = min(self.config.dead_after_tokens, self.step * self.config.batch_size)
+        window = max(1, min(self.config.dead_after_tokens, self.step * self.config.batch_size))
         return int((self.tokens_since_fired >= window).sum())
 
     @torch.no_grad()
@@ -156,9 +163,9 @@ class Trainer:
         return f"training diverged by step {self.step}: {what}; a lower lr may help"
 
     def _split(self, windows: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """(training, held-out) tokens [n, d_in]; whole windows are held out, so that no context is shared."""
+        """(training, held-out) tokens [n, d_in]; whole windows are held out, though a document may be in both."""
         order = torch.randperm(len(windows), generator=self.generator).tolist()
-        n_held_out = max(1, round(self.config.held_out_fraction * len(windows)))
+        n_held_out = min(max(1, round(self.config.held_out_fraction * len(windows))), len(windows) - 1)
         held_out, training = ([windows[i] for i in part] for part in (order[:n_held_out], order[n_held_out:]))
         return torch.cat(training), torch.cat(held_out)
 
@@ -175,6 +182,8 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=device).device
+        probe = torch.zeros(1, device=device)
+        probe.item()  # "meta" has no data
+        return probe.device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
