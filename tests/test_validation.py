@@ -112,6 +112,13 @@ def test_x(op, bad, error, message):
         op(bad)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("op", OPS)
+def test_nested_x(op):
+    with pytest.raises(TypeError, match="x must be a dense tensor, got a nested one"):
+        op(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+
+
 @pytest.mark.parametrize("op", TOPK_OPS)
 @table(BAD_ARGUMENTS)
 def test_selection_arguments(op, bad, error, message):

@@ -23,6 +23,8 @@ def check_features(x: Any) -> None:
         raise TypeError(f"x must be a torch.Tensor, got {_describe(x)}")
     if x.layout != torch.strided:
         raise TypeError(f"x must be a dense tensor, got layout {x.layout}; convert it with x.to_dense()")
+    if x.is_nested:
+        raise TypeError("x must be a dense tensor, got a nested one")
     if x.ndim != 2:
         raise ValueError(f"x must be 2-D [M, N] with features in columns, got shape {list(x.shape)}")
     if x.dtype not in FLOATING:

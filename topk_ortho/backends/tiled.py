@@ -8,6 +8,7 @@ multiplied as it is. Exactness is the business of `topk_ortho.selection`.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ def select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
             floor = floor_of(query, tau)
         values, index = survivors.first(2 * query.k)
         if index.numel() < query.k and guess > floor:
-            survivors, _ = _stream(x, norms, query, floor)
+            survivors, _ = _stream(x, norms, replace(query, n_std=None), floor)  # tau is known
             values, index = survivors.first(2 * query.k)
             n_passes = 2
 

@@ -58,7 +58,7 @@ def load_activations(model: ModelConfig, text: TextConfig, cache_dir: Path, devi
     version = _version(source, model_config)
     folder = cache_dir / _cache_key(version, model.hook, tokens)
     tokens_per_second = None if folder.is_dir() else _harvest(source, model, tokens, folder, device)
-    hidden = [window for shard in _shards(folder) for window in shard]
+    hidden = [window for shard in _read_shards(folder) for window in shard]
     return Activations([h[~s] for h, s in zip(hidden, special, strict=True)], tokens_per_second)
 
 
@@ -70,14 +70,10 @@ def resolve_model(config: ModelConfig) -> str:
         directory = Path(get_model_path())
     else:
         directory = Path(config.name)
-        if directory.is_dir() and not (directory / "config.json").is_file():
-            raise ValueError(f"model.name {config.name!r} is a directory without a model: it has no config.json")
         if not directory.is_dir():
-            if config.name.startswith((".", "/", "~")):
-                raise ValueError(f"model.name {config.name!r} is not a directory")
-            if config.sha256 is not None:
-                raise ValueError(f"model.sha256 checks a local directory, and {config.name!r} is none")
-            return config.name
+            return _hub_name(config)
+        if not (directory / "config.json").is_file():
+            raise ValueError(f"model.name {config.name!r} is a directory without a model: it has no config.json")
     expected = config.sha256 or (MINILM_SHA256 if config.name == "minilm" else None)
     if expected is not None:
         weights = directory / "model.safetensors"
@@ -85,6 +81,14 @@ def resolve_model(config: ModelConfig) -> str:
         if actual != expected.lower():
             raise ValueError(f"{weights} has sha256 {actual}, expected {expected}")
     return str(directory)
+
+
+def _hub_name(config: ModelConfig) -> str:
+    if config.name.startswith((".", "/", "~")):
+        raise ValueError(f"model.name {config.name!r} is not a directory")
+    if config.sha256 is not None:
+        raise ValueError(f"model.sha256 checks a local directory, and {config.name!r} is none")
+    return config.name
 
 
 def batches(tokens: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -126,14 +130,14 @@ def _write_shards(bridge: Any, config: ModelConfig, tokens: Tensor, folder: Path
         return float(progress.n / progress.format_dict["elapsed"])
 
 
-def _shards(folder: Path) -> Iterator[Tensor]:
+def _read_shards(folder: Path) -> list[Tensor]:
     """Shards [windows, context, d_in] of a finished harvest, in order."""
-    n_windows = json.loads((folder / "manifest.json").read_text())["windows"]
-    for number in range(-(-n_windows // _WINDOWS_PER_SHARD)):
-        try:
-            yield load_file(folder / f"shard-{number:05}.safetensors")["activations"]
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{folder} is damaged, delete it: {error}") from error
+    try:
+        n_windows = json.loads((folder / "manifest.json").read_text())["windows"]
+        n_shards = -(-n_windows // _WINDOWS_PER_SHARD)
+        return [load_file(folder / f"shard-{number:05}.safetensors")["activations"] for number in range(n_shards)]
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder} is damaged, delete it: {error}") from error
 
 
 def _load_bridge(source: str, hook: str, device: torch.device) -> Any:
