@@ -2,7 +2,7 @@
 
 Memory first, one process a case, which also finds what cannot run; then time, `repeats` processes for every N, each of
 which runs all providers. Writes PATH.json, and PATH.png and the README's table through `bench.report`. The default
-sizes take most of an hour on two cores.
+sizes take half an hour on two cores.
 """
 
 import argparse

@@ -168,16 +168,7 @@ def _stream(x: Tensor, norms: Tensor, query: Query, guess: float) -> tuple[Survi
         cols = slice(col, col + products.shape[1])
         scores = scan.load(products, absolute=query.similarity == "abs" or query.n_std is not None)
         if query.n_std is not None:
-            magnitude = scores.mul_(inverse[cols])
-            n_rows = magnitude.shape[0]
-            n_tile = magnitude.numel() - (n_rows * (n_rows + 1) // 2 if row == col else 0)
-            if moments.count == 0:
-                lower.fill(magnitude, 0.0)
-                moments.mean = magnitude.sum().item() / n_tile
-            magnitude.sub_(moments.mean)
-            if row == col:
-                lower.fill(magnitude, 0.0)
-            moments.add(magnitude, n_tile)
+            _add_moments(moments, scores.mul_(inverse[cols]), lower if row == col else None)
             scores = scan.load(products, absolute=query.similarity == "abs")
         if row == col:
             lower.fill(scores, -torch.inf)
@@ -185,6 +176,21 @@ def _stream(x: Tensor, norms: Tensor, query: Query, guess: float) -> tuple[Survi
         values = products[local_row, local_col].mul_(inverse[cols][local_col]).clamp_(-1, 1)
         survivors.add(values, (local_row + row) * n_features + (local_col + col))
     return survivors, moments
+
+
+def _add_moments(moments: Moments, magnitude: Tensor, lower: "_LowerTriangle | None") -> None:
+    """Add a tile of |cosine|, overwriting it; `lower` if the tile meets the diagonal, as the first one does."""
+    count = magnitude.numel()
+    if lower is not None:
+        n_rows = magnitude.shape[0]
+        count -= n_rows * (n_rows + 1) // 2
+        lower.fill(magnitude, 0.0)
+    if moments.count == 0:
+        moments.mean = magnitude.sum().item() / count
+    magnitude.sub_(moments.mean)
+    if lower is not None:
+        lower.fill(magnitude, 0.0)
+    moments.add(magnitude, count)
 
 
 class _LowerTriangle:
