@@ -98,15 +98,19 @@ class Moments:
 
 
 def guess_from_sample(similarities: Tensor, k: int, count: int) -> float:
-    """Value that about 1.15 k of `count` pairs exceed, from the similarities of a random part of them.
+    """Value that about 1.15 k of `count` pairs exceed, from the similarities of a random part of them; -1 for none."""
+    rank = first_rank_of_sample(similarities.numel(), k, count)
+    return similarities.flatten().topk(rank, sorted=False).values.min().item() if rank else -1.0
 
-    The rank is raised by three standard deviations of a binomial count, so that a small sample aims lower.
+
+def first_rank_of_sample(n_sampled: int, k: int, count: int) -> int:
+    """Rank in a sample of `n_sampled` of `count` pairs whose value about 1.15 k of them exceed; 0 if it has none.
+
+    It is raised by three standard deviations of a binomial count, so that a small sample aims lower.
     """
-    expected = (1 + MARGIN_START) * k * similarities.numel() / count
+    expected = (1 + MARGIN_START) * k * n_sampled / count
     rank = math.ceil(expected + 3 * math.sqrt(expected) + 1)
-    if rank >= similarities.numel():
-        return -1.0
-    return similarities.flatten().topk(rank, sorted=False).values.min().item()
+    return rank if rank < n_sampled else 0
 
 
 def initial_state(device: torch.device | str | None = None) -> Tensor:

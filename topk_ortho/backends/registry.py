@@ -2,11 +2,11 @@
 
 import torch
 
-from topk_ortho.backends import naive, tiled
+from topk_ortho.backends import naive, tiled, triton
 from topk_ortho.backends.base import Backend
 
-BACKENDS: dict[str, Backend] = {"naive": naive, "tiled": tiled}
-_PLANNED = ("triton", "sparse")
+BACKENDS: dict[str, Backend] = {"naive": naive, "tiled": tiled, "triton": triton}
+_PLANNED = ("sparse",)
 
 
 def available_backends() -> list[str]:
@@ -15,21 +15,23 @@ def available_backends() -> list[str]:
     Returns
     -------
     list of str
-        "naive" materialises the gram and is the reference; "tiled" streams it and runs on any device that torch has.
+        "naive" materialises the gram and is the reference; "tiled" streams it and runs on any device that torch has;
+        "triton" streams it on CUDA and ROCm devices.
 
     Examples
     --------
-    >>> available_backends()
-    ['naive', 'tiled']
+    >>> "tiled" in available_backends()
+    True
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return [name for name, backend in BACKENDS.items() if backend.unavailable_reason(device) is None]
 
 
 def resolve_backend(name: str, device: torch.device) -> str:
     """Name of the backend that serves `name` on `device`; an explicit choice never falls back to another."""
     if name == "auto":
-        return "tiled"
+        is_accelerated = device.type == "cuda" and BACKENDS["triton"].unavailable_reason(device) is None
+        return "triton" if is_accelerated else "tiled"
     if isinstance(name, str) and name in BACKENDS:
         reason = BACKENDS[name].unavailable_reason(device)
     else:

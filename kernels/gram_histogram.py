@@ -1,0 +1,107 @@
+"""Count pairs by a digit of their similarity, and those equal to the k-th value by row: the passes of a failed guess.
+
+    digit = (bits(similarity) - lowest) >> SHIFT,    counted iff 0 <= digit < BINS
+
+See `topk_ortho.kernels.search` for what is done with the counts. Counts are integers, so they are exact whatever order
+tiles end in.
+"""
+
+import triton
+import triton.language as tl
+from topk_ortho.kernels.gram_select import add_moments, store_moments
+from topk_ortho.kernels.search import DIGITS, LOWEST, TIES, Search, stage_of
+from topk_ortho.kernels.tiles import Operand, cosines, gram_tile, quarters, triangle_tile
+from torch import Tensor
+
+
+@triton.jit
+def _gram_histogram_kernel(
+    x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr,  # [M, N], [N] float32 x 2
+    plan_ptr, histogram_ptr,                             # [5] int64, [BINS] int64
+    moments_ptr,                                         # [n_programs, 3] float64
+    M, N, floor,
+    IS_ABS: tl.constexpr, HAS_MOMENTS: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    if stage_of(plan_ptr) != DIGITS:
+        return
+    count = tl.zeros((), tl.float64)
+    mean = tl.zeros((), tl.float64)
+    squares = tl.zeros((), tl.float64)
+    lowest = tl.load(plan_ptr + LOWEST).to(tl.int32)
+    counts = tl.zeros((BINS,), tl.int64)
+    n_tile_rows = tl.cdiv(N, BLOCK)
+    for tile in range(tl.program_id(0), n_tile_rows * (n_tile_rows + 1) // 2, tl.num_programs(0)):
+        tile_row, tile_col = triangle_tile(tile, n_tile_rows, GROUP)
+        gram = gram_tile(
+            x_ptr, stride_xm, stride_xn, scale_ptr, M, N, tile_row * BLOCK, tile_col * BLOCK,
+            BLOCK, BLOCK_M, PRECISION, SCALED,
+        )  # fmt: skip
+        offs_row = tile_row * BLOCK + tl.arange(0, BLOCK)
+        parts = quarters(gram)
+        for part in tl.static_range(4):
+            offs_col = tile_col * BLOCK + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+            cosine = cosines(parts[part], factor_ptr, offs_row, offs_col, N)
+            if HAS_MOMENTS:
+                count, mean, squares = add_moments(cosine, count, mean, squares)
+            similarity = tl.abs(cosine) if IS_ABS else cosine
+            is_counted = (similarity > floor) & (similarity >= 0.0)
+            bits = tl.where(is_counted, similarity, 0.0).to(tl.int32, bitcast=True)
+            digit = (bits - lowest) >> SHIFT
+            is_counted = is_counted & (digit >= 0) & (digit < BINS)
+            counts += tl.histogram(
+                tl.reshape(digit, (BLOCK * BLOCK // 4,)), BINS, mask=tl.reshape(is_counted, (BLOCK * BLOCK // 4,))
+            )
+    tl.atomic_add(histogram_ptr + tl.arange(0, BINS), counts, mask=counts > 0)
+    if HAS_MOMENTS:
+        store_moments(moments_ptr, count, mean, squares)
+
+
+@triton.jit
+def _gram_row_ties_kernel(
+    x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr,  # [M, N], [N] float32 x 2
+    plan_ptr, row_ties_ptr,                              # [5] int64, [N] int32
+    M, N,
+    IS_ABS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    if stage_of(plan_ptr) != TIES:
+        return
+    value = tl.load(plan_ptr + LOWEST).to(tl.int32).to(tl.float32, bitcast=True)
+    n_tile_rows = tl.cdiv(N, BLOCK)
+    for tile in range(tl.program_id(0), n_tile_rows * (n_tile_rows + 1) // 2, tl.num_programs(0)):
+        tile_row, tile_col = triangle_tile(tile, n_tile_rows, GROUP)
+        gram = gram_tile(
+            x_ptr, stride_xm, stride_xn, scale_ptr, M, N, tile_row * BLOCK, tile_col * BLOCK,
+            BLOCK, BLOCK_M, PRECISION, SCALED,
+        )  # fmt: skip
+        offs_row = tile_row * BLOCK + tl.arange(0, BLOCK)
+        parts = quarters(gram)
+        ties = tl.zeros((BLOCK,), tl.int32)
+        for part in tl.static_range(4):
+            offs_col = tile_col * BLOCK + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+            cosine = cosines(parts[part], factor_ptr, offs_row, offs_col, N)
+            similarity = tl.abs(cosine) if IS_ABS else cosine
+            ties += tl.sum((similarity == value).to(tl.int32), axis=1)
+        tl.atomic_add(row_ties_ptr + offs_row, ties, mask=ties > 0)
+
+
+def gram_histogram(
+    operand: Operand, search: Search, moments: Tensor | None, floor: float, shift: int, bits: int, *, is_abs: bool
+) -> None:
+    """Add pairs above `floor` to `search.histogram` by digit, and fill `moments`, if the search is at DIGITS."""
+    _gram_histogram_kernel[(operand.n_programs,)](
+        plan_ptr=search.plan, histogram_ptr=search.histogram,
+        moments_ptr=search.plan if moments is None else moments,
+        floor=floor, IS_ABS=is_abs, HAS_MOMENTS=moments is not None, SHIFT=shift, BINS=2**bits,
+        **operand.arguments(),
+    )  # fmt: skip
+
+
+def gram_row_ties(operand: Operand, search: Search, *, is_abs: bool) -> None:
+    """Count the pairs equal to the k-th value into `search.row_ties` by row, if the search is at TIES."""
+    _gram_row_ties_kernel[(operand.n_programs,)](
+        plan_ptr=search.plan, row_ties_ptr=search.row_ties, IS_ABS=is_abs, **operand.arguments()
+    )

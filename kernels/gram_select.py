@@ -1,0 +1,125 @@
+"""Record the pairs of columns whose similarity exceeds the cut, streaming the upper triangle of the gram.
+
+    cosine[i, j] = gram[i, j] * factor[i] * factor[j], recorded iff i < j and its similarity is above the bound of row i
+
+Every survivor is counted, only the first `capacity` are stored: `topk_ortho.kernels.search` compares the two. The order
+of the records is undefined. In the same pass, if asked for, the mean of |cosine| over all pairs and the sum of squared
+deviations from it, each tile's about its own mean (Chan, Golub and LeVeque, 1983), so that nothing cancels.
+
+Survivors are rare: about 16 in a tile at a fraction of 1e-3. Rows of a tile are peeled one survivor at a time, all rows
+at once, so that a tile needs one atomic addition and as many steps as its fullest row has survivors. The usual way, an
+atomic or a scan for each element, takes 180 to 255 registers a thread here; this takes 127.
+"""
+
+import triton
+import triton.language as tl
+from topk_ortho.kernels.search import COLLECT, PASS, Search, above, stage_of
+from topk_ortho.kernels.tiles import Operand, cosines, gram_tile, quarters, triangle_tile
+from torch import Tensor
+
+
+@triton.jit
+def add_moments(cosine, count, mean, squares):
+    """Moments (count, mean, sum of squared deviations; float64) with the |cosine| of a part of a tile added."""
+    is_pair = cosine == cosine
+    n_pairs = tl.sum(tl.sum(is_pair.to(tl.int32), axis=1), axis=0)
+    magnitude = tl.where(is_pair, tl.abs(cosine), 0.0)
+    part_mean = tl.sum(tl.sum(magnitude, axis=1), axis=0) / tl.maximum(n_pairs, 1)
+    deviation = tl.where(is_pair, magnitude - part_mean, 0.0)
+    part_squares = tl.sum(tl.sum(deviation * deviation, axis=1), axis=0).to(tl.float64)
+    part_count = n_pairs.to(tl.float64)
+    difference = part_mean.to(tl.float64) - mean
+    share = part_count / tl.maximum(count + part_count, 1.0)
+    squares += part_squares + difference * difference * count * share
+    return count + part_count, mean + difference * share, squares
+
+
+@triton.jit
+def store_moments(moments_ptr, count, mean, squares):
+    """Into the line of this program."""
+    line = moments_ptr + 3 * tl.program_id(0)
+    tl.store(line, count)
+    tl.store(line + 1, mean)
+    tl.store(line + 2, squares)
+
+
+@triton.jit
+def _record(
+    cosine, bound, offs_row, offs_col,
+    values_ptr, rows_ptr, cols_ptr, n_survivors_ptr,
+    capacity,
+    IS_ABS: tl.constexpr,
+):  # fmt: skip
+    similarity = tl.abs(cosine) if IS_ABS else cosine
+    counts = tl.sum((similarity > bound[:, None]).to(tl.int32), axis=1)
+    most = tl.max(counts, axis=0)
+    if most > 0:
+        first = tl.atomic_add(n_survivors_ptr, tl.sum(counts, axis=0).to(tl.int64), sem="relaxed")
+        slot = tl.minimum(first, capacity).to(tl.int32) + tl.cumsum(counts, axis=0) - counts
+        col = tl.full(counts.shape, -1, tl.int32)
+        for i in range(most):
+            is_next = (similarity > bound[:, None]) & (offs_col[None, :] > col[:, None])
+            col = tl.min(tl.where(is_next, offs_col[None, :], 2147483647), axis=1)
+            value = tl.sum(tl.where(offs_col[None, :] == col[:, None], cosine, 0.0), axis=1)
+            mask = (i < counts) & (slot < capacity)
+            tl.store(values_ptr + slot, value, mask=mask)
+            tl.store(rows_ptr + slot, offs_row, mask=mask)
+            tl.store(cols_ptr + slot, col, mask=mask)
+            slot += 1
+
+
+@triton.jit
+def _gram_select_kernel(
+    x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr,  # [M, N], [N] float32 x 2
+    plan_ptr, bounds_ptr,                                # [5] int64, [2] float32
+    values_ptr, rows_ptr, cols_ptr, n_survivors_ptr,     # [capacity] float32, int32, int32, [1] int64
+    moments_ptr,                                         # [n_programs, 3] float64
+    M, N, capacity, floor,
+    STAGE: tl.constexpr, IS_ABS: tl.constexpr, HAS_MOMENTS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    if stage_of(plan_ptr) != STAGE:
+        return
+    count = tl.zeros((), tl.float64)
+    mean = tl.zeros((), tl.float64)
+    squares = tl.zeros((), tl.float64)
+    n_tile_rows = tl.cdiv(N, BLOCK)
+    for tile in range(tl.program_id(0), n_tile_rows * (n_tile_rows + 1) // 2, tl.num_programs(0)):
+        tile_row, tile_col = triangle_tile(tile, n_tile_rows, GROUP)
+        gram = gram_tile(
+            x_ptr, stride_xm, stride_xn, scale_ptr, M, N, tile_row * BLOCK, tile_col * BLOCK,
+            BLOCK, BLOCK_M, PRECISION, SCALED,
+        )  # fmt: skip
+        offs_row = tile_row * BLOCK + tl.arange(0, BLOCK)
+        bound = above(bounds_ptr, plan_ptr, floor, offs_row)
+        parts = quarters(gram)
+        for part in tl.static_range(4):
+            offs_col = tile_col * BLOCK + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+            cosine = cosines(parts[part], factor_ptr, offs_row, offs_col, N)
+            if HAS_MOMENTS:
+                count, mean, squares = add_moments(cosine, count, mean, squares)
+            _record(
+                cosine, bound, offs_row, offs_col, values_ptr, rows_ptr, cols_ptr, n_survivors_ptr, capacity, IS_ABS
+            )
+    if HAS_MOMENTS:
+        store_moments(moments_ptr, count, mean, squares)
+
+
+def gram_select(
+    operand: Operand, search: Search, values: Tensor, rows: Tensor, cols: Tensor, moments: Tensor | None, floor: float,
+    *, is_abs: bool, is_first: bool,
+) -> None:  # fmt: skip
+    """Fill the records [capacity] and `search.n_survivors`, if the search is at PASS (`is_first`) or COLLECT.
+
+    `moments` float64 [operand.n_programs, 3] takes (count, mean, sum of squared deviations) of |cosine| by program.
+    """
+    assert values.numel() < 2**31 - 2**16, "slots are int32"
+    _gram_select_kernel[(operand.n_programs,)](
+        plan_ptr=search.plan, bounds_ptr=search.bounds,
+        values_ptr=values, rows_ptr=rows, cols_ptr=cols, n_survivors_ptr=search.n_survivors,
+        moments_ptr=search.plan if moments is None else moments,
+        capacity=values.numel(), floor=floor,
+        STAGE=(PASS if is_first else COLLECT).value, IS_ABS=is_abs, HAS_MOMENTS=moments is not None,
+        **operand.arguments(),
+    )  # fmt: skip

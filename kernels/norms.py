@@ -1,0 +1,83 @@
+"""Column norms of x [M, N] in one pass, with everything that follows from them.
+
+    norm[j] = sqrt(sum_m x[m, j]**2),    x_hat[:, j] = x[:, j] / max(norm[j], EPS)
+
+Sums are float32. Squares that overflow are summed again at the same time, of x * 2**-70, so that every norm below the
+largest float32 is right. `scale` and `factor` split 1 / max(norm, EPS) into a power of two, which multiplies x exactly
+and leaves norms in [2, 4), and the rest.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+OUT_OF_RANGE, NOT_FINITE = tl.constexpr(1), tl.constexpr(2)
+_BLOCK_COL, _BLOCK_M = 32, 128
+
+
+class Norms(NamedTuple):
+    """What the kernel writes."""
+
+    norms: Tensor
+    """float32 [N]; Inf or NaN where x is not finite or the norm exceeds float32"""
+    inverse: Tensor
+    """float32 [N], 1 / max(norm, EPS), 0 for a dead column"""
+    scale: Tensor
+    """float32 [N], a power of two; norm * scale is in [2, 4), or below for a norm under EPS"""
+    factor: Tensor
+    """float32 [N], inverse / scale"""
+    flags: Tensor
+    """int32 [1], bits: OUT_OF_RANGE, a norm above 2**60, whose products may overflow; NOT_FINITE, one that is not"""
+
+
+@triton.jit
+def _column_norms_kernel(
+    x_ptr, stride_xm, stride_xn,                              # [M, N]
+    norm_ptr, inverse_ptr, scale_ptr, factor_ptr, flags_ptr,  # [N] float32 x 4, [1] int32
+    M, N, eps,
+    BLOCK_COL: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    offs_col = tl.program_id(0) * BLOCK_COL + tl.arange(0, BLOCK_COL)
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_col = offs_col < N
+    x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + offs_col[None, :].to(tl.int64) * stride_xn
+    step = tl.cast(BLOCK_M, tl.int64) * stride_xm
+    squares = tl.zeros((BLOCK_M, BLOCK_COL), tl.float32)
+    small_squares = tl.zeros((BLOCK_M, BLOCK_COL), tl.float32)
+    for m in range(0, M, BLOCK_M):
+        x = tl.load(x_ptrs, mask=(offs_m[:, None] < M - m) & mask_col[None, :], other=0.0).to(tl.float32)
+        small = x * 2.0**-70
+        squares += x * x
+        small_squares += small * small
+        x_ptrs += step
+    sum_squares = tl.sum(squares, axis=0)
+    rescaled = tl.sqrt_rn(tl.sum(small_squares, axis=0)) * 2.0**70
+    norm = tl.where(sum_squares < float("inf"), tl.sqrt_rn(sum_squares), rescaled)
+
+    floored = tl.maximum(norm, eps)
+    exponent = floored.to(tl.int32, bitcast=True) & 0x7F800000
+    scale = (0x7F800000 - exponent).to(tl.float32, bitcast=True)  # 2**(1 - e) for a norm in [2**e, 2**(e + 1))
+    is_live = norm > 0.0
+    tl.store(norm_ptr + offs_col, norm, mask=mask_col)
+    tl.store(inverse_ptr + offs_col, tl.where(is_live, tl.div_rn(1.0, floored), 0.0), mask=mask_col)
+    tl.store(scale_ptr + offs_col, scale, mask=mask_col)
+    tl.store(factor_ptr + offs_col, tl.where(is_live, tl.div_rn(1.0, floored * scale), 0.0), mask=mask_col)
+    flags = tl.where(norm <= 2.0**60, 0, OUT_OF_RANGE) | tl.where(norm < float("inf"), 0, NOT_FINITE)
+    flags = tl.max(tl.where(mask_col, flags, 0), axis=0)  # NOT_FINITE comes with OUT_OF_RANGE
+    if flags > 0:
+        tl.atomic_or(flags_ptr, flags)
+
+
+def column_norms(x: Tensor, eps: float) -> Norms:
+    """Norms of the columns of x, float32, bfloat16 or float16, any strides."""
+    n_features = x.shape[1]
+    norms, inverse, scale, factor = (x.new_empty(n_features, dtype=torch.float32) for _ in range(4))
+    flags = x.new_zeros(1, dtype=torch.int32)
+    _column_norms_kernel[(triton.cdiv(n_features, _BLOCK_COL),)](
+        x, x.stride(0), x.stride(1), norms, inverse, scale, factor, flags, x.shape[0], n_features, eps,
+        BLOCK_COL=_BLOCK_COL, BLOCK_M=_BLOCK_M, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return Norms(norms, inverse, scale, factor, flags)

@@ -1,0 +1,67 @@
+"""Gradient of a weighted sum of cosines: gather the partners of each column, then the Jacobian of the normalisation.
+
+    grad_hat[:, j] = sum_p weight[p] * x_hat[:, partner[p]],    own[j] = sum_p weight[p] * value[p],    p of column j
+    grad[:, j] = (grad_hat[:, j] - x_hat[:, j] * own[j]) / max(norm[j], EPS),    without `own` where norm[j] <= EPS
+
+The pairs of a column are consecutive (CSR). One program owns a column and a block of its entries, so there are no
+atomics and every sum has a fixed order. All columns of a block come before the next block: their entries, N * BLOCK_M
+of them, stay in L2 while they are gathered.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_M = 64
+"""Entries of a column that a program owns: a gathered line of 128 to 256 bytes."""
+_BLOCK_PAIR = 32
+
+
+@triton.jit
+def _pair_gradient_kernel(
+    x_ptr, stride_xn, stride_xm,                        # [N, slab], features in rows
+    norm_ptr, inverse_ptr,                              # [N] float32 x 2
+    offsets_ptr, partners_ptr, weights_ptr, values_ptr, # [N + 1] int64, [p] int32, [p] float32 x 2
+    grad_ptr, stride_gn, stride_gm,                     # [N, slab]
+    M, eps,
+    BLOCK_M: tl.constexpr, BLOCK_PAIR: tl.constexpr,
+):  # fmt: skip
+    col = tl.program_id(0)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    first = tl.load(offsets_ptr + col)
+    n_partners = (tl.load(offsets_ptr + col + 1) - first).to(tl.int32)
+    line = x_ptr + offs_m.to(tl.int64) * stride_xm
+    offs_pair = tl.arange(0, BLOCK_PAIR)
+    gathered = tl.zeros((BLOCK_M,), tl.float32)
+    own = tl.zeros((BLOCK_PAIR,), tl.float32)
+    for start in range(0, n_partners, BLOCK_PAIR):
+        mask = offs_pair < n_partners - start
+        pair = first + start + offs_pair
+        partner = tl.load(partners_ptr + pair, mask=mask, other=0)
+        weight = tl.load(weights_ptr + pair, mask=mask, other=0.0)
+        own += weight * tl.load(values_ptr + pair, mask=mask, other=0.0)
+        x = tl.load(
+            line[None, :] + partner[:, None].to(tl.int64) * stride_xn, mask=mask[:, None] & mask_m[None, :], other=0.0
+        )
+        x_hat = x.to(tl.float32) * tl.load(inverse_ptr + partner, mask=mask, other=0.0)[:, None]
+        gathered += tl.sum(x_hat * weight[:, None], axis=0)
+    inverse = tl.load(inverse_ptr + col)
+    x_hat = tl.load(line + col.to(tl.int64) * stride_xn, mask=mask_m, other=0.0).to(tl.float32) * inverse
+    own_sum = tl.where(tl.load(norm_ptr + col) > eps, tl.sum(own, axis=0), 0.0)
+    grad = (gathered - x_hat * own_sum) * inverse
+    grad_ptrs = grad_ptr + col.to(tl.int64) * stride_gn + offs_m.to(tl.int64) * stride_gm
+    tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=mask_m)
+
+
+def pair_gradient(
+    x_slab: Tensor, norms: Tensor, inverse: Tensor, offsets: Tensor, partners: Tensor, weights: Tensor, values: Tensor,
+    grad_slab: Tensor, eps: float,
+) -> None:  # fmt: skip
+    """Write grad_slab [N, slab] for x_slab [N, slab], features in rows, any strides."""
+    n_features, n_rows = x_slab.shape
+    _pair_gradient_kernel[(n_features, triton.cdiv(n_rows, BLOCK_M))](
+        x_slab, x_slab.stride(0), x_slab.stride(1), norms, inverse, offsets, partners, weights, values,
+        grad_slab, grad_slab.stride(0), grad_slab.stride(1), n_rows, eps,
+        BLOCK_M=BLOCK_M, BLOCK_PAIR=_BLOCK_PAIR, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip

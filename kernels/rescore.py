@@ -1,0 +1,73 @@
+"""Cosines of recorded pairs in float32, from columns that lie contiguous.
+
+    value[p] += sum_m x_hat[m, rows[p]] * x_hat[m, cols[p]],    x_hat[:, j] = x[:, j] * inverse[j]
+
+For the survivors of a pass over rounded columns; x may come slab by slab of its rows. After the last slab, how many of
+them reach the cut is counted: those are all pairs that do, see `topk_ortho.kernels.search`.
+"""
+
+import triton
+import triton.language as tl
+from topk_ortho.kernels.search import CUT, PASS, Search, stage_of
+from topk_ortho.kernels.tiles import n_multiprocessors
+from torch import Tensor
+
+_BLOCK_PAIR, _BLOCK_M = 32, 64
+_PROGRAMS_PER_SM = 8
+
+
+@triton.jit
+def _rescore_kernel(
+    x_ptr, stride_xn, stride_xm,                          # [N, slab] float32, features in rows
+    inverse_ptr,                                          # [N] float32
+    plan_ptr, bounds_ptr,                                 # [5] int64, [2] float32
+    values_ptr, rows_ptr, cols_ptr,                       # [capacity] float32, int32, int32
+    n_survivors_ptr, n_certified_ptr,                     # [1] int64 x 2
+    M, capacity, is_first, is_last,
+    IS_ABS: tl.constexpr, BLOCK_PAIR: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    if stage_of(plan_ptr) != PASS:
+        return
+    n_records = tl.minimum(tl.load(n_survivors_ptr), capacity).to(tl.int32)
+    cut = tl.load(bounds_ptr + CUT)
+    offs_m = tl.arange(0, BLOCK_M)
+    n_certified = tl.zeros((), tl.int32)
+    for first in range(tl.program_id(0) * BLOCK_PAIR, n_records, tl.num_programs(0) * BLOCK_PAIR):
+        pair = first + tl.arange(0, BLOCK_PAIR)
+        mask = pair < n_records
+        row = tl.load(rows_ptr + pair, mask=mask, other=0)
+        col = tl.load(cols_ptr + pair, mask=mask, other=0)
+        inverse_row = tl.load(inverse_ptr + row)
+        inverse_col = tl.load(inverse_ptr + col)
+        row_ptrs = x_ptr + row[:, None].to(tl.int64) * stride_xn + offs_m[None, :] * stride_xm
+        col_ptrs = x_ptr + col[:, None].to(tl.int64) * stride_xn + offs_m[None, :] * stride_xm
+        products = tl.zeros((BLOCK_PAIR, BLOCK_M), tl.float32)
+        for m in range(0, M, BLOCK_M):
+            mask_m = mask[:, None] & (offs_m[None, :] < M - m)
+            a = tl.load(row_ptrs + m * stride_xm, mask=mask_m, other=0.0) * inverse_row[:, None]
+            b = tl.load(col_ptrs + m * stride_xm, mask=mask_m, other=0.0) * inverse_col[:, None]
+            products += a * b
+        value = tl.sum(products, axis=1)
+        if is_first == 0:
+            value += tl.load(values_ptr + pair, mask=mask, other=0.0)
+        if is_last > 0:
+            value = tl.minimum(tl.maximum(value, -1.0), 1.0)
+            similarity = tl.abs(value) if IS_ABS else value
+            n_certified += tl.sum((mask & (similarity >= cut)).to(tl.int32), axis=0)
+        tl.store(values_ptr + pair, value, mask=mask)
+    if is_last > 0:
+        tl.atomic_add(n_certified_ptr, n_certified.to(tl.int64))
+
+
+def rescore(
+    x_slab: Tensor, inverse: Tensor, search: Search, values: Tensor, rows: Tensor, cols: Tensor,
+    *, is_first: bool, is_last: bool, is_abs: bool,
+) -> None:  # fmt: skip
+    """Add a slab [N, slab] of x, features in rows, to the values [capacity] of what is recorded."""
+    capacity = values.numel()
+    n_programs = min(triton.cdiv(capacity, _BLOCK_PAIR), n_multiprocessors(x_slab.device) * _PROGRAMS_PER_SM)
+    _rescore_kernel[(n_programs,)](
+        x_slab, x_slab.stride(0), x_slab.stride(1), inverse, search.plan, search.bounds, values, rows, cols,
+        search.n_survivors, search.n_certified, x_slab.shape[1], capacity, int(is_first), int(is_last),
+        IS_ABS=is_abs, BLOCK_PAIR=_BLOCK_PAIR, BLOCK_M=_BLOCK_M, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip

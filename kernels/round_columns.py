@@ -1,0 +1,57 @@
+"""Unit columns rounded to bfloat16, and how far the rounding moved them.
+
+    x_bf16[:, j] = bf16(x[:, j] * inverse[j]),    deviation = max_j ||x_bf16[:, j] - x[:, j] * inverse[j]||_2
+
+With unit columns a, b and their rounded forms a', b', |a'.b' - a.b| <= |a'-a||b| + |b'-b||a| + |a'-a||b'-b|, so that
+2 deviation + deviation**2 bounds what rounding does to any cosine (Cauchy-Schwarz).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK_COL, _BLOCK_M = 32, 128
+
+
+@triton.jit
+def _round_columns_kernel(
+    x_ptr, stride_xm, stride_xn,        # [M, N] float32
+    inverse_ptr,                        # [N] float32
+    rounded_ptr, stride_rm, stride_rn,  # [M, N] bfloat16
+    deviation_ptr,                      # [1] float32, >= 0
+    M, N,
+    BLOCK_COL: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    offs_col = tl.program_id(0) * BLOCK_COL + tl.arange(0, BLOCK_COL)
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_col = offs_col < N
+    inverse = tl.load(inverse_ptr + offs_col, mask=mask_col, other=0.0)
+    x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + offs_col[None, :].to(tl.int64) * stride_xn
+    rounded_ptrs = rounded_ptr + offs_m[:, None].to(tl.int64) * stride_rm + offs_col[None, :].to(tl.int64) * stride_rn
+    squares = tl.zeros((BLOCK_M, BLOCK_COL), tl.float32)
+    for m in range(0, M, BLOCK_M):
+        mask = (offs_m[:, None] < M - m) & mask_col[None, :]
+        x_hat = tl.load(x_ptrs, mask=mask, other=0.0) * inverse[None, :]
+        rounded = x_hat.to(tl.bfloat16)
+        tl.store(rounded_ptrs, rounded, mask=mask)
+        moved = rounded.to(tl.float32) - x_hat
+        squares += moved * moved
+        x_ptrs += tl.cast(BLOCK_M, tl.int64) * stride_xm
+        rounded_ptrs += tl.cast(BLOCK_M, tl.int64) * stride_rm
+    deviation = tl.max(tl.sqrt_rn(tl.sum(squares, axis=0)), axis=0)
+    # non-negative floats order as their bits
+    tl.atomic_max(deviation_ptr.to(tl.pointer_type(tl.int32)), deviation.to(tl.int32, bitcast=True))
+
+
+def round_columns(x: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """(x_bf16 [M, N] in the layout of x, deviation float32 [1]) for x float32."""
+    n_rows, n_features = x.shape
+    rounded = torch.empty_like(x, dtype=torch.bfloat16)
+    deviation = x.new_zeros(1)
+    _round_columns_kernel[(triton.cdiv(n_features, _BLOCK_COL),)](
+        x, x.stride(0), x.stride(1), inverse, rounded, rounded.stride(0), rounded.stride(1), deviation,
+        n_rows, n_features,
+        BLOCK_COL=_BLOCK_COL, BLOCK_M=_BLOCK_M, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return rounded, deviation

@@ -1,0 +1,312 @@
+"""Triton kernels on CUDA and ROCm devices; on CPU tensors too under TRITON_INTERPRET=1, for tests.
+
+The kernels are `topk_ortho.kernels`; here they are put in order. Nothing is read on the host once a warm-start state is
+given: every call enqueues the same kernels, and those of a repair return at once unless the first pass failed (see
+`topk_ortho.kernels.search`). float32 columns in "highest" precision are first screened in bf16, whose rounding is
+bounded, and what may be selected is computed again in float32. float64 has no kernels: it goes to `tiled`.
+
+Extra memory: O(k) records, for row-major x a slab of its transpose, and for float32 columns in "highest" or "medium"
+precision a bf16 copy.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from topk_ortho.backends import tiled
+from topk_ortho.backends.base import EPS, Precision, Query, RowMax, Selection
+from topk_ortho.backends.norms import column_norms as refuse_what_is_not_finite
+from topk_ortho.selection import (
+    MARGIN_LEAST,
+    MARGIN_START,
+    first_rank_of_sample,
+    floor_of,
+    n_pairs,
+    similarity_of,
+)
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    from topk_ortho.kernels import search as searches
+    from topk_ortho.kernels.gram_histogram import gram_histogram, gram_row_ties
+    from topk_ortho.kernels.gram_row_max import gram_row_max
+    from topk_ortho.kernels.gram_sample import gram_sample
+    from topk_ortho.kernels.gram_select import gram_select
+    from topk_ortho.kernels.norms import NOT_FINITE, Norms, column_norms
+    from topk_ortho.kernels.pair_gradient import BLOCK_M
+    from topk_ortho.kernels.pair_gradient import pair_gradient as gather_gradient
+    from topk_ortho.kernels.rescore import rescore
+    from topk_ortho.kernels.round_columns import round_columns
+    from topk_ortho.kernels.tiles import INTERPRETED, Kind, Operand
+
+_SAMPLE_ROWS, _SAMPLE_COLS = 256, 1024  # 2**18 sampled pairs: 262 of them above the threshold at fraction 1e-3
+_SMALLEST_SAMPLED = 128  # features; below, all pairs fit the records
+_SLACK = 2**16  # records beyond a share of k: a small k is guessed from few sampled pairs
+_MARGIN_MOST = 0.4  # of the warm-start guess, as a share of k: the records hold 1.5 k
+# Features from which columns are screened in bf16: below, products take less time than the launches it adds. Not
+# measured yet.
+_SMALLEST_SCREENED = 8192
+_SLAB_BYTES = 2**25  # of the transposed slab of x: it stays in the L2 of an A100 (40 MB) and of what came after
+_CHUNK_COPY_ELEMENTS = 2**26  # of the columns of x that row_max copies at once
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """No Triton, no GPU that it supports, or a tensor elsewhere."""
+    if not HAS_TRITON:
+        return "Triton is not installed; `pip install triton` (Linux)"
+    if INTERPRETED:
+        return None if device.type == "cpu" else "TRITON_INTERPRET is set, which runs kernels on CPU tensors only"
+    if device.type != "cuda":
+        return f"it needs a CUDA or ROCm device, not {device.type!r}; TRITON_INTERPRET=1 runs it on the CPU, slowly"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
+    return None
+
+
+def select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
+    """One pass from a guess, then an exact search for the cut that returns at once if the pass was certified."""
+    if x.dtype == torch.float64:
+        return tiled.select_pairs(x, query, state)
+    with _on(x.device):
+        return _select_pairs(x, query, state)
+
+
+def row_max(x: Tensor, chunks: tuple[Tensor, ...] | None, precision: Precision) -> RowMax:
+    """Maxima of tiles for their rows and their columns, joined by atomic maxima of (value, partner)."""
+    if x.dtype == torch.float64:
+        return tiled.row_max(x, chunks, precision)
+    with _on(x.device):
+        norms = column_norms(x, EPS)
+        _check_finite(x, norms)
+        if chunks is None:
+            values, partners = _row_max_of_chunks(x, norms, 1, 0, precision)
+            return RowMax(values, partners, norms.norms)
+        values, partners = torch.empty_like(norms.norms), torch.empty_like(norms.norms, dtype=torch.int64)
+        largest = chunks[0].numel()
+        at_once = max(1, _CHUNK_COPY_ELEMENTS // (x.shape[0] * largest))
+        for first in range(0, len(chunks), at_once):
+            group = [chunk.sort().values for chunk in chunks[first : first + at_once]]
+            _row_max_of_group(x, norms, group, precision, values, partners)
+    return RowMax(values, partners, norms.norms)
+
+
+def pair_gradient(
+    x: Tensor, norms: Tensor, rows: Tensor, cols: Tensor, values: Tensor, grad_rows: Tensor, grad_cols: Tensor
+) -> Tensor:
+    """Gather in CSR order; pairs of weight 0 are left out of it. The order of every sum is fixed by a stable sort."""
+    if x.dtype == torch.float64:
+        return tiled.pair_gradient(x, norms, rows, cols, values, grad_rows, grad_cols)
+    n_features = x.shape[1]
+    weights = torch.cat([grad_rows, grad_cols])
+    targets = torch.where(weights != 0, torch.cat([rows, cols]), n_features).int()
+    targets, order = targets.sort(stable=True)
+    offsets = torch.searchsorted(targets, torch.arange(n_features + 1, dtype=torch.int32, device=x.device))
+    partners = torch.cat([cols, rows])[order].int()
+    weights, values = weights[order], torch.cat([values, values])[order]
+    inverse = torch.where(norms > 0, 1.0 / norms.clamp_min(EPS), 0.0)
+    grad = torch.empty_like(x)
+    with _on(x.device):
+        for x_slab, grad_rows_of_slab in zip(_feature_major(x), _slabs_of(grad), strict=True):
+            is_direct = x.stride(0) == 1 or grad_rows_of_slab.stride(0) == 1
+            grad_slab = grad_rows_of_slab.T if is_direct else torch.empty_like(x_slab)
+            gather_gradient(x_slab, norms, inverse, offsets, partners, weights, values, grad_slab, EPS)
+            if not is_direct:
+                grad_rows_of_slab.copy_(grad_slab.T)
+    return grad
+
+
+class _Passes(NamedTuple):
+    """What is multiplied."""
+
+    first: "Operand"
+    repair: "Operand"
+    """Exact in the precision asked for, and safe for columns of any norm"""
+    flags: Tensor
+    """int32 [1], not 0 if the first pass cannot be used"""
+    deviation: Tensor | None
+    """float32 [1], of the first operand from the precision asked for; None if it has that precision"""
+
+
+def _passes(x: Tensor, norms: "Norms", query: Query) -> _Passes:
+    if x.dtype != torch.float32 or query.precision == "high":
+        return _plain_and_scaled(x, norms, "tf32" if x.dtype == torch.float32 else "half")
+    if query.precision == "highest" and (query.n_std is not None or x.shape[1] < _SMALLEST_SCREENED):
+        return _plain_and_scaled(x, norms, "ieee")  # an adaptive tau needs every cosine in full precision
+    rounded, deviation = round_columns(x, norms.inverse)
+    unit = Operand(x=rounded, factor=torch.ones_like(norms.inverse), scale=None, kind="half")
+    if query.precision == "medium":
+        return _Passes(unit, unit, torch.zeros_like(norms.flags), None)
+    return _Passes(unit, _plain_and_scaled(x, norms, "ieee").repair, norms.flags, deviation)
+
+
+def _plain_and_scaled(x: Tensor, norms: "Norms", kind: "Kind") -> _Passes:
+    return _Passes(
+        first=Operand(x=x, factor=norms.inverse, scale=None, kind=kind),
+        repair=Operand(x=x, factor=norms.factor, scale=norms.scale, kind=kind),
+        flags=norms.flags,
+        deviation=None,
+    )
+
+
+def _select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
+    n_features, k = x.shape[1], query.k
+    is_abs, floor = query.similarity == "abs", floor_of(query)
+    norms = column_norms(x, EPS)
+    is_deferred = state is not None and x.device.type != "cpu"
+    if not is_deferred:
+        _check_finite(x, norms)
+    warm = None if state is None else state.float()
+
+    passes = _passes(x, norms, query)
+    # a screen keeps all that its error leaves undecided
+    capacity = k + k // 2 + max(_SLACK, n_features) + (0 if passes.deviation is None else k + k // 2)
+    capacity = min(capacity, n_pairs(n_features))
+    values = torch.empty(capacity, dtype=torch.float32, device=x.device)
+    rows, cols = (torch.empty(capacity, dtype=torch.int32, device=x.device) for _ in range(2))
+    moments = None
+    if query.n_std is not None:
+        moments = torch.zeros(passes.first.n_programs, 3, dtype=torch.float64, device=x.device)
+
+    search = searches.new_search(x.device, n_features)
+    n_rows, n_cols = min(_SAMPLE_ROWS, n_features // 8), min(_SAMPLE_COLS, n_features // 2)
+    can_overflow = capacity < n_pairs(n_features)
+    rank = 0
+    if can_overflow and n_features >= _SMALLEST_SAMPLED:
+        rank = first_rank_of_sample(n_rows * n_cols, k, n_pairs(n_features))
+        gram_sample(x, norms.inverse, search, warm, n_rows, n_cols, is_abs=is_abs)
+    searches.begin(search, passes.flags, warm, passes.deviation, rank, x.shape[0], can_overflow)
+    gram_select(passes.first, search, values, rows, cols, moments, floor, is_abs=is_abs, is_first=True)
+    certified = search._replace(n_certified=search.n_survivors)
+    if passes.deviation is not None:
+        slabs = list(_slabs_of(x))
+        for i, x_slab in enumerate(_feature_major(x)):
+            rescore(
+                x_slab, norms.inverse, search, values, rows, cols,
+                is_first=i == 0, is_last=i == len(slabs) - 1, is_abs=is_abs,
+            )  # fmt: skip
+        certified = search
+    searches.certify(certified, k, capacity, floor, _adaptive_tau(moments, query.n_std))
+
+    for i, (shift, bits) in enumerate(searches.DIGITS_OF_SIMILARITY):
+        gram_histogram(passes.repair, search, moments if i == 0 else None, floor, shift, bits, is_abs=is_abs)
+        searches.next_digit(search, shift, bits, k, capacity)
+    gram_row_ties(passes.repair, search, is_abs=is_abs)
+    searches.tie_row(search, k)
+    gram_select(passes.repair, search, values, rows, cols, None, floor, is_abs=is_abs, is_first=False)
+
+    n_records = search.n_survivors.clamp_max(capacity)
+    is_record = torch.arange(capacity, device=x.device) < n_records
+    similarity = torch.where(is_record, similarity_of(values, query.similarity), -2.0)
+    index = torch.where(is_record, rows.long() * n_features + cols, 2**63 - 1)
+    index, by_index = index.sort()
+    similarity, order = similarity[by_index].sort(descending=True, stable=True)
+    index, values = index[order], values[by_index[order]]
+
+    tau = _adaptive_tau(moments, query.n_std)
+    if tau is None:
+        tau = torch.full((1,), -1.0 if query.tau is None else query.tau, dtype=torch.float32, device=x.device)
+    lowest = tau.clamp_min(floor)
+    n_selected = (similarity > lowest).sum().clamp_max(k)
+    is_selected = torch.arange(k, device=x.device) < n_selected
+    index = torch.where(is_selected, index[:k], 0)
+    values = torch.where(is_selected, values[:k], 0.0)
+    threshold = torch.where(n_selected == k, similarity[k - 1], lowest.clamp_min(0.0).squeeze(0))
+    if is_deferred:
+        poison = torch.where((norms.flags & NOT_FINITE.value) > 0, torch.nan, 0.0)
+        values, threshold = values + poison, threshold + poison.squeeze(0)
+    margins = (MARGIN_START, MARGIN_LEAST, _MARGIN_MOST)
+    following = norms.norms.new_empty(0)
+    if state is not None and warm is not None:
+        following = searches.next_state(search, warm, similarity, n_records, k, margins).to(state.dtype)
+    selected_rows = index.div(n_features, rounding_mode="floor")
+    return Selection(
+        values=values,
+        rows=selected_rows,
+        cols=index - selected_rows * n_features,
+        n_selected=n_selected,
+        threshold=threshold,
+        tau=tau.squeeze(0).clone(),
+        norms=norms.norms,
+        state=following,
+    )
+
+
+def _adaptive_tau(moments: Tensor | None, n_std: float | None) -> Tensor | None:
+    """mean + n_std * std, float32 [1], from (count, mean, sum of squared deviations) of each program."""
+    if moments is None or n_std is None:
+        return None
+    count, mean, squares = moments.unbind(1)
+    n_all = count.sum()
+    mean_of_all = (count * mean).sum() / n_all
+    variance = (squares.sum() + (count * (mean - mean_of_all).square()).sum()) / n_all
+    return (mean_of_all + n_std * variance.sqrt()).float().view(1)
+
+
+def _row_max_of_group(
+    x: Tensor, norms: "Norms", chunks: list[Tensor], precision: Precision, values: Tensor, partners: Tensor
+) -> None:
+    """Write the results of some chunks, sorted, the larger ones first, through one copy of their columns."""
+    largest = chunks[0].numel()
+    n_larger = sum(chunk.numel() == largest for chunk in chunks)
+    stride = -(-largest // 16) * 16  # chunks start where a vector load can
+    members = torch.stack([torch.nn.functional.pad(chunk, (0, stride - chunk.numel())) for chunk in chunks]).flatten()
+    group_norms = norms._replace(**{name: getattr(norms, name)[members] for name in ("inverse", "scale", "factor")})
+    group_values, group_partners = _row_max_of_chunks(
+        x.index_select(1, members), group_norms, len(chunks), n_larger, precision, largest
+    )
+    for i, chunk in enumerate(chunks):
+        part = slice(i * stride, i * stride + chunk.numel())
+        values[chunk] = group_values[part]
+        partners[chunk] = chunk[group_partners[part]]
+
+
+def _row_max_of_chunks(
+    x: Tensor, norms: "Norms", n_chunks: int, n_larger: int, precision: Precision, largest: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(values, partners), partners counted from the start of their chunk."""
+    n_columns = x.shape[1]
+    best = torch.full((n_columns,), -(2**63), dtype=torch.int64, device=x.device)
+    if largest is None:
+        largest, n_larger = n_columns, 1
+    if x.dtype == torch.float32 and precision == "medium":
+        rounded, _ = round_columns(x, norms.inverse)
+        unit = Operand(x=rounded, factor=torch.ones_like(norms.inverse), scale=None, kind="half")
+        operands, flags = [unit], torch.zeros_like(norms.flags)
+    else:
+        kind: Kind = "half" if x.dtype != torch.float32 else "tf32" if precision == "high" else "ieee"
+        passes = _plain_and_scaled(x, norms, kind)
+        operands, flags = [passes.first, passes.repair], passes.flags
+    for operand in operands:
+        gram_row_max(operand, flags, best, n_chunks, n_columns // n_chunks, largest, n_larger)
+    ordered = (best >> 32).int()
+    values = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
+    return values, 2**32 - 1 - (best & (2**32 - 1))
+
+
+def _slabs_of(x: Tensor) -> Iterator[Tensor]:
+    """Rows of x by slabs: all of them if its columns are contiguous, else as many as stay in L2."""
+    if x.stride(0) == 1:
+        yield x
+        return
+    rows = max(1, _SLAB_BYTES // (x.shape[1] * x.element_size() * BLOCK_M)) * BLOCK_M
+    yield from x.split(rows)
+
+
+def _feature_major(x: Tensor) -> Iterator[Tensor]:
+    """The same slabs, [N, rows of the slab], each line contiguous."""
+    for slab in _slabs_of(x):
+        yield slab.T if slab.stride(0) == 1 else slab.T.contiguous()
+
+
+def _check_finite(x: Tensor, norms: "Norms") -> None:
+    if norms.flags.item() & NOT_FINITE.value:
+        refuse_what_is_not_finite(x)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
