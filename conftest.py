@@ -1,9 +1,14 @@
-"""Names that the doctests of topk_ortho use without importing them."""
+"""Before anything is imported: where Triton kernels run. And the names that doctests use without importing them."""
 
+import os
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # on the CPU, in NumPy
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for torch.use_deterministic_algorithms on a GPU
 
 import topk_ortho
 

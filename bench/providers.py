@@ -2,7 +2,8 @@
 
     loss = mean of cosine**2 over the k most similar pairs of columns of x [M, N]
 
-Selection and gradient are float32 throughout.
+Each works in the dtype of x, on its device: at float32 all select in float32. At bfloat16 the gram of `naive` and
+`chunked` is bfloat16, which halves their memory and leaves them 8 bits to select by; `topk_ortho` selects in float32.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ def naive(x: Tensor) -> Tensor:
         magnitude = (x_hat.T @ x_hat).abs_().triu_(1)
         best, index = magnitude.flatten().topk(k_from_fraction(n_features, FRACTION), sorted=False)
         del magnitude
-    return best.square().mean() if not x.requires_grad else _loss_of_pairs(x_hat, index)
+    return best.float().square().mean() if not x.requires_grad else _loss_of_pairs(x_hat, index)
 
 
 def naive_autograd(x: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def naive_autograd(x: Tensor) -> Tensor:
         magnitude = gram.abs().triu_(1)
         index = magnitude.flatten().topk(k_from_fraction(n_features, FRACTION), sorted=False).indices
         del magnitude
-    return gram.flatten()[index].square().mean()
+    return gram.flatten()[index].float().square().mean()
 
 
 def chunked(x: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ def chunked(x: Tensor) -> Tensor:
             block_index = (block.indices // n_cols + row) * n_features + block.indices % n_cols + row
             best, kept = torch.cat([best, block.values]).topk(min(k, best.numel() + block.values.numel()), sorted=False)
             index = torch.cat([index, block_index])[kept]
-    return best.square().mean() if not x.requires_grad else _loss_of_pairs(x_hat, index)
+    return best.float().square().mean() if not x.requires_grad else _loss_of_pairs(x_hat, index)
 
 
 def streamed(x: Tensor) -> Tensor:
@@ -65,10 +66,10 @@ def streamed(x: Tensor) -> Tensor:
     return topk_ortho_loss(x, FRACTION)
 
 
-def half_gemm(x: Tensor) -> Tensor:
+def half_gemm(x: Tensor, tile: tuple[int, int] = _HALF_GEMM_TILE) -> Tensor:
     """The products alone, every tile of the upper triangle overwritten by the next: a floor, up to noise."""
     n_features = x.shape[1]
-    tile_rows, tile_cols = _HALF_GEMM_TILE
+    tile_rows, tile_cols = tile
     buffer = x.new_empty(tile_rows * tile_cols)
     for row in range(0, n_features, tile_rows):
         panel = x[:, row : row + tile_rows].T
@@ -83,7 +84,8 @@ def _loss_of_pairs(x_hat: Tensor, index: Tensor) -> Tensor:
     """Differentiable loss of the pairs row * N + col, their columns gathered."""
     n_features = x_hat.shape[1]
     by_column = x_hat.T.contiguous()
-    return (by_column[index // n_features] * by_column[index % n_features]).sum(dim=1).square().mean()
+    products = by_column[index // n_features] * by_column[index % n_features]
+    return products.sum(dim=1, dtype=torch.float32).square().mean()
 
 
 FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
@@ -100,11 +102,23 @@ FORWARD_BACKWARD: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def gaussian(
+    m: int, n: int, seed: int = 0, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
+    """x [m, n] of independent entries, row-major."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(m, n, generator=generator, dtype=dtype, device=device)
+
+
+def call_of(loss: Callable[[Tensor], Tensor], mode: str, x: Tensor) -> Callable[[], object]:
+    """A call that runs the loss once on x, with its gradient if the mode is "forward_backward"."""
+    if mode == "forward":
+        return lambda: loss(x)
+    x.requires_grad_()
+    return lambda: torch.autograd.grad(loss(x), x)
+
+
 def make_case(provider: str, mode: str, m: int, n: int, seed: int = 0) -> Callable[[], object]:
     """A call that runs the provider once on Gaussian x [m, n]; mode is "forward" or "forward_backward"."""
-    x = torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
-    if mode == "forward":
-        return lambda: FORWARD[provider](x)
-    x.requires_grad_()
-    loss = FORWARD_BACKWARD[provider]
-    return lambda: torch.autograd.grad(loss(x), x)
+    losses = FORWARD if mode == "forward" else FORWARD_BACKWARD
+    return call_of(losses[provider], mode, gaussian(m, n, seed))

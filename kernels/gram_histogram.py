@@ -8,16 +8,17 @@ tiles end in.
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from topk_ortho.kernels.gram_select import add_moments, store_moments
 from topk_ortho.kernels.search import DIGITS, LOWEST, TIES, Search, stage_of
 from topk_ortho.kernels.tiles import Operand, cosines, gram_tile, quarters, triangle_tile
-from torch import Tensor
 
 
 @triton.jit
 def _gram_histogram_kernel(
     x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr,  # [M, N], [N] float32 x 2
-    plan_ptr, histogram_ptr,                             # [5] int64, [BINS] int64
+    plan_ptr, histogram_ptr,                             # [6] int64, [BINS] int64
     moments_ptr,                                         # [n_programs, 3] float64
     M, N, floor,
     IS_ABS: tl.constexpr, HAS_MOMENTS: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr,
@@ -61,7 +62,7 @@ def _gram_histogram_kernel(
 @triton.jit
 def _gram_row_ties_kernel(
     x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr,  # [M, N], [N] float32 x 2
-    plan_ptr, row_ties_ptr,                              # [5] int64, [N] int32
+    plan_ptr, row_ties_ptr,                              # [6] int64, [N] int32
     M, N,
     IS_ABS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,

@@ -8,8 +8,9 @@ end. A chunk is a run of columns, `chunk_stride` apart; the first `n_larger` chu
 
 import triton
 import triton.language as tl
-from topk_ortho.kernels.tiles import Operand, gram_tile, n_multiprocessors, quarters, triangle_tile
 from torch import Tensor
+
+from topk_ortho.kernels.tiles import Operand, gram_tile, n_multiprocessors, quarters, triangle_tile
 
 
 @triton.jit

@@ -9,9 +9,10 @@ import math
 
 import triton
 import triton.language as tl
-from topk_ortho.kernels.search import DIGITS_OF_SIMILARITY, Search
-from topk_ortho.kernels.tiles import product
 from torch import Tensor
+
+from topk_ortho.kernels.search import SAMPLE_DIGIT, Search
+from topk_ortho.kernels.tiles import product
 
 _BLOCK, _BLOCK_M = 64, 64
 
@@ -20,9 +21,9 @@ _BLOCK, _BLOCK_M = 64, 64
 def _gram_sample_kernel(
     x_ptr, stride_xm, stride_xn,                 # [M, N]
     inverse_ptr, state_ptr,                      # [N] float32, [3] float32
-    histogram_ptr,                               # [BINS] int64
+    histogram_ptr,                               # [4096] int64
     M, N, step, n_rows, n_cols,
-    HAS_STATE: tl.constexpr, IS_ABS: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr,
+    HAS_STATE: tl.constexpr, IS_ABS: tl.constexpr, SHIFT: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     if HAS_STATE:  # noqa: SIM102 -- the first is decided by the compiler
@@ -51,10 +52,8 @@ def _gram_sample_kernel(
     similarity = tl.abs(cosine) if IS_ABS else cosine
     is_counted = mask_row[:, None] & mask_col[None, :] & (similarity >= 0.0)
     digit = tl.where(is_counted, similarity, 0.0).to(tl.int32, bitcast=True) >> SHIFT
-    counts = tl.histogram(tl.reshape(digit, (BLOCK * BLOCK,)), BINS, mask=tl.reshape(is_counted, (BLOCK * BLOCK,))).to(
-        tl.int64
-    )
-    tl.atomic_add(histogram_ptr + tl.arange(0, BINS), counts, mask=counts > 0)
+    one = tl.full((BLOCK, BLOCK), 1, tl.int64)
+    tl.atomic_add(histogram_ptr + digit, one, mask=is_counted, sem="relaxed")
 
 
 def gram_sample(
@@ -65,10 +64,10 @@ def gram_sample(
     step = max(1, round(n_features * (math.sqrt(5) - 1) / 2))
     while math.gcd(step, n_features) > 1:
         step += 1
-    shift, bits = DIGITS_OF_SIMILARITY[0]
+    shift, _ = SAMPLE_DIGIT
     _gram_sample_kernel[(triton.cdiv(n_rows, _BLOCK), triton.cdiv(n_cols, _BLOCK))](
         x, x.stride(0), x.stride(1), inverse, inverse if state is None else state, search.histogram,
         x.shape[0], n_features, step, n_rows, n_cols,
-        HAS_STATE=state is not None, IS_ABS=is_abs, SHIFT=shift, BINS=2**bits, BLOCK=_BLOCK, BLOCK_M=_BLOCK_M,
+        HAS_STATE=state is not None, IS_ABS=is_abs, SHIFT=shift, BLOCK=_BLOCK, BLOCK_M=_BLOCK_M,
         num_warps=4, num_stages=2, enable_fp_fusion=True,
     )  # fmt: skip

@@ -7,15 +7,18 @@ of the records is undefined. In the same pass, if asked for, the mean of |cosine
 deviations from it, each tile's about its own mean (Chan, Golub and LeVeque, 1983), so that nothing cancels.
 
 Survivors are rare: about 16 in a tile at a fraction of 1e-3. Rows of a tile are peeled one survivor at a time, all rows
-at once, so that a tile needs one atomic addition and as many steps as its fullest row has survivors. The usual way, an
-atomic or a scan for each element, takes 180 to 255 registers a thread here; this takes 127.
+at once, so that a quarter of a tile needs one atomic addition and as many steps as its fullest row has survivors. The
+usual way, an atomic or a scan for each element, takes 180 to 255 registers a thread here; this takes 127.
 """
+
+from dataclasses import replace
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from topk_ortho.kernels.search import COLLECT, PASS, Search, above, stage_of
 from topk_ortho.kernels.tiles import Operand, cosines, gram_tile, quarters, triangle_tile
-from torch import Tensor
 
 
 @triton.jit
@@ -71,7 +74,7 @@ def _record(
 @triton.jit
 def _gram_select_kernel(
     x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr,  # [M, N], [N] float32 x 2
-    plan_ptr, bounds_ptr,                                # [5] int64, [2] float32
+    plan_ptr, bounds_ptr,                                # [6] int64, [2] float32
     values_ptr, rows_ptr, cols_ptr, n_survivors_ptr,     # [capacity] float32, int32, int32, [1] int64
     moments_ptr,                                         # [n_programs, 3] float64
     M, N, capacity, floor,
@@ -114,6 +117,8 @@ def gram_select(
 
     `moments` float64 [operand.n_programs, 3] takes (count, mean, sum of squared deviations) of |cosine| by program.
     """
+    if is_first and moments is None and operand.scale is None:  # COLLECT repeats the very products that were counted
+        operand = replace(operand, is_lean=True)
     assert values.numel() < 2**31 - 2**16, "slots are int32"
     _gram_select_kernel[(operand.n_programs,)](
         plan_ptr=search.plan, bounds_ptr=search.bounds,

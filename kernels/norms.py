@@ -4,7 +4,7 @@
 
 Sums are float32. Squares that overflow are summed again at the same time, of x * 2**-70, so that every norm below the
 largest float32 is right. `scale` and `factor` split 1 / max(norm, EPS) into a power of two, which multiplies x exactly
-and leaves norms in [2, 4), and the rest.
+(entries of fp16 that become subnormal round) and leaves norms in [2, 4), and the rest.
 """
 
 from typing import NamedTuple

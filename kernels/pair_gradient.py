@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topk_ortho.kernels.tiles import round_to
+
 BLOCK_M = 64
 """Entries of a column that a program owns: a gathered line of 128 to 256 bytes."""
 _BLOCK_PAIR = 32
@@ -51,7 +53,7 @@ def _pair_gradient_kernel(
     own_sum = tl.where(tl.load(norm_ptr + col) > eps, tl.sum(own, axis=0), 0.0)
     grad = (gathered - x_hat * own_sum) * inverse
     grad_ptrs = grad_ptr + col.to(tl.int64) * stride_gn + offs_m.to(tl.int64) * stride_gm
-    tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=mask_m)
+    tl.store(grad_ptrs, round_to(grad, grad_ptr.dtype.element_ty), mask=mask_m)
 
 
 def pair_gradient(

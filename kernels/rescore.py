@@ -8,19 +8,20 @@ them reach the cut is counted: those are all pairs that do, see `topk_ortho.kern
 
 import triton
 import triton.language as tl
-from topk_ortho.kernels.search import CUT, PASS, Search, stage_of
-from topk_ortho.kernels.tiles import n_multiprocessors
 from torch import Tensor
 
+from topk_ortho.kernels.search import CUT, PASS, Search, stage_of
+from topk_ortho.kernels.tiles import n_multiprocessors
+
 _BLOCK_PAIR, _BLOCK_M = 32, 64
-_PROGRAMS_PER_SM = 8
+_PROGRAMS_PER_SM = 6  # by the registers of sm_100
 
 
 @triton.jit
 def _rescore_kernel(
     x_ptr, stride_xn, stride_xm,                          # [N, slab] float32, features in rows
     inverse_ptr,                                          # [N] float32
-    plan_ptr, bounds_ptr,                                 # [5] int64, [2] float32
+    plan_ptr, bounds_ptr,                                 # [6] int64, [2] float32
     values_ptr, rows_ptr, cols_ptr,                       # [capacity] float32, int32, int32
     n_survivors_ptr, n_certified_ptr,                     # [1] int64 x 2
     M, capacity, is_first, is_last,

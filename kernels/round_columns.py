@@ -1,9 +1,11 @@
-"""Unit columns rounded to bfloat16, and how far the rounding moved them.
+"""Unit columns rounded to fp16, and how far the rounding moved them.
 
-    x_bf16[:, j] = bf16(x[:, j] * inverse[j]),    deviation = max_j ||x_bf16[:, j] - x[:, j] * inverse[j]||_2
+    rounded[:, j] = fp16(2**15 * x_hat[:, j]),    x_hat[:, j] = x[:, j] * inverse[j]
+    deviation = max_j ||2**-15 * rounded[:, j] - x_hat[:, j]||_2
 
 With unit columns a, b and their rounded forms a', b', |a'.b' - a.b| <= |a'-a||b| + |b'-b||a| + |a'-a||b'-b|, so that
-2 deviation + deviation**2 bounds what rounding does to any cosine (Cauchy-Schwarz).
+2 deviation + deviation**2 bounds what rounding does to any cosine (Cauchy-Schwarz). fp16 rounds to 11 bits, bf16 to 8,
+at the same speed; 2**15 keeps all entries from 2**-29 on out of its subnormals and 1.0 below its largest number.
 """
 
 import torch
@@ -11,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+SCALE = tl.constexpr(2.0**15)
 _BLOCK_COL, _BLOCK_M = 32, 128
 
 
@@ -18,7 +21,7 @@ _BLOCK_COL, _BLOCK_M = 32, 128
 def _round_columns_kernel(
     x_ptr, stride_xm, stride_xn,        # [M, N] float32
     inverse_ptr,                        # [N] float32
-    rounded_ptr, stride_rm, stride_rn,  # [M, N] bfloat16
+    rounded_ptr, stride_rm, stride_rn,  # [M, N] float16
     deviation_ptr,                      # [1] float32, >= 0
     M, N,
     BLOCK_COL: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -33,9 +36,9 @@ def _round_columns_kernel(
     for m in range(0, M, BLOCK_M):
         mask = (offs_m[:, None] < M - m) & mask_col[None, :]
         x_hat = tl.load(x_ptrs, mask=mask, other=0.0) * inverse[None, :]
-        rounded = x_hat.to(tl.bfloat16)
+        rounded = (x_hat * SCALE).to(tl.float16)
         tl.store(rounded_ptrs, rounded, mask=mask)
-        moved = rounded.to(tl.float32) - x_hat
+        moved = rounded.to(tl.float32) * (1.0 / SCALE) - x_hat
         squares += moved * moved
         x_ptrs += tl.cast(BLOCK_M, tl.int64) * stride_xm
         rounded_ptrs += tl.cast(BLOCK_M, tl.int64) * stride_rm
@@ -45,9 +48,9 @@ def _round_columns_kernel(
 
 
 def round_columns(x: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """(x_bf16 [M, N] in the layout of x, deviation float32 [1]) for x float32."""
+    """(rounded float16 [M, N] in the layout of x, deviation float32 [1]) for x float32."""
     n_rows, n_features = x.shape
-    rounded = torch.empty_like(x, dtype=torch.bfloat16)
+    rounded = torch.empty_like(x, dtype=torch.float16)
     deviation = x.new_zeros(1)
     _round_columns_kernel[(triton.cdiv(n_features, _BLOCK_COL),)](
         x, x.stride(0), x.stride(1), inverse, rounded, rounded.stride(0), rounded.stride(1), deviation,

@@ -4,9 +4,9 @@ A call enqueues the same kernels every time; each looks at `stage` and returns a
 is read on the host, whatever the data:
 
     PASS     one pass from a guess; CERTIFIED if it kept at least k pairs, and no more than the capacity
-    DIGITS   else the k-th similarity is found exactly, by a pass for each digit of its bits: 12, then 9, then 9. The
-             bits of floats >= 0 order as the floats do, and 1.0 is below 2**30. It ends as soon as the pairs from the
-             digit on fit the capacity
+    DIGITS   else the k-th similarity is found exactly, by a pass for each digit of its bits: 8, 8, 7 and 7. The bits of
+             floats >= 0 order as the floats do, and 1.0 is below 2**30. It ends as soon as the pairs from the digit on
+             fit the capacity
     TIES     if even the pairs equal to the k-th value do not fit: up to which row they are needed, by a pass that
              counts them by row
     COLLECT  a pass that keeps what the search found: between k and `capacity` pairs, by construction
@@ -22,20 +22,25 @@ import triton.language as tl
 from torch import Tensor
 
 PASS, DIGITS, TIES, COLLECT, CERTIFIED = (tl.constexpr(stage) for stage in range(5))
-STAGE, LOWEST, ABOVE, TIE_ROW, N_PASSES = (tl.constexpr(field) for field in range(5))
+STAGE, LOWEST, ABOVE, TIE_ROW, N_PASSES, FAILURE = (tl.constexpr(field) for field in range(6))
 """Fields of `Search.plan`."""
 CUT, SLACK = (tl.constexpr(field) for field in range(2))
 """Fields of `Search.bounds`."""
-DIGITS_OF_SIMILARITY = ((18, 12), (9, 9), (0, 9))
-"""(shift, bits) of each digit, the highest first."""
+NO_FAILURE, SHORTFALL, OVERFLOW = (tl.constexpr(failure) for failure in range(3))
+"""Of the first pass: it kept too few pairs, or more than fit."""
+DIGITS_OF_SIMILARITY = ((22, 8), (14, 8), (7, 7), (0, 7))
+"""(shift, bits) of each digit, the highest first. Triton before 3.7 makes a histogram of b bins from b / 2 ballots a
+register, so that digits of 12 bits would take longer than the products."""
+SAMPLE_DIGIT = (18, 12)
+"""(shift, bits) of the sampled histogram: steps of 1/32 to 1/16 of a similarity, and a straight line within."""
 
 
 class Search(NamedTuple):
     """What the kernels of one call share."""
 
     plan: Tensor
-    """int64 [5]: stage; bits of the smallest similarity that may be the k-th; pairs known above that digit; the last
-    row of ties that are kept; passes over the gram"""
+    """int64 [6]: stage; bits of the smallest similarity that may be the k-th; pairs known above that digit; the last
+    row of ties that are kept; passes over the gram; why the first of them failed"""
     bounds: Tensor
     """float32 [2]: cut; slack, by which a pair may be below the cut in the product of the pass and yet be kept"""
     histogram: Tensor
@@ -50,11 +55,11 @@ class Search(NamedTuple):
 
 def new_search(device: torch.device, n_features: int) -> Search:
     """Before the first kernel."""
-    zeros = torch.zeros(5 + 4096 + 2, dtype=torch.int64, device=device)
+    zeros = torch.zeros(6 + 4096 + 2, dtype=torch.int64, device=device)
     return Search(
-        plan=zeros[:5],
+        plan=zeros[:6],
         bounds=torch.empty(2, dtype=torch.float32, device=device),
-        histogram=zeros[5:-2],
+        histogram=zeros[6:-2],
         row_ties=torch.zeros(n_features, dtype=torch.int32, device=device),
         n_survivors=zeros[-2:-1],
         n_certified=zeros[-1:],
@@ -89,7 +94,7 @@ def _last_with(histogram, above, wanted, BINS: tl.constexpr):
 
 @triton.jit
 def _begin_kernel(
-    plan_ptr, bounds_ptr, histogram_ptr,  # [5] int64, [2] float32, [4096] int64
+    plan_ptr, bounds_ptr, histogram_ptr,  # [6] int64, [2] float32, [4096] int64
     flags_ptr, state_ptr, deviation_ptr,  # [1] int32, [3] float32, [1] float32
     rank, n_features, M, can_overflow,
     HAS_STATE: tl.constexpr, IS_ROUNDED: tl.constexpr,
@@ -106,7 +111,7 @@ def _begin_kernel(
             low = (found << SHIFT).to(tl.float32, bitcast=True)
             high = ((found + 1) << SHIFT).to(tl.float32, bitcast=True)
             share = (rank - n_beyond).to(tl.float32) / (n_from - n_beyond).to(tl.float32)
-            cut = high - (high - low) * share
+            cut = tl.where(found > 0, tl.minimum(high - (high - low) * share, 1.0), 0.0)
     if HAS_STATE:
         guess = tl.load(state_ptr)
         cut = tl.where(guess > -1.0, tl.minimum(guess, 1.0), cut)
@@ -114,25 +119,29 @@ def _begin_kernel(
     flags = tl.load(flags_ptr)
     stage = tl.where(flags > 0, DIGITS, PASS)
     if IS_ROUNDED:
-        # Products of bf16 are exact in float32; every addition errs by at most 2**-23 of a sum of magnitudes that the
-        # norms bound, in whatever order the matrix unit adds. 1 + 2**-9 covers the rounding of the deviation itself.
-        deviation = tl.load(deviation_ptr) * (1.0 + 2.0**-9)
-        slack = 2.0 * deviation + deviation * deviation + (M + 16) * 2.0**-23
+        # Products of fp16 are exact in float32. Every addition of the pass errs by at most 2**-23 of a sum of
+        # magnitudes that the norms bound, if the matrix unit keeps one bit more than float32 while it aligns; M / 4 and
+        # 32 more cover what it cuts off before that and the sums of `rescore`, and 1.01 the norms of rounded columns
+        # and the rounding of all this.
+        deviation = tl.load(deviation_ptr)
+        slack = 1.01 * (2.0 * deviation + deviation * deviation + (M + M // 4 + 32) * 2.0**-23)
         stage = PASS
     # without a guess everything is kept: in vain if it cannot fit
     stage = tl.where((cut <= -1.0) & (can_overflow > 0), DIGITS, stage)
     tl.store(bounds_ptr + CUT, cut)
-    tl.store(bounds_ptr + SLACK, slack)
+    tl.store(bounds_ptr + SLACK, tl.where(stage == PASS, slack, 0.0))
     tl.store(plan_ptr + STAGE, stage.to(tl.int64))
     tl.store(plan_ptr + LOWEST, tl.zeros((), tl.int64))
     tl.store(plan_ptr + ABOVE, tl.zeros((), tl.int64))
-    tl.store(plan_ptr + TIE_ROW, n_features.to(tl.int64))
+    # pairs equal to a guess may be wanted; zeros only if all others are, which the pass then shows
+    tl.store(plan_ptr + TIE_ROW, tl.where(cut == 0.0, -1, n_features).to(tl.int64))
     tl.store(plan_ptr + N_PASSES, tl.where(stage == PASS, 1, 0).to(tl.int64))
+    tl.store(plan_ptr + FAILURE, tl.full((), NO_FAILURE, tl.int64))
 
 
 @triton.jit
 def _certify_kernel(
-    plan_ptr, bounds_ptr, n_survivors_ptr, n_certified_ptr,  # [5] int64, [2] float32, [1] int64 x 2
+    plan_ptr, bounds_ptr, n_survivors_ptr, n_certified_ptr,  # [6] int64, [2] float32, [1] int64 x 2
     tau_ptr,                                                 # [1] float32
     k, capacity, floor,
     IS_ADAPTIVE: tl.constexpr,
@@ -146,6 +155,7 @@ def _certify_kernel(
             tl.store(plan_ptr + STAGE, tl.full((), CERTIFIED, tl.int64))
         else:
             tl.store(plan_ptr + STAGE, tl.full((), DIGITS, tl.int64))
+            tl.store(plan_ptr + FAILURE, tl.where(n_survivors > capacity, OVERFLOW, SHORTFALL).to(tl.int64))
             tl.store(bounds_ptr + SLACK, 0.0)
             tl.store(n_survivors_ptr, tl.zeros((), tl.int64))
             tl.store(n_certified_ptr, tl.zeros((), tl.int64))
@@ -153,7 +163,7 @@ def _certify_kernel(
 
 @triton.jit
 def _next_digit_kernel(
-    plan_ptr, bounds_ptr, histogram_ptr,  # [5] int64, [2] float32, [4096] int64
+    plan_ptr, bounds_ptr, histogram_ptr,  # [6] int64, [2] float32, [4096] int64
     k, capacity,
     SHIFT: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
@@ -171,6 +181,7 @@ def _next_digit_kernel(
             tl.store(plan_ptr + LOWEST, lowest)
             tl.store(bounds_ptr + CUT, lowest.to(tl.int32).to(tl.float32, bitcast=True))
             if n_from <= capacity:
+                tl.store(plan_ptr + TIE_ROW, tl.full((), 2147483647, tl.int64))  # of all rows
                 tl.store(plan_ptr + STAGE, tl.full((), COLLECT, tl.int64))
             else:
                 tl.store(plan_ptr + ABOVE, n_beyond)
@@ -180,7 +191,7 @@ def _next_digit_kernel(
 
 @triton.jit
 def _tie_row_kernel(
-    plan_ptr, row_ties_ptr,  # [5] int64, [N] int32
+    plan_ptr, row_ties_ptr,  # [6] int64, [N] int32
     k, n_features,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -202,18 +213,20 @@ def _tie_row_kernel(
 @triton.jit
 def _next_state_kernel(
     state_ptr, next_state_ptr,      # [3] float32 x 2
-    plan_ptr,                       # [5] int64
+    plan_ptr,                       # [6] int64
     similarity_ptr, n_ordered_ptr,  # [capacity] float32 descending, [1] int64 of them hold pairs
     k, margin_start, margin_least, margin_most,
 ):  # fmt: skip
-    """`topk_ortho.selection.next_state`, on the device."""
+    """`topk_ortho.selection.next_state`, on the device; an overflow halves the margin, for its guess was too low."""
     is_repaired = stage_of(plan_ptr) != CERTIFIED
+    failure = tl.load(plan_ptr + FAILURE)
     margin = tl.load(state_ptr + 1)
     margin = tl.where((margin >= margin_least) & (margin <= margin_most), margin, margin_start)
-    margin = tl.where(is_repaired, tl.minimum(margin_most, 2 * margin), tl.maximum(margin_least, 0.98 * margin))
+    factor = tl.where(failure == SHORTFALL, 2.0, tl.where(failure == OVERFLOW, 0.5, 0.98))
+    margin = tl.minimum(margin_most, tl.maximum(margin_least, factor * margin))
     n_ordered = tl.load(n_ordered_ptr)
-    rank = tl.ceil((1 + margin) * k.to(tl.float32)).to(tl.int64)
-    inner_rank = tl.maximum(tl.floor((1 - margin) * k.to(tl.float32)).to(tl.int64), 1)
+    rank = tl.ceil((1 + margin) * tl.cast(k, tl.float32)).to(tl.int64)
+    inner_rank = tl.maximum(tl.floor((1 - margin) * tl.cast(k, tl.float32)).to(tl.int64), 1)
     inner_rank = tl.minimum(inner_rank, k)
     guess = -1.0
     if n_ordered >= rank:
@@ -234,7 +247,7 @@ def begin(
 
     `deviation` is that of an operand from `round_columns`; an operand of raw columns is refused by `flags`.
     """
-    shift, bits = DIGITS_OF_SIMILARITY[0]
+    shift, bits = SAMPLE_DIGIT
     _begin_kernel[(1,)](
         search.plan, search.bounds, search.histogram,
         flags, flags if state is None else state, flags if deviation is None else deviation,

@@ -22,7 +22,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """TRITON_INTERPRET=1 was set when the kernels were imported: they run on the CPU, in NumPy."""
 
 Kind = Literal["half", "tf32", "ieee"]
-"""Of the product: bf16 or fp16 operands; fp32 operands rounded to tf32; fp32 operands on the plain FMA units."""
+"""Of the product: bf16 or fp16 operands; fp32 operands cut off to tf32; fp32 operands on the plain FMA units."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,37 +54,77 @@ class TileConfig:
         return options
 
 
-# Chosen by `python -m topk_ortho.kernels.compile_report`; none was timed on its hardware yet.
+# Chosen by the registers and shared memory that `python -m topk_ortho.kernels.compile_report` tells (Triton 3.9); none
+# was timed on its hardware yet. Tiles of 128 x 128: the largest that leave room for more than their sums.
 TILE_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
-    # 48 KB of shared memory also fit consumer chips of compute capability 8.6, 8.9 and 12.0 (99 KB). Two programs of 8
-    # warps on a multiprocessor, so that one multiplies while the other looks for survivors: 65,536 / (2 * 256) = 128
-    # registers a thread, which the epilogue keeps to without a spill because it goes through the tile by quarters.
+    # One program of 8 warps on a multiprocessor: scaling, moments and 4096 counters take up to 255 registers a thread.
+    # The limit is named because ptxas, left alone, spills to stay at 128. sm_80: 32 to 48 KB of shared memory, so that
+    # consumer chips of compute capability 8.6, 8.9 and 12.0 (99 KB) can use its entries.
     ("sm_80", "half"): TileConfig(
-        block=128, block_m=32, group=8, num_warps=8, num_stages=3, programs_per_sm=2, max_registers=128
+        block=128, block_m=32, group=8, num_warps=8, num_stages=4, programs_per_sm=1, max_registers=255
     ),
     ("sm_80", "tf32"): TileConfig(
-        block=128, block_m=16, group=8, num_warps=8, num_stages=3, programs_per_sm=2, max_registers=128
+        block=128, block_m=16, group=8, num_warps=8, num_stages=4, programs_per_sm=1, max_registers=255
     ),
-    # 96 KB of shared memory a program, two programs in the 227 KB of a multiprocessor; registers as above.
     ("sm_90", "half"): TileConfig(
-        block=128, block_m=64, group=8, num_warps=8, num_stages=3, programs_per_sm=2, max_registers=128
+        block=128, block_m=64, group=8, num_warps=8, num_stages=3, programs_per_sm=1, max_registers=255
     ),
-    ("sm_90", "tf32"): TileConfig(block=128, block_m=32, group=8, num_warps=8, num_stages=3, programs_per_sm=1),
-    ("sm_100", "half"): TileConfig(block=128, block_m=64, group=8, num_warps=8, num_stages=3, programs_per_sm=1),
-    ("sm_100", "tf32"): TileConfig(block=128, block_m=32, group=8, num_warps=8, num_stages=3, programs_per_sm=1),
-    # 64 KB of LDS: two stages.
-    ("gfx942", "half"): TileConfig(block=128, block_m=64, group=8, num_warps=8, num_stages=2, programs_per_sm=1),
-    ("gfx942", "tf32"): TileConfig(block=128, block_m=32, group=8, num_warps=8, num_stages=2, programs_per_sm=1),
+    # 16 rows a step: with 32, which are transposed in registers on their way, the histograms spill
+    ("sm_90", "tf32"): TileConfig(
+        block=128, block_m=16, group=8, num_warps=8, num_stages=4, programs_per_sm=1, max_registers=255
+    ),
+    # sums are in tensor memory
+    ("sm_100", "half"): TileConfig(
+        block=128, block_m=64, group=8, num_warps=8, num_stages=3, programs_per_sm=1, max_registers=255
+    ),
+    ("sm_100", "tf32"): TileConfig(
+        block=128, block_m=32, group=8, num_warps=8, num_stages=3, programs_per_sm=1, max_registers=255
+    ),
+    # 4 waves, which may have 512 registers: with 8, which may have 256, histograms spill. 32 KB of LDS.
+    ("gfx942", "half"): TileConfig(block=128, block_m=32, group=8, num_warps=4, num_stages=2, programs_per_sm=1),
+    ("gfx942", "tf32"): TileConfig(block=128, block_m=16, group=8, num_warps=4, num_stages=2, programs_per_sm=1),
+    ("gfx942", "ieee"): TileConfig(block=128, block_m=16, group=8, num_warps=4, num_stages=2, programs_per_sm=1),
     # In NumPy a step costs its dispatch: few, large ones. Two programs, so that their order cannot matter unnoticed.
     ("interpreter", "half"): TileConfig(block=64, block_m=256, group=2, num_warps=1, num_stages=1, programs_per_sm=2),
 }
-for _architecture in ("sm_80", "sm_90", "sm_100", "gfx942"):
-    # No matrix unit to feed: a smaller tile keeps sums and operands in registers.
+for _architecture in ("sm_80", "sm_90", "sm_100"):
+    # No matrix unit: 1024 of the 1143 to 1245 instructions of a step multiply and add; with tiles of 64, 512 of 620. Up
+    # to 255 registers too, but told so ptxas spills in gram_row_max, which it does not left alone.
     TILE_CONFIGS[_architecture, "ieee"] = TileConfig(
-        block=64, block_m=16, group=16, num_warps=4, num_stages=2, programs_per_sm=3
+        block=128, block_m=16, group=8, num_warps=8, num_stages=2, programs_per_sm=1
     )
 for _kind in ("tf32", "ieee"):
     TILE_CONFIGS["interpreter", _kind] = TILE_CONFIGS["interpreter", "half"]
+
+# For the first pass, which neither scales nor takes moments: two programs on a multiprocessor, so that one multiplies
+# while the other looks for survivors. Where none is named, it does as the others.
+LEAN_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
+    # 4 warps of up to 255 registers: 8 of 128 spill. With 32 rows a step, 4 warps spill too.
+    ("sm_80", "half"): TileConfig(
+        block=128, block_m=16, group=8, num_warps=4, num_stages=5, programs_per_sm=2, max_registers=255
+    ),
+    ("sm_80", "tf32"): TileConfig(
+        block=128, block_m=16, group=8, num_warps=4, num_stages=4, programs_per_sm=2, max_registers=255
+    ),
+    # 65,536 / (2 * 256) = 128 registers a thread, which the epilogue keeps to without a spill because it goes through
+    # the tile by quarters; 96 KB (tf32: 64) of shared memory a program
+    ("sm_90", "half"): TileConfig(
+        block=128, block_m=64, group=8, num_warps=8, num_stages=3, programs_per_sm=2, max_registers=128
+    ),
+    ("sm_90", "tf32"): TileConfig(
+        block=128, block_m=16, group=8, num_warps=8, num_stages=4, programs_per_sm=2, max_registers=128
+    ),
+    ("sm_100", "half"): TileConfig(
+        block=128, block_m=64, group=8, num_warps=8, num_stages=3, programs_per_sm=2, max_registers=128
+    ),
+    ("sm_100", "tf32"): TileConfig(
+        block=128, block_m=32, group=8, num_warps=8, num_stages=3, programs_per_sm=2, max_registers=128
+    ),
+    # up to 256 registers and 32 KB of LDS, half of what there is
+    ("gfx942", "half"): TileConfig(block=128, block_m=32, group=8, num_warps=4, num_stages=2, programs_per_sm=2),
+    ("gfx942", "tf32"): TileConfig(block=128, block_m=16, group=8, num_warps=4, num_stages=2, programs_per_sm=2),
+    ("gfx942", "ieee"): TileConfig(block=128, block_m=16, group=8, num_warps=4, num_stages=2, programs_per_sm=2),
+}
 
 
 @functools.cache
@@ -98,9 +138,19 @@ def architecture_of(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
+def has_tf32(device: torch.device) -> bool:
+    """Whether the matrix unit takes tf32: every NVIDIA architecture here, of AMD's only gfx942."""
+    return torch.version.hip is None or torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
+
+
 def tile_config(device: torch.device, kind: Kind) -> TileConfig:
     """The entry of `TILE_CONFIGS` for a device."""
     return TILE_CONFIGS[architecture_of(device), kind]
+
+
+def lean_config(device: torch.device, kind: Kind) -> TileConfig:
+    """The entry of `LEAN_CONFIGS` for a device, or what it does as the others."""
+    return LEAN_CONFIGS.get((architecture_of(device), kind)) or tile_config(device, kind)
 
 
 @functools.cache
@@ -120,11 +170,13 @@ class Operand:
     scale: Tensor | None
     """float32 [N] powers of two; None multiplies x as it is"""
     kind: Kind
+    is_lean: bool = False
+    """`LEAN_CONFIGS` instead of `TILE_CONFIGS`"""
 
     @property
     def config(self) -> TileConfig:
         """Its entry of the table."""
-        return tile_config(self.x.device, self.kind)
+        return (lean_config if self.is_lean else tile_config)(self.x.device, self.kind)
 
     @property
     def n_tiles(self) -> int:
@@ -194,6 +246,15 @@ def product(a, b, accumulator, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(tl.trans(a), b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """float32 x in another floating dtype, to nearest, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # it cuts the bits off
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit

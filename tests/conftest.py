@@ -1,14 +1,18 @@
 """Settings and fixtures of all tests."""
 
+import functools
+import inspect
 import os
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from topk_ortho.backends import tiled
+from tests.on_device import OnDevice
+from topk_ortho.backends import registry, tiled, triton
+from topk_ortho.kernels import tiles
 
 _COMMON = {
     "deadline": None,
@@ -25,36 +29,79 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 torch.set_num_threads(2)
 
 
+if tiles.INTERPRETED:
+    # At every call of a device function the interpreter searches Triton's modules for what it has to patch, which takes
+    # longer than the call. What it finds at the first search does not change.
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def _builtins_of(package: Any) -> list[tuple[str, Any]]:
+        return [item for item in inspect.getmembers(package) if interpreter.tl.core.is_builtin(item[1])]
+
+    def _patch_builtin(package: Any, *arguments: Any) -> None:
+        for name, member in _builtins_of(package):
+            if getattr(package, name) is member:
+                interpreter._patch_attr(package, name, member, *arguments)
+
+    interpreter._patch_builtin = _patch_builtin
+
+
 class _Case(NamedTuple):
     backend: str
-    tile: tuple[int, int] | None = None
-    """Tile shape of the CPU, so that a small N has many tiles, ragged at both ends; None for the real one."""
+    prepare: Callable[[pytest.MonkeyPatch], None]
+    """Cuts its work so that a small N has many pieces, ragged at both ends."""
+
+
+def _tiled(*shape: int) -> _Case:
+    return _Case("tiled", lambda patch: patch.setattr(tiled, "_CPU_TILE", tiled._TileShape(*shape)))
+
+
+def _triton(*, block: int, smallest_screened: int) -> _Case:
+    def prepare(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(triton, "_SLACK", 0)  # or all pairs of a small N would fit
+        patch.setattr(triton, "_SMALLEST_SAMPLED", 16)
+        patch.setattr(triton, "_SMALLEST_SCREENED", smallest_screened)
+        if tiles.INTERPRETED:
+            config = tiles.TileConfig(block=block, block_m=32, group=2, num_warps=1, num_stages=1, programs_per_sm=2)
+            for kind in ("half", "tf32", "ieee"):
+                patch.setitem(tiles.TILE_CONFIGS, ("interpreter", kind), config)
+        else:
+            patch.setitem(registry.BACKENDS, "triton", OnDevice(triton, "cuda"))
+
+    return _Case("triton", prepare)
 
 
 BACKEND_CASES = {
-    "naive": _Case("naive"),
-    "tiled_16x32": _Case("tiled", (16, 32)),
-    "tiled_11x15": _Case("tiled", (11, 15)),
+    "naive": _Case("naive", lambda patch: None),
+    "tiled_16x32": _tiled(16, 32),
+    "tiled_11x15": _tiled(11, 15),
+    "triton": _triton(block=32, smallest_screened=2**30),
+    "triton_screened": _triton(block=64, smallest_screened=2),
 }
-"""Where a new backend is added."""
+"""Where a new backend is added. Triton runs in the interpreter, or on a GPU where there is one."""
 
 
-def use_case(case: _Case, monkeypatch: pytest.MonkeyPatch) -> str:
-    if case.tile is not None:
-        monkeypatch.setattr(tiled, "_CPU_TILE", tiled._TileShape(*case.tile))
+def _parameters(*names: str) -> list[object]:
+    on_gpu = [] if tiles.INTERPRETED else [pytest.mark.gpu]
+    return [pytest.param(name, marks=on_gpu if BACKEND_CASES[name].backend == "triton" else []) for name in names]
+
+
+def use_case(name: str, patch: pytest.MonkeyPatch) -> str:
+    case = BACKEND_CASES[name]
+    case.prepare(patch)
     return case.backend
 
 
-@pytest.fixture(params=BACKEND_CASES.values(), ids=BACKEND_CASES)
+@pytest.fixture(params=_parameters(*BACKEND_CASES))
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of each backend, and of each way to cut its work."""
     return use_case(request.param, monkeypatch)
 
 
-@pytest.fixture(params=["naive", "tiled_11x15"])
+@pytest.fixture(params=_parameters("naive", "tiled_11x15", "triton"))
 def small_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """One case for each backend, where the cut of the work is not the point."""
-    return use_case(BACKEND_CASES[request.param], monkeypatch)
+    return use_case(request.param, monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -29,8 +29,9 @@ PLAIN_FACTOR = 1.5
 PLAIN_FLOOR = 4.0
 """In unit roundoffs, beside it: at M = 1 plain torch is exact."""
 
-PRODUCT_ROUNDING = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
-"""Both factors rounded to tf32 (2**-11) or bf16 (2**-8); by Cauchy-Schwarz the sum of \\|products\\| is at most 1."""
+PRODUCT_ROUNDING = {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-7}
+"""Both factors cut off to tf32, as tensor cores do (2**-10), or rounded to bf16 (2**-8); by Cauchy-Schwarz the sum of
+\\|products\\| is at most 1."""
 
 
 def float64(x: Tensor) -> np.ndarray:

@@ -5,7 +5,7 @@
     topk_ortho::pair_gradient   the gradient of both
 
 They take plain, already checked arguments and look only at what tracing cannot see: the values of x and of priority.
-Selection reads counts on the host and may take a second pass, so the ops are opaque to the compiler.
+Selection may read counts on the host and take a second pass, so the ops are opaque to the compiler.
 """
 
 from typing import Any, NoReturn
@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from topk_ortho.backends.base import Query, accumulation_dtype
+from topk_ortho.backends.base import Query, accumulation_dtype, may_wait
 from topk_ortho.backends.registry import BACKENDS
 
-_READS_ON_THE_HOST = (torch.Tag.cudagraph_unsafe,)
+_MAY_READ_ON_THE_HOST = (torch.Tag.cudagraph_unsafe,)
 
 
-@torch.library.custom_op("topk_ortho::select_pairs", mutates_args=(), tags=_READS_ON_THE_HOST)
+@torch.library.custom_op("topk_ortho::select_pairs", mutates_args=(), tags=_MAY_READ_ON_THE_HOST)
 def select_pairs(
     x: Tensor,
     k: int,
@@ -32,10 +32,14 @@ def select_pairs(
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `topk_ortho.backends.base.Selection` for the outputs."""
-    if priority is not None and priority.is_floating_point() and priority.isnan().any():
-        raise ValueError(f"priority has {int(priority.isnan().sum())} NaN; every column needs a number")
+    is_bad = priority.isnan() if priority is not None and priority.is_floating_point() else None
+    if is_bad is not None and may_wait(x.device, state) and is_bad.any():
+        raise ValueError(f"priority has {int(is_bad.sum())} NaN; every column needs a number")
     query = Query(k=k, tau=tau, n_std=n_std, similarity=similarity, precision=precision)  # type: ignore[arg-type]
-    return BACKENDS[backend].select_pairs(x, query, state)
+    selection = BACKENDS[backend].select_pairs(x, query, state)
+    if is_bad is not None and not may_wait(x.device, state):
+        selection = selection._replace(values=torch.where(is_bad.any(), torch.nan, selection.values))
+    return selection
 
 
 @select_pairs.register_fake
@@ -58,7 +62,7 @@ def _(
     return values, rows, cols, n_selected, threshold, tau_used, norms, next_state
 
 
-@torch.library.custom_op("topk_ortho::row_max", mutates_args=(), tags=_READS_ON_THE_HOST)
+@torch.library.custom_op("topk_ortho::row_max", mutates_args=(), tags=_MAY_READ_ON_THE_HOST)
 def row_max(
     x: Tensor, permutation: Tensor | None, n_chunks: int, precision: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:

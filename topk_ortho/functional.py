@@ -61,7 +61,8 @@ def topk_pairs(
         used. Products accumulate in float32, or in float64 for float64 input.
     state : Tensor, optional
         Warm-start state from `initial_state`, updated in place: a call on slowly changing x starts from the last
-        threshold. It changes the time a call takes, never its result.
+        threshold. It changes the time a call takes, never which pairs are the k most similar; on the "triton" backend
+        float32 values of "highest" precision may differ in their last bits, see Notes.
 
     Returns
     -------
@@ -75,14 +76,20 @@ def topk_pairs(
         If an argument is of the wrong type, x is sparse or its dtype is not floating.
     ValueError
         If x is not 2-D, has no row or fewer than 2 columns, holds NaN or Inf, or has a column whose norm exceeds its
-        accumulation dtype; if an argument is out of its range; if a backend is not available.
+        accumulation dtype; if an argument is out of its range; if a backend is not available. On the "triton" backend a
+        call with `state` does not wait for the device to look at the numbers: values are then NaN instead.
 
     Notes
     -----
     Exact means: against float64, every selected pair has |cosine| >= t_k - e and every other one |cosine| <= t_k + e,
     where t_k is the k-th value and e the rounding of the precision asked for; the count is exact. It takes N**2 M / 2
-    multiply-adds, twice that if the first guess was wrong. Extra memory is O(k) and a bounded number of tiles, and a
-    float32 copy of x if it is bfloat16, float16 or has no unit stride.
+    multiply-adds, twice that if the first guess was wrong ("triton": four to seven times). Extra memory is O(k) and a
+    bounded number of tiles, and a copy of x: on "tiled" in float32 if it is bfloat16, float16 or has no unit stride; on
+    "triton" in float16 if it is float32 and `precision` "medium", or "highest" and screened.
+
+    "triton" screens float32 columns of "highest" precision in float16 if N >= 8,192, M <= 8,192 and tau is not
+    adaptive: by a bound on its error it then knows what may be selected, and sums those products in float32. After a
+    wrong guess all products are float32, summed in another order.
 
     If `tau` is given or `similarity` is "positive", the number of pairs depends on the data, which
     ``torch.compile(fullgraph=True)`` may refuse where a gradient is needed, or without
@@ -209,7 +216,8 @@ def max_cosine_loss(
 
     Notes
     -----
-    N**2 M / (2 n_chunks) multiply-adds; O(N) memory beside one tile, and one chunk of x for ``n_chunks > 1``.
+    N**2 M / (2 n_chunks) multiply-adds; O(N) memory beside one tile, and for ``n_chunks > 1`` a copy of one chunk of x,
+    on "triton" of as many as fit 2**26 elements.
 
     References
     ----------

@@ -19,8 +19,7 @@ class TopKOrthoLoss(nn.Module):
     Attributes
     ----------
     state : Tensor, float32 [3]
-        Warm-start state, see `initial_state`: a buffer, so that it moves and is saved with the module. It never changes
-        a result.
+        Warm-start state, see `initial_state`: a buffer, so that it moves and is saved with the module.
 
     Examples
     --------

@@ -91,6 +91,14 @@ class Backend(Protocol):
         """
 
 
+def may_wait(device: torch.device, state: Tensor | None) -> bool:
+    """Whether a call may wait for the device to tell, so as to raise an error that depends on data.
+
+    Not in a training loop on an accelerator, which passes a warm-start state: there the result is NaN instead.
+    """
+    return device.type == "cpu" or state is None
+
+
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """Dtype of norms, products and values: float64 for float64 input, float32 for every other."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -2,14 +2,13 @@
 
 The kernels are `topk_ortho.kernels`; here they are put in order. Nothing is read on the host once a warm-start state is
 given: every call enqueues the same kernels, and those of a repair return at once unless the first pass failed (see
-`topk_ortho.kernels.search`). float32 columns in "highest" precision are first screened in bf16, whose rounding is
+`topk_ortho.kernels.search`). float32 columns in "highest" precision are first screened in fp16, whose rounding is
 bounded, and what may be selected is computed again in float32. float64 has no kernels: it goes to `tiled`.
 
 Extra memory: O(k) records, for row-major x a slab of its transpose, and for float32 columns in "highest" or "medium"
-precision a bf16 copy.
+precision an fp16 copy.
 """
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from topk_ortho.backends import tiled
-from topk_ortho.backends.base import EPS, Precision, Query, RowMax, Selection
+from topk_ortho.backends.base import EPS, Precision, Query, RowMax, Selection, may_wait
 from topk_ortho.backends.norms import column_norms as refuse_what_is_not_finite
 from topk_ortho.selection import (
     MARGIN_LEAST,
@@ -29,8 +28,7 @@ from topk_ortho.selection import (
     similarity_of,
 )
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-if HAS_TRITON:
+try:
     from topk_ortho.kernels import search as searches
     from topk_ortho.kernels.gram_histogram import gram_histogram, gram_row_ties
     from topk_ortho.kernels.gram_row_max import gram_row_max
@@ -40,24 +38,30 @@ if HAS_TRITON:
     from topk_ortho.kernels.pair_gradient import BLOCK_M
     from topk_ortho.kernels.pair_gradient import pair_gradient as gather_gradient
     from topk_ortho.kernels.rescore import rescore
-    from topk_ortho.kernels.round_columns import round_columns
-    from topk_ortho.kernels.tiles import INTERPRETED, Kind, Operand
+    from topk_ortho.kernels.round_columns import SCALE, round_columns
+    from topk_ortho.kernels.tiles import INTERPRETED, Kind, Operand, has_tf32
+
+    IMPORT_ERROR = None
+except (ImportError, AttributeError) as error:  # none installed, or one that is too old
+    IMPORT_ERROR = f"Triton 3.6 or later could not be imported ({error}); `pip install triton` (Linux)"
 
 _SAMPLE_ROWS, _SAMPLE_COLS = 256, 1024  # 2**18 sampled pairs: 262 of them above the threshold at fraction 1e-3
 _SMALLEST_SAMPLED = 128  # features; below, all pairs fit the records
 _SLACK = 2**16  # records beyond a share of k: a small k is guessed from few sampled pairs
 _MARGIN_MOST = 0.4  # of the warm-start guess, as a share of k: the records hold 1.5 k
-# Features from which columns are screened in bf16: below, products take less time than the launches it adds. Not
-# measured yet.
+# Features from which columns are screened: below, products take less time than the launches it adds. Not measured yet.
 _SMALLEST_SCREENED = 8192
+# Rows up to which they are: beyond, the bound on the rounding of a sum of M terms lets more pass than the records hold.
+_MOST_ROWS_SCREENED = 8192
 _SLAB_BYTES = 2**25  # of the transposed slab of x: it stays in the L2 of an A100 (40 MB) and of what came after
+_MOST_RECORDS = 2**31 - 2**16
 _CHUNK_COPY_ELEMENTS = 2**26  # of the columns of x that row_max copies at once
 
 
 def unavailable_reason(device: torch.device) -> str | None:
     """No Triton, no GPU that it supports, or a tensor elsewhere."""
-    if not HAS_TRITON:
-        return "Triton is not installed; `pip install triton` (Linux)"
+    if IMPORT_ERROR is not None:
+        return IMPORT_ERROR
     if INTERPRETED:
         return None if device.type == "cpu" else "TRITON_INTERPRET is set, which runs kernels on CPU tensors only"
     if device.type != "cuda":
@@ -86,8 +90,8 @@ def row_max(x: Tensor, chunks: tuple[Tensor, ...] | None, precision: Precision) 
             values, partners = _row_max_of_chunks(x, norms, 1, 0, precision)
             return RowMax(values, partners, norms.norms)
         values, partners = torch.empty_like(norms.norms), torch.empty_like(norms.norms, dtype=torch.int64)
-        largest = chunks[0].numel()
-        at_once = max(1, _CHUNK_COPY_ELEMENTS // (x.shape[0] * largest))
+        at_once = _CHUNK_COPY_ELEMENTS // (x.shape[0] * _chunk_stride(chunks[0]))
+        at_once = min(max(1, at_once), 2**16 - 1)  # of the second axis of a grid
         for first in range(0, len(chunks), at_once):
             group = [chunk.sort().values for chunk in chunks[first : first + at_once]]
             _row_max_of_group(x, norms, group, precision, values, partners)
@@ -110,12 +114,12 @@ def pair_gradient(
     inverse = torch.where(norms > 0, 1.0 / norms.clamp_min(EPS), 0.0)
     grad = torch.empty_like(x)
     with _on(x.device):
-        for x_slab, grad_rows_of_slab in zip(_feature_major(x), _slabs_of(grad), strict=True):
-            is_direct = x.stride(0) == 1 or grad_rows_of_slab.stride(0) == 1
-            grad_slab = grad_rows_of_slab.T if is_direct else torch.empty_like(x_slab)
-            gather_gradient(x_slab, norms, inverse, offsets, partners, weights, values, grad_slab, EPS)
+        for x_slab, grad_slab in zip(_feature_major(x), grad.split(_slab_rows(x)), strict=True):
+            is_direct = grad_slab.stride(0) == 1
+            lines = grad_slab.T if is_direct else torch.empty_like(x_slab, memory_format=torch.contiguous_format)
+            gather_gradient(x_slab, norms, inverse, offsets, partners, weights, values, lines, EPS)
             if not is_direct:
-                grad_rows_of_slab.copy_(grad_slab.T)
+                grad_slab.copy_(lines.T)
     return grad
 
 
@@ -132,15 +136,28 @@ class _Passes(NamedTuple):
 
 
 def _passes(x: Tensor, norms: "Norms", query: Query) -> _Passes:
-    if x.dtype != torch.float32 or query.precision == "high":
-        return _plain_and_scaled(x, norms, "tf32" if x.dtype == torch.float32 else "half")
-    if query.precision == "highest" and (query.n_std is not None or x.shape[1] < _SMALLEST_SCREENED):
-        return _plain_and_scaled(x, norms, "ieee")  # an adaptive tau needs every cosine in full precision
-    rounded, deviation = round_columns(x, norms.inverse)
-    unit = Operand(x=rounded, factor=torch.ones_like(norms.inverse), scale=None, kind="half")
+    is_large = x.shape[1] >= _SMALLEST_SCREENED and x.shape[0] <= _MOST_ROWS_SCREENED
+    # an adaptive tau needs every cosine in full precision
+    is_screened = query.precision == "highest" and is_large and query.n_std is None
+    if x.dtype != torch.float32 or not (is_screened or query.precision == "medium"):
+        return _plain_and_scaled(x, norms, _kind(x, query.precision))
+    rounded, deviation = _rounded(x, norms)
     if query.precision == "medium":
-        return _Passes(unit, unit, torch.zeros_like(norms.flags), None)
-    return _Passes(unit, _plain_and_scaled(x, norms, "ieee").repair, norms.flags, deviation)
+        return _Passes(rounded, rounded, torch.zeros_like(norms.flags), None)
+    return _Passes(rounded, _plain_and_scaled(x, norms, "ieee").repair, norms.flags, deviation)
+
+
+def _kind(x: Tensor, precision: Precision) -> "Kind":
+    if x.dtype != torch.float32:
+        return "half"
+    return "tf32" if precision == "high" and has_tf32(x.device) else "ieee"
+
+
+def _rounded(x: Tensor, norms: "Norms") -> tuple["Operand", Tensor]:
+    """Unit columns in fp16 as an operand, and the deviation of `round_columns`."""
+    rounded, deviation = round_columns(x, norms.inverse)
+    factor = torch.full_like(norms.inverse, 1 / SCALE.value)
+    return Operand(x=rounded, factor=factor, scale=None, kind="half"), deviation
 
 
 def _plain_and_scaled(x: Tensor, norms: "Norms", kind: "Kind") -> _Passes:
@@ -156,15 +173,18 @@ def _select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
     n_features, k = x.shape[1], query.k
     is_abs, floor = query.similarity == "abs", floor_of(query)
     norms = column_norms(x, EPS)
-    is_deferred = state is not None and x.device.type != "cpu"
-    if not is_deferred:
+    waits = may_wait(x.device, state)
+    if waits:
         _check_finite(x, norms)
-    warm = None if state is None else state.float()
-
     passes = _passes(x, norms, query)
     # a screen keeps all that its error leaves undecided
     capacity = k + k // 2 + max(_SLACK, n_features) + (0 if passes.deviation is None else k + k // 2)
     capacity = min(capacity, n_pairs(n_features))
+    if capacity > _MOST_RECORDS:
+        raise ValueError(
+            f"k must be at most about {_MOST_RECORDS // 3:,} on the triton backend, which numbers its records "
+            f"in int32; got {k:,}"
+        )
     values = torch.empty(capacity, dtype=torch.float32, device=x.device)
     rows, cols = (torch.empty(capacity, dtype=torch.int32, device=x.device) for _ in range(2))
     moments = None
@@ -174,19 +194,22 @@ def _select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
     search = searches.new_search(x.device, n_features)
     n_rows, n_cols = min(_SAMPLE_ROWS, n_features // 8), min(_SAMPLE_COLS, n_features // 2)
     can_overflow = capacity < n_pairs(n_features)
+    warm = None if state is None else state.float().contiguous()
+    guess = warm if can_overflow else None  # where all pairs fit, no guess can help
     rank = 0
     if can_overflow and n_features >= _SMALLEST_SAMPLED:
         rank = first_rank_of_sample(n_rows * n_cols, k, n_pairs(n_features))
-        gram_sample(x, norms.inverse, search, warm, n_rows, n_cols, is_abs=is_abs)
-    searches.begin(search, passes.flags, warm, passes.deviation, rank, x.shape[0], can_overflow)
+    if rank > 0:
+        gram_sample(x, norms.inverse, search, guess, n_rows, n_cols, is_abs=is_abs)
+    searches.begin(search, passes.flags, guess, passes.deviation, rank, x.shape[0], can_overflow)
     gram_select(passes.first, search, values, rows, cols, moments, floor, is_abs=is_abs, is_first=True)
     certified = search._replace(n_certified=search.n_survivors)
     if passes.deviation is not None:
-        slabs = list(_slabs_of(x))
+        n_slabs = -(-x.shape[0] // _slab_rows(x))
         for i, x_slab in enumerate(_feature_major(x)):
             rescore(
                 x_slab, norms.inverse, search, values, rows, cols,
-                is_first=i == 0, is_last=i == len(slabs) - 1, is_abs=is_abs,
+                is_first=i == 0, is_last=i == n_slabs - 1, is_abs=is_abs,
             )  # fmt: skip
         certified = search
     searches.certify(certified, k, capacity, floor, _adaptive_tau(moments, query.n_std))
@@ -215,9 +238,16 @@ def _select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
     index = torch.where(is_selected, index[:k], 0)
     values = torch.where(is_selected, values[:k], 0.0)
     threshold = torch.where(n_selected == k, similarity[k - 1], lowest.clamp_min(0.0).squeeze(0))
-    if is_deferred:
-        poison = torch.where((norms.flags & NOT_FINITE.value) > 0, torch.nan, 0.0)
-        values, threshold = values + poison, threshold + poison.squeeze(0)
+    # what certified the selection, once more over the last pass; a kernel that counts unlike it collects shows here
+    is_short = (search.n_survivors < k) & (search.bounds[:1] > lowest)
+    is_wrong = is_short | (search.n_survivors > capacity)
+    if waits:
+        if is_wrong.item():
+            raise RuntimeError("the triton backend lost pairs; please report this with the shape and dtype of x")
+    else:
+        is_wrong |= (norms.flags & NOT_FINITE.value) > 0
+        values = values.masked_fill(is_wrong, torch.nan)
+        threshold = threshold.masked_fill(is_wrong.squeeze(0), torch.nan)
     margins = (MARGIN_START, MARGIN_LEAST, _MARGIN_MOST)
     following = norms.norms.new_empty(0)
     if state is not None and warm is not None:
@@ -252,7 +282,7 @@ def _row_max_of_group(
     """Write the results of some chunks, sorted, the larger ones first, through one copy of their columns."""
     largest = chunks[0].numel()
     n_larger = sum(chunk.numel() == largest for chunk in chunks)
-    stride = -(-largest // 16) * 16  # chunks start where a vector load can
+    stride = _chunk_stride(chunks[0])
     members = torch.stack([torch.nn.functional.pad(chunk, (0, stride - chunk.numel())) for chunk in chunks]).flatten()
     group_norms = norms._replace(**{name: getattr(norms, name)[members] for name in ("inverse", "scale", "factor")})
     group_values, group_partners = _row_max_of_chunks(
@@ -264,6 +294,11 @@ def _row_max_of_group(
         partners[chunk] = chunk[group_partners[part]]
 
 
+def _chunk_stride(chunk: Tensor) -> int:
+    """Columns of a copied chunk: the next one starts where a vector load can."""
+    return -(-chunk.numel() // 16) * 16
+
+
 def _row_max_of_chunks(
     x: Tensor, norms: "Norms", n_chunks: int, n_larger: int, precision: Precision, largest: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -273,12 +308,10 @@ def _row_max_of_chunks(
     if largest is None:
         largest, n_larger = n_columns, 1
     if x.dtype == torch.float32 and precision == "medium":
-        rounded, _ = round_columns(x, norms.inverse)
-        unit = Operand(x=rounded, factor=torch.ones_like(norms.inverse), scale=None, kind="half")
-        operands, flags = [unit], torch.zeros_like(norms.flags)
+        rounded, _ = _rounded(x, norms)
+        operands, flags = [rounded], torch.zeros_like(norms.flags)
     else:
-        kind: Kind = "half" if x.dtype != torch.float32 else "tf32" if precision == "high" else "ieee"
-        passes = _plain_and_scaled(x, norms, kind)
+        passes = _plain_and_scaled(x, norms, _kind(x, precision))
         operands, flags = [passes.first, passes.repair], passes.flags
     for operand in operands:
         gram_row_max(operand, flags, best, n_chunks, n_columns // n_chunks, largest, n_larger)
@@ -287,18 +320,17 @@ def _row_max_of_chunks(
     return values, 2**32 - 1 - (best & (2**32 - 1))
 
 
-def _slabs_of(x: Tensor) -> Iterator[Tensor]:
-    """Rows of x by slabs: all of them if its columns are contiguous, else as many as stay in L2."""
+def _slab_rows(x: Tensor) -> int:
+    """Rows of a slab of x: all if its columns are contiguous, else as many as stay in L2."""
     if x.stride(0) == 1:
-        yield x
-        return
-    rows = max(1, _SLAB_BYTES // (x.shape[1] * x.element_size() * BLOCK_M)) * BLOCK_M
-    yield from x.split(rows)
+        return x.shape[0]
+    rows: int = max(1, _SLAB_BYTES // (x.shape[1] * x.element_size() * BLOCK_M)) * BLOCK_M
+    return rows
 
 
 def _feature_major(x: Tensor) -> Iterator[Tensor]:
-    """The same slabs, [N, rows of the slab], each line contiguous."""
-    for slab in _slabs_of(x):
+    """Slabs [N, rows] of x, each line contiguous."""
+    for slab in x.split(_slab_rows(x)):
         yield slab.T if slab.stride(0) == 1 else slab.T.contiguous()
 
 

@@ -1,0 +1,340 @@
+"""What the Triton backend does beyond the interface: where it runs, what it reads, how it cuts its work."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.language import constexpr
+
+from tests import oracle
+from tests.conftest import use_case
+from tests.inputs import FLOATING, activations, normal, seeded
+from tests.tolerances import assert_gradient, assert_within, cosine_bound, float64, gradient_bound
+from topk_ortho import custom_ops, initial_state, topk_ortho_loss, topk_pairs
+from topk_ortho.backends import registry, tiled, triton
+from topk_ortho.backends.base import Query, may_wait
+from topk_ortho.backends.registry import BACKENDS, resolve_backend
+from topk_ortho.kernels import tiles
+
+on_the_cpu = pytest.mark.skipif(not tiles.INTERPRETED, reason="it runs the kernels on the CPU, and here is a GPU")
+
+
+@pytest.fixture(params=["triton", "triton_screened"])
+def _small_pieces(request, monkeypatch):
+    use_case(request.param, monkeypatch)
+
+
+@on_the_cpu
+class TestAvailability:
+    """A reason that an error can quote, for everything that is missing."""
+
+    @pytest.fixture(autouse=True)
+    def _compiled(self, monkeypatch):
+        monkeypatch.setattr(triton, "INTERPRETED", False)
+
+    @pytest.mark.parametrize(
+        ("device", "capability", "reason"),
+        [
+            ("cpu", None, "needs a CUDA or ROCm device, not 'cpu'; TRITON_INTERPRET=1"),
+            ("mps", None, "needs a CUDA or ROCm device, not 'mps'"),
+            ("cuda", (7, 5), "needs compute capability 8.0, and Old Card has less"),
+            ("cuda", (8, 0), None),
+            ("cuda", (12, 0), None),
+        ],
+    )
+    def test_devices(self, device, capability, reason, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
+        actual = triton.unavailable_reason(torch.device(device))
+        assert actual is None if reason is None else reason in actual
+
+    def test_rocm_has_no_compute_capability(self, monkeypatch):
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert triton.unavailable_reason(torch.device("cuda")) is None
+
+    def test_without_triton(self, monkeypatch):
+        reason = "Triton 3.6 or later could not be imported (no such module)"
+        monkeypatch.setattr(triton, "IMPORT_ERROR", reason)
+        assert triton.unavailable_reason(torch.device("cuda")) == reason
+        with pytest.raises(ValueError, match=r"got 'triton': Triton 3\.6 or later could not be imported"):
+            topk_pairs(torch.eye(3), backend="triton")
+
+    def test_interpreted_kernels_are_for_the_cpu(self, monkeypatch):
+        monkeypatch.setattr(triton, "INTERPRETED", True)
+        assert triton.unavailable_reason(torch.device("cpu")) is None
+        assert "CPU tensors only" in triton.unavailable_reason(torch.device("cuda"))
+
+    @pytest.mark.parametrize(("reason", "expected"), [(None, "triton"), ("it rains", "tiled")])
+    def test_auto(self, reason, expected, monkeypatch):
+        monkeypatch.setattr(triton, "unavailable_reason", lambda device: reason)
+        assert resolve_backend("auto", torch.device("cuda")) == expected
+        assert resolve_backend("auto", torch.device("cpu")) == "tiled"
+
+    def test_an_explicit_choice_never_falls_back(self):
+        with pytest.raises(ValueError, match="got 'triton': it needs a CUDA or ROCm device"):
+            topk_pairs(torch.eye(3), backend="triton")
+
+    def test_available_on_this_machine(self, monkeypatch):
+        assert "triton" not in registry.available_backends()
+        monkeypatch.setattr(triton, "INTERPRETED", True)
+        assert "triton" in registry.available_backends()
+
+    @pytest.mark.parametrize(
+        ("capability", "architecture"),
+        [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((12, 0), "sm_80")],
+    )
+    def test_architectures_have_a_table_entry(self, capability, architecture, monkeypatch):
+        monkeypatch.setattr(tiles, "INTERPRETED", constexpr(False))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert tiles.architecture_of.__wrapped__(torch.device("cuda")) == architecture
+        assert all((architecture, kind) in tiles.TILE_CONFIGS for kind in ("half", "tf32", "ieee"))
+
+
+class _HostReads(TorchDispatchMode):
+    """Counts the operators that would wait for an accelerator."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "bincount")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+        self.largest_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        is_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if is_mask or name.strip("_") in {waiting.strip("_") for waiting in self.WAITING}:
+            self.seen.append(func.__name__)
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest_bytes = max(self.largest_bytes, tensor.nbytes)
+        return result
+
+
+@on_the_cpu
+class TestTheWarmPath:
+    """Nothing that depends on data is read on the host once there is a state."""
+
+    ARGUMENTS = (
+        {},
+        {"tau": 0.3},
+        {"n_std": 1.0},
+        {"similarity": "positive"},
+        {"precision": "high"},
+        {"precision": "medium"},
+    )
+
+    @pytest.mark.parametrize("guess", [0.4, 0.99, -1.0], ids=["holds", "fails", "none"])
+    @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
+    @pytest.mark.usefixtures("_small_pieces")
+    def test_no_host_reads(self, arguments, guess, monkeypatch):
+        monkeypatch.setattr(triton, "may_wait", lambda device, state: state is None)
+        x, state = normal(24, 43), torch.tensor([guess, 0.15, 1.0])
+        with _HostReads() as reads:
+            selection = BACKENDS["triton"].select_pairs(x, Query(k=60, **arguments), state)
+            weights = selection.values * 0.5
+            pairs = (selection.rows, selection.cols, selection.values, weights, weights)
+            BACKENDS["triton"].pair_gradient(x, selection.norms, *pairs)
+        assert reads.seen == []
+
+    def test_the_detector_sees_a_read(self):
+        with _HostReads() as reads:
+            tiled.select_pairs(normal(24, 43), Query(k=60), None)
+        assert any("local_scalar" in name for name in reads.seen)
+
+    def test_who_may_wait(self):
+        state = initial_state()
+        assert may_wait(torch.device("cpu"), state)
+        assert may_wait(torch.device("cuda"), None)
+        assert not may_wait(torch.device("cuda"), state)
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+    def test_what_is_not_finite_becomes_nan(self, bad, monkeypatch):
+        monkeypatch.setattr(triton, "may_wait", lambda device, state: False)
+        x = normal(24, 43).index_fill(1, torch.tensor([7]), bad).requires_grad_()
+        state = initial_state()
+        loss = topk_ortho_loss(x, k=60, backend="triton", state=state)
+        assert loss.isnan()
+        loss.backward()
+        assert x.grad.isnan().any()
+        x = normal(24, 43)
+        assert torch.equal(
+            topk_ortho_loss(x, k=60, backend="triton", state=state), topk_ortho_loss(x, k=60, backend="triton")
+        )
+
+    @pytest.mark.parametrize("is_bad", [False, True])
+    def test_nan_in_priority_becomes_nan(self, is_bad, monkeypatch):
+        monkeypatch.setattr(custom_ops, "may_wait", lambda device, state: False)
+        priority = torch.arange(43.0)
+        if is_bad:
+            priority[5] = torch.nan
+        loss = topk_ortho_loss(normal(24, 43), k=60, priority=priority, backend="triton", state=initial_state())
+        assert loss.isnan() == is_bad
+
+
+@on_the_cpu
+class TestMemory:
+    """Nothing of the size of the matrix."""
+
+    @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+    def test_largest_tensor(self, precision, monkeypatch):
+        monkeypatch.setattr(triton, "_SLACK", 1000)
+        n, k = 400, 80
+        x = normal(8, n)
+        with _HostReads() as reads:
+            selection = triton.select_pairs(x, Query(k=k, precision=precision), None)
+            weights = selection.values
+            triton.pair_gradient(x, selection.norms, selection.rows, selection.cols, weights, weights, weights)
+            triton.row_max(x, None, precision)
+        assert reads.largest_bytes <= 8 * (4096 + 3 * k + triton._SLACK) < n * n  # the histogram, the records
+
+
+@pytest.mark.usefixtures("_small_pieces")
+class TestPieces:
+    """However the work is cut, the numbers are the same."""
+
+    @pytest.mark.parametrize("m", [1, 63, 64, 65, 150])
+    @pytest.mark.parametrize("layout", ["row_major", "feature_major", "feature_major_with_gaps"])
+    def test_slabs(self, m, layout, monkeypatch):
+        monkeypatch.setattr(triton, "_SLAB_BYTES", 1)  # one block of rows
+        x = normal(m, 43)
+        if layout != "row_major":
+            wide = torch.full((43, 2 * m), torch.nan)[:, :m] if "gaps" in layout else torch.empty(43, m)
+            x = wide.copy_(x.T).T
+        k = 80
+        x.requires_grad_()
+        pairs = topk_pairs(x, k=k, backend="triton")
+        selected = oracle.select(float64(x), k)
+        assert_within(actual=pairs.values.abs(), expected=abs(selected.values), bound=cosine_bound(x) + 2**-24)
+        (gradient,) = torch.autograd.grad(pairs.values.square().sum(), x)
+        rows, cols = pairs.rows.numpy(), pairs.cols.numpy()
+        assert_gradient(
+            actual=gradient,
+            expected=oracle.loss_gradient(float64(x), rows, cols, "sum"),
+            bound=gradient_bound(x, rows, cols, 1.0),
+            dtype=x.dtype,
+        )
+
+    @pytest.mark.parametrize("elements", [1, 12 * 14, 12 * 32, 2**26], ids=["one_by_one", "one", "two", "all"])
+    @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+    def test_groups_of_chunks(self, elements, precision, monkeypatch):
+        monkeypatch.setattr(triton, "_CHUNK_COPY_ELEMENTS", elements)
+        x = normal(12, 43, seed=3)
+        chunks = torch.randperm(43, generator=seeded(4)).tensor_split(3)  # of 15, 14 and 14
+        result = BACKENDS["triton"].row_max(x, chunks, precision)
+        values, _ = oracle.max_cosines(float64(x), [chunk.tolist() for chunk in chunks])
+        assert_within(actual=result.values, expected=values, bound=cosine_bound(x, precision))
+        for chunk in chunks:
+            assert set(result.partners[chunk].tolist()) <= set(chunk.tolist())
+
+    def test_pairs_of_weight_zero_are_left_out(self, monkeypatch):
+        """What `priority` holds costs no gather, and padding none either."""
+        seen = []
+        gather = triton.gather_gradient
+
+        def spy(x, norms, inverse, offsets, *rest):
+            seen.append(offsets[-1].item())
+            gather(x, norms, inverse, offsets, *rest)
+
+        monkeypatch.setattr(triton, "gather_gradient", spy)
+        x = normal(12, 43).requires_grad_()
+        topk_ortho_loss(x, k=50, priority=torch.arange(43), backend="triton").backward()
+        assert seen == [50]
+        assert not x.grad[:, 42].any()
+
+
+class TestCertificate:
+    """What cannot be certified is refused, or shows as NaN."""
+
+    @pytest.fixture
+    def _lost(self, monkeypatch):
+        """The pass that collects finds nothing."""
+        select = triton.gram_select
+
+        def lossy(operand, search, *rest, is_abs, is_first):
+            if is_first:
+                select(operand, search, *rest, is_abs=is_abs, is_first=True)
+
+        monkeypatch.setattr(triton, "gram_select", lossy)
+
+    @pytest.mark.usefixtures("_small_pieces", "_lost")
+    def test_lost_pairs_raise(self):
+        with pytest.raises(RuntimeError, match="lost pairs; please report this"):
+            topk_pairs(normal(24, 43), k=60, backend="triton", state=torch.tensor([0.999, 0.15, 1.0]))
+
+    @pytest.mark.usefixtures("_small_pieces", "_lost")
+    def test_lost_pairs_are_nan_where_nothing_waits(self, monkeypatch):
+        monkeypatch.setattr(triton, "may_wait", lambda device, state: False)
+        loss = topk_ortho_loss(normal(24, 43), k=60, backend="triton", state=torch.tensor([0.999, 0.15, 1.0]))
+        assert loss.isnan()
+
+    @pytest.mark.usefixtures("_small_pieces")
+    def test_a_screen_without_a_guess(self):
+        """Few pairs are positive, so that the sample has no guess: the repair has none of the slack of the screen."""
+        n = 100
+        x = torch.eye(n) - 1 / n
+        x[:, 1:20:2] += 0.3 * x[:, 0:19:2]
+        pairs = topk_pairs(x, k=20, similarity="positive", backend="triton")
+        expected = topk_pairs(x, k=20, similarity="positive", backend="naive")
+        assert sorted(expected.rows.tolist()) == list(range(0, 20, 2))
+        assert sorted(pairs.rows.tolist()) == list(range(0, 20, 2))
+        assert torch.equal(pairs.cols, pairs.rows + 1)
+
+    @pytest.mark.usefixtures("_small_pieces")
+    @pytest.mark.parametrize("n", range(17, 32))
+    def test_a_sample_too_small_to_guess_from(self, n):
+        x = normal(16, n, seed=n)
+        k = n * (n - 1) // 4
+        pairs, expected = (topk_pairs(x, k=k, backend=backend) for backend in ("triton", "naive"))
+        assert torch.equal(pairs.rows, expected.rows)
+        assert torch.equal(pairs.cols, expected.cols)
+
+    def test_more_records_than_int32_numbers(self, monkeypatch):
+        monkeypatch.setattr(triton, "_MOST_RECORDS", 300)
+        with pytest.raises(ValueError, match=r"k must be at most about 100 on the triton backend.*; got 400"):
+            topk_pairs(normal(4, 43), k=400, backend="triton")
+
+
+class TestState:
+    """Whatever it looks like in memory, and wherever it aims."""
+
+    @pytest.mark.usefixtures("_small_pieces")
+    def test_strided(self):
+        x = normal(24, 43)
+        column = torch.tensor([[0.5, 9.0], [0.15, 9.0], [1.0, 9.0]])[:, 0]
+        row = column.clone()
+        for state in (column, row):
+            topk_pairs(x, k=60, backend="triton", state=state)
+        assert torch.equal(column, row)
+
+    @pytest.mark.usefixtures("_small_pieces")
+    @pytest.mark.parametrize(("guess", "margin"), [(0.01, 0.1), (0.99, 0.4)], ids=["too_low", "too_high"])
+    def test_margin_after_a_failure(self, guess, margin):
+        """A guess that overflowed was too low, one that fell short too high."""
+        state = torch.tensor([guess, 0.2, 1.0])
+        topk_pairs(normal(24, 43), k=60, backend="triton", state=state)
+        assert state[1] == pytest.approx(margin)
+        assert state[2] > 1
+
+    def test_default_dtype_does_not_matter(self):
+        try:
+            torch.set_default_dtype(torch.float64)
+            selection = BACKENDS["triton"].select_pairs(normal(24, 43), Query(k=60), None)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert {t.dtype for t in (selection.values, selection.threshold, selection.tau)} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+def test_float64_takes_the_tiled_path(dtype, monkeypatch):
+    calls = []
+    monkeypatch.setattr(tiled, "select_pairs", lambda *arguments: calls.append("select_pairs"))
+    monkeypatch.setattr(tiled, "row_max", lambda *arguments: calls.append("row_max"))
+    monkeypatch.setattr(tiled, "pair_gradient", lambda *arguments: calls.append("pair_gradient"))
+    x = activations(12, 43, dtype=dtype)
+    one = torch.ones(1, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    pair = (torch.tensor([0]), torch.tensor([1]), one, one, one)
+    triton.select_pairs(x, Query(k=3), None)
+    triton.row_max(x, None, "highest")
+    triton.pair_gradient(x, torch.ones(43, dtype=one.dtype), *pair)
+    assert calls == (["select_pairs", "row_max", "pair_gradient"] if dtype == torch.float64 else [])

@@ -1,0 +1,125 @@
+"""Arguments of the kernels, made without the kernels that make them in earnest."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests import oracle
+from tests.tolerances import float64
+from topk_ortho.kernels.search import Search
+from topk_ortho.kernels.tiles import INTERPRETED, Kind, Operand
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+"""Where the kernels run: in the interpreter, on CPU tensors, or on a GPU where there is one."""
+
+
+def to_device(tensor: Tensor) -> Tensor:
+    """The same numbers in the same layout, and the same memory around them."""
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return storage.to(DEVICE).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def numbers(values: object, dtype: torch.dtype) -> Tensor:
+    """A tensor on the device."""
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+
+def norms_of(x: Tensor) -> np.ndarray:
+    """Column norms in float64."""
+    largest = np.abs(float64(x.cpu())).max(axis=0)
+    safe = np.where(largest > 0, largest, 1)
+    return safe * np.sqrt(((float64(x.cpu()) / safe) ** 2).sum(axis=0))
+
+
+def inverse_of(x: Tensor) -> Tensor:
+    """1 / max(norm, EPS), 0 for a dead column; float32 [N] on the device."""
+    norms = norms_of(x)
+    return torch.from_numpy(np.where(norms > 0, 1 / np.maximum(norms, oracle.EPS), 0)).float().to(DEVICE)
+
+
+def operand_of(x: Tensor, kind: Kind = "ieee", *, is_scaled: bool = False) -> Operand:
+    """The columns of x and their inverse norms, in one factor or split with a power of two."""
+    inverse = inverse_of(x)
+    if not is_scaled:
+        return Operand(x=to_device(x), factor=inverse, scale=None, kind=kind)
+    _, exponent = np.frexp(np.maximum(norms_of(x), oracle.EPS))
+    scale = torch.from_numpy(2.0 ** (2 - exponent)).float().to(DEVICE)
+    factor = (inverse.double() / scale.double()).float()
+    return Operand(x=to_device(x), factor=factor, scale=scale, kind=kind)
+
+
+def exact_products(n: int, seed: int = 0, n_values: int | None = None) -> tuple[Operand, np.ndarray]:
+    """One row, so that a cosine is one float32 product: (operand, cosines to the bit); ties if values are few."""
+    generator = np.random.default_rng(seed)
+    x = generator.uniform(-1, 1, n).astype(np.float32)
+    if n_values is not None:
+        x = generator.choice(x[:n_values], n)
+    operand = Operand(
+        x=torch.from_numpy(x[None, :]).to(DEVICE), factor=torch.ones(n, device=DEVICE), scale=None, kind="ieee"
+    )
+    return operand, x[:, None] * x[None, :]
+
+
+def gram_of(x: Tensor) -> np.ndarray:
+    """Cosines [N, N] in float64."""
+    x_hat = oracle.normalized(float64(x))
+    return x_hat.T @ x_hat
+
+
+def search_at(
+    stage: int,
+    n_features: int,
+    *,
+    cut: float = -1.0,
+    slack: float = 0.0,
+    lowest: int = 0,
+    above: int = 0,
+    tie_row: int | None = None,
+    n_passes: int = 1,
+    failure: int = 0,
+) -> Search:
+    """What an earlier kernel left behind, counters at zero."""
+    return Search(
+        plan=numbers(
+            [stage, lowest, above, n_features if tie_row is None else tie_row, n_passes, failure], torch.int64
+        ),
+        bounds=numbers([cut, slack], torch.float32),
+        histogram=torch.zeros(4096, dtype=torch.int64, device=DEVICE),
+        row_ties=torch.zeros(n_features, dtype=torch.int32, device=DEVICE),
+        n_survivors=torch.zeros(1, dtype=torch.int64, device=DEVICE),
+        n_certified=torch.zeros(1, dtype=torch.int64, device=DEVICE),
+    )
+
+
+def copy_of(search: Search) -> Search:
+    """To compare with later."""
+    return Search(*(tensor.clone() for tensor in search))
+
+
+def assert_same(*, actual: Search, expected: Search, but: tuple[str, ...] = ()) -> None:
+    """All fields are equal, to the bit, except those in `but`."""
+    for name in set(Search._fields) - set(but):
+        assert torch.equal(getattr(actual, name).view(torch.int32), getattr(expected, name).view(torch.int32)), name
+
+
+def far_apart(x: Tensor, folder: Path, *, columns: bool = False) -> Tensor:
+    """X with rows (or columns) 2**30 elements apart, in a file that is a hole but for them.
+
+    An offset that wraps in int32 lands in front of x, where the hole reads as 0.
+    """
+    gap = 2**30
+    strides = (1, gap) if columns else (gap, 1)
+    n_far = x.shape[int(columns)]
+    assert n_far == 3, "the last of them is 2**31 elements away"
+    n_elements = 2**31 + n_far * gap
+    if INTERPRETED:
+        path = folder / "hole"
+        with path.open("wb") as file:
+            file.truncate(n_elements * x.element_size())
+        storage = torch.from_file(str(path), shared=True, size=n_elements, dtype=x.dtype)
+    else:
+        storage = torch.zeros(n_elements, dtype=x.dtype, device=DEVICE)
+    view = storage.as_strided(x.shape, strides, 2**31)
+    return view.copy_(x)

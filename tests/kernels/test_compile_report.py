@@ -1,0 +1,356 @@
+"""The compile report: its parsers on small texts, its gates on made-up records, and what they say of what ships."""
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from topk_ortho.kernels import compile_report
+from topk_ortho.kernels.compile_report import (
+    MAIN_LOOP_KERNELS,
+    Record,
+    max_programs,
+    parse_amdgcn,
+    parse_metadata,
+    parse_resource_usage,
+    parse_sass,
+    violations,
+)
+from topk_ortho.kernels.tiles import INTERPRETED
+
+ROOT = Path(__file__).parents[2]
+
+
+def sass(*instructions):
+    """As cuobjdump prints it: 16 bytes an instruction, its bits in comments."""
+    lines = ["	Function : _kernel", '	.headerflags	@"EF_CUDA_SM90"']
+    for i, instruction in enumerate(instructions):
+        lines.append(f"        /*{16 * i:04x}*/                   {instruction} ;   /* 0x00000a00ff017b82 */")
+        lines.append("                                                          /* 0x000e220000000800 */")
+    return "\n".join([*lines, "		..........", ""])
+
+
+class TestSass:
+    def test_loop(self):
+        """The inner loop with the matrix instruction, not the one around it, nor a longer one without."""
+        code = parse_sass(
+            sass(
+                "LDC R1, c[0x0][0x28]",
+                "S2R R0, SR_CTAID.X",  # 0x10: the outer loop
+                "LDGSTS.E.BYPASS.128 [R3], desc[UR8][R4.64], P0",  # 0x20
+                "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0",
+                "@!P0 IADD3 R4, P1, R4, R6, RZ",
+                "@P2 BRA 0x20",
+                "FADD R1, R1, R2",  # 0x60
+                "FADD R1, R1, R2",
+                "FADD R1, R1, R2",
+                "FADD R1, R1, R2",
+                "@!UP0 BRA.U 0x60",
+                "ISETP.GE.AND P0, PT, R0, R2, PT",
+                "@P0 BRA P3, 0x10",
+                "EXIT",
+                "BRA 0xe0",
+            )
+        )
+        assert [(loop.start, loop.stop) for loop in code.loops] == [(2, 6), (6, 11), (1, 13)]
+        assert code.main_loop == range(2, 6)
+        assert code.matrix_instructions() == {"HGMMA.64x128x16.F32.BF16": 1}
+        assert code.opcodes[4] == "IADD3"
+        assert len(code.opcodes) == 15
+
+    @pytest.mark.parametrize("name", ["HMMA.16816.F32.BF16", "HGMMA.64x128x8.F32.TF32", "UTCHMMA", "UTCHMMA.2CTA"])
+    def test_matrix_instructions(self, name):
+        code = parse_sass(sass(f"{name} R4, R8, R12, R4", f"@P0 {name} R4, R8, R12, R4", "HADD2 R1, R2, R3"))
+        assert code.matrix_instructions() == {name: 2}
+
+    def test_loop_of_multiply_adds(self):
+        """Without a matrix unit: not the longer loop of the epilogue."""
+        fma, epilogue = ("FFMA R1, R2, R3, R1", "FFMA R4, R5, R6, R4", "@P0 BRA 0x0"), ("FADD R1, R1, R2",) * 6
+        code = parse_sass(sass(*fma, *epilogue, "@P1 BRA 0x30"))
+        assert code.main_loop == range(3)
+
+    def test_largest_loop(self):
+        """With neither: the largest of those that hold no other."""
+        code = parse_sass(sass("IADD3 R1", "@P0 BRA 0x0", "IADD3 R1", "IADD3 R1", "@P0 BRA 0x20", "@P1 BRA 0x0"))
+        assert code.main_loop == range(2, 5)
+
+    def test_no_loop(self):
+        """A jump forward is none, and the jump to itself that ends a kernel is none."""
+        code = parse_sass(sass("@P0 BRA 0x20", "FADD R1, R1, R2", "EXIT", "BRA 0x30"))
+        assert code.loops == []
+        assert code.main_loop is None
+
+    @pytest.mark.parametrize(
+        ("instruction", "n_spills"), [("STL [R1], R4", 2), ("LDL.LU R4, [R1+0x8]", 2), ("LDS R4, [R1]", 0)]
+    )
+    def test_spills(self, instruction, n_spills):
+        code = parse_sass(sass(instruction, "FADD R1, R1, R2", f"@P0 {instruction}"))
+        assert code.count(compile_report._LOCAL_MEMORY) == n_spills
+
+    def test_resource_usage(self):
+        text = "Resource usage:\n Function _gram_select_kernel:\n  REG:127 STACK:40 SHARED:0 LOCAL:0 CONSTANT[0]:636"
+        assert parse_resource_usage(text) == (127, 40)
+
+    def test_unknown_format(self):
+        with pytest.raises(AssertionError, match=r"no .*REG"):
+            parse_resource_usage("REGISTERS: 12")
+
+
+AMDGCN = """
+	.text
+_gram_select_kernel:                    ; @_gram_select_kernel
+; %bb.0:
+	s_load_dwordx2 s[2:3], s[0:1], 0x0
+	s_cbranch_scc1 .LBB0_4
+.LBB0_1:                                ; %.lr.ph
+                                        ; =>This Loop Header: Depth=1
+	v_mov_b32_e32 v1, 0
+.LBB0_2:                                ; =>  This Inner Loop Header: Depth=2
+	buffer_load_dwordx4 v[4:7], v1, s[4:7], 0 offen ; 16-byte Folded Spill
+	v_mfma_f32_32x32x8_bf16 v[8:23], v[4:5], v[6:7], v[8:23]
+	s_cbranch_scc0 .LBB0_2
+; %bb.3:
+	v_mfma_f32_32x32x8_bf16 v[8:23], v[4:5], v[6:7], v[8:23]
+	s_branch .LBB0_1
+.LBB0_4:
+	s_endpgm
+.Lfunc_end0:
+	.amdgpu_metadata
+---
+amdhsa.kernels:
+  - .agpr_count:     40
+    .group_segment_fixed_size: 0
+    .name:           _gram_select_kernel
+    .private_segment_fixed_size: 332
+    .sgpr_spill_count: 14
+    .vgpr_count:     296
+    .vgpr_spill_count: 100
+...
+	.end_amdgpu_metadata
+"""
+
+
+class TestAmdgcn:
+    def test_loop(self):
+        code = parse_amdgcn(AMDGCN)
+        assert code.opcodes == [
+            "s_load_dwordx2", "s_cbranch_scc1", "v_mov_b32_e32", "buffer_load_dwordx4", "v_mfma_f32_32x32x8_bf16",
+            "s_cbranch_scc0", "v_mfma_f32_32x32x8_bf16", "s_branch", "s_endpgm",
+        ]  # fmt: skip
+        assert code.loops == [range(3, 6), range(2, 8)]
+        assert code.main_loop == range(3, 6)
+        assert code.matrix_instructions() == {"v_mfma_f32_32x32x8_bf16": 2}
+
+    def test_no_loop(self):
+        assert parse_amdgcn(re.sub(r"s_cbranch_scc0.*|s_branch.*", "s_nop 0", AMDGCN)).main_loop is None
+
+    def test_metadata(self):
+        """Registers, accumulators included, stack, spills; those of scalar registers go to vector registers."""
+        assert parse_metadata(AMDGCN) == (296, 332, 100)
+
+
+GOOD = {
+    "sm_80": {"registers": 255, "num_warps": 4, "matrix_instructions": {"HMMA.16816.F32.BF16": 64}},
+    "sm_90": {"registers": 127, "num_warps": 8, "matrix_instructions": {"HGMMA.64x128x16.F32.BF16": 4}},
+    "sm_100": {"registers": 128, "num_warps": 8, "matrix_instructions": {"UTCHMMA": 4}, "tensor_memory_columns": 128},
+    "gfx942": {"registers": 256, "num_warps": 4, "matrix_instructions": {"v_mfma_f32_32x32x8_bf16": 48}},
+}
+
+
+def record(architecture="sm_90", **fields):
+    """One that keeps all promises, but for `fields`."""
+    good = {
+        "kernel": "gram_select", "variant": "half", "kind": "half", "programs_per_sm": 2, "max_registers": None,
+        "stack_bytes": 0, "n_spills": 0, "shared_bytes": 32768, "tensor_memory_columns": 0,
+        "main_loop_instructions": 124,
+    }  # fmt: skip
+    return Record(architecture=architecture, **good | GOOD[architecture] | fields)
+
+
+WITHOUT_MATRIX = {
+    "sm_80": {"HGMMA.64x128x16.F32.BF16": 4}, "sm_90": {"HMMA.16816.F32.BF16": 64}, "sm_100": {}, "gfx942": {},
+}  # fmt: skip
+
+
+class TestGates:
+    @pytest.mark.parametrize("architecture", GOOD)
+    def test_all_kept(self, architecture):
+        assert violations([record(a) for a in GOOD], ["gram_select"]) == []
+        assert violations([record(architecture, kind="ieee", matrix_instructions={})], []) == []
+
+    @pytest.mark.parametrize("kernel", sorted(MAIN_LOOP_KERNELS))
+    @pytest.mark.parametrize("fields", [{"stack_bytes": 8}, {"n_spills": 1}])
+    def test_spill(self, kernel, fields):
+        (line,) = violations([record(kernel=kernel, **fields)], [])
+        assert re.fullmatch(rf"{kernel} \(half\) on sm_90 has \d bytes of stack, \d spills", line)
+
+    def test_spill_elsewhere(self):
+        """A kernel without gram tiles may."""
+        assert violations([record(kernel="begin", kind=None, stack_bytes=8, n_spills=4)], []) == []
+
+    @pytest.mark.parametrize("kind", ["half", "tf32"])
+    @pytest.mark.parametrize("architecture", GOOD)
+    def test_no_matrix_instruction(self, architecture, kind):
+        """None, or one of an older architecture."""
+        found = violations([record(architecture, kind=kind, matrix_instructions=WITHOUT_MATRIX[architecture])], [])
+        assert len(found) == 1
+        assert re.search(r"has no (HMMA|HGMMA|UTCHMMA|v_mfma)$", found[0])
+
+    @pytest.mark.parametrize(
+        ("architecture", "limit"), [("sm_80", 99), ("sm_90", 227), ("sm_100", 227), ("gfx942", 64)]
+    )
+    def test_shared_memory(self, architecture, limit):
+        fields = {"programs_per_sm": None, "tensor_memory_columns": 0}
+        assert violations([record(architecture, shared_bytes=limit * 1024, **fields)], []) == []
+        (line,) = violations([record(architecture, shared_bytes=limit * 1024 + 16, **fields)], [])
+        assert "bytes of shared memory, more than" in line
+
+    def test_registers(self):
+        assert violations([record(max_registers=127)], []) == []
+        (line,) = violations([record(max_registers=120)], [])
+        assert line == "gram_select (half) on sm_90 has 127 registers, more than 120"
+
+    @pytest.mark.parametrize("architecture", GOOD)
+    def test_programs(self, architecture):
+        (line,) = violations([record(architecture, programs_per_sm=3)], [])
+        assert line.endswith("is launched with 3 programs per multiprocessor, which holds 2")
+
+    def test_every_kernel(self):
+        found = violations([record()], ["gram_select", "norms"])
+        assert len(found) == 3 + 4
+        assert found[0] == "gram_select has no variant for sm_80"
+
+    @pytest.mark.parametrize(
+        ("architecture", "fields", "expected"),
+        [
+            ("sm_90", {"registers": 128}, 2),
+            ("sm_90", {"registers": 129}, 1),
+            ("sm_90", {"registers": 32}, 6),  # by shared memory
+            ("sm_90", {"registers": 32, "shared_bytes": 0}, 8),  # by warps
+            ("sm_90", {"shared_bytes": 113 * 1024}, 2),
+            ("sm_90", {"shared_bytes": 113 * 1024 + 16}, 1),
+            ("sm_90", {"registers": 168, "num_warps": 4}, 3),
+            ("sm_80", {"registers": 168, "shared_bytes": 0}, 3),
+            ("sm_80", {"registers": 16, "shared_bytes": 81 * 1024}, 2),
+            ("sm_80", {"registers": 16, "shared_bytes": 82 * 1024}, 1),
+            ("sm_100", {"tensor_memory_columns": 256}, 2),
+            ("sm_100", {"tensor_memory_columns": 512}, 1),
+            ("gfx942", {"registers": 257}, 1),
+            ("gfx942", {"registers": 128, "shared_bytes": 0}, 4),
+            ("gfx942", {"registers": 128, "num_warps": 8, "shared_bytes": 0}, 2),
+            ("gfx942", {"registers": 24, "shared_bytes": 0}, 8),  # by waves
+            ("gfx942", {"registers": 24, "shared_bytes": 33 * 1024}, 1),
+        ],
+        ids=str,
+    )
+    def test_programs_that_fit(self, architecture, fields, expected):
+        assert max_programs(record(architecture, **fields)) == expected
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels are not interpreted here")
+def test_interpreted_kernels_are_refused():
+    with pytest.raises(SystemExit, match="TRITON_INTERPRET is set"):
+        compile_report.main([])
+
+
+@pytest.fixture(scope="module")
+def report():
+    """What `python -m topk_ortho.kernels.compile_report --json` prints."""
+    result = subprocess.run(
+        [sys.executable, "-m", "topk_ortho.kernels.compile_report", "--json"],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+# of a multiprocessor: 32-bit registers, shared memory in KB; of a program: KB; lanes of a warp
+SM = {"registers": 65536, "shared": 228, "reserved": 1, "of_program": 227, "warp": 32}
+HARDWARE = {
+    "sm_80": SM | {"shared": 164, "of_program": 163, "matrix": "HMMA"},
+    "sm_90": SM | {"matrix": "HGMMA"},
+    "sm_100": SM | {"matrix": "UTCHMMA"},
+    "gfx942": {
+        "registers": 4 * 512 * 64,
+        "shared": 64,
+        "reserved": 0,
+        "of_program": 64,
+        "warp": 64,
+        "matrix": "v_mfma",
+    },
+}
+
+
+class TestWhatShips:
+    """The promises again, written another way, for the records of the report."""
+
+    def test_complete(self, report):
+        assert report["violations"] == []
+        assert set(report) == {"triton", "python", "records", "violations"}
+        functions = [
+            node.name
+            for path in (ROOT / "kernels").glob("*.py")
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+        ]
+        expected = {(name[1:].removesuffix("_kernel"), architecture) for name in functions for architecture in HARDWARE}
+        assert {(r["kernel"], r["architecture"]) for r in report["records"]} == expected
+        assert set(report["records"][0]) == {field.name for field in dataclasses.fields(Record)}
+
+    def test_variants(self, report):
+        """Names differ, and are the same for every architecture."""
+        names = {
+            a: [(r["kernel"], r["variant"]) for r in report["records"] if r["architecture"] == a] for a in HARDWARE
+        }
+        assert all(len(set(n)) == len(n) for n in names.values())
+        assert len({tuple(sorted(n)) for n in names.values()}) == 1
+        select = {variant for kernel, variant in names["sm_90"] if kernel == "gram_select"}
+        assert {"half", "half, fp16", "half, feature-major", "half, moments", "half, scaled", "tf32", "ieee"} <= select
+
+    @pytest.mark.parametrize("architecture", HARDWARE)
+    def test_gram_kernels(self, report, architecture):
+        records = [
+            r for r in report["records"] if r["architecture"] == architecture and r["kernel"] in MAIN_LOOP_KERNELS
+        ]
+        assert {r["kind"] for r in records} == {"half", "tf32", "ieee"}
+        for r in records:
+            name = f"{r['kernel']} {r['variant']}"
+            assert (r["stack_bytes"], r["n_spills"]) == (0, 0), name
+            assert r["main_loop_instructions"] > 16, name
+            if r["kind"] != "ieee":
+                assert (
+                    sum(
+                        n for i, n in r["matrix_instructions"].items() if i.startswith(HARDWARE[architecture]["matrix"])
+                    )
+                    > 0
+                )
+                assert r["main_loop_instructions"] < 1000, name
+
+    @pytest.mark.parametrize("architecture", HARDWARE)
+    def test_programs_fit(self, report, architecture):
+        limits = HARDWARE[architecture]
+        for r in report["records"]:
+            if r["architecture"] == architecture:
+                assert r["shared_bytes"] <= 1024 * limits["of_program"]
+                n_programs = r["programs_per_sm"] or 1
+                lanes = n_programs * r["num_warps"] * limits["warp"]
+                assert lanes * (r["registers"] + -r["registers"] % 8) <= limits["registers"], r
+                assert n_programs * (r["shared_bytes"] + 1024 * limits["reserved"]) <= 1024 * limits["shared"], r
+                assert r["registers"] <= (r["max_registers"] or 512)
+
+    def test_first_pass_on_hopper(self, report):
+        """Two programs on a multiprocessor: one multiplies while the other looks for survivors."""
+        (first,) = (
+            r for r in report["records"]
+            if (r["kernel"], r["variant"], r["architecture"]) == ("gram_select", "half", "sm_90")
+        )  # fmt: skip
+        assert first["matrix_instructions"]["HGMMA.64x128x16.F32.BF16"] > 0
+        assert (first["stack_bytes"], first["programs_per_sm"]) == (0, 2)
+        assert first["registers"] <= 128

@@ -1,0 +1,220 @@
+"""Counts of similarities by digit, and of ties by row, against counts of all pairs."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.inputs import dyadic, normal
+from tests.kernels.arguments import (
+    DEVICE,
+    assert_same,
+    copy_of,
+    exact_products,
+    far_apart,
+    gram_of,
+    inverse_of,
+    operand_of,
+    search_at,
+)
+from tests.tolerances import assert_within, cosine_bound
+from topk_ortho.kernels.gram_histogram import gram_histogram, gram_row_ties
+from topk_ortho.kernels.search import DIGITS, DIGITS_OF_SIMILARITY, TIES
+from topk_ortho.kernels.tiles import Operand
+
+FIRST = DIGITS_OF_SIMILARITY[0]
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
+
+
+def similarities_of(cosine: np.ndarray, *, is_abs: bool) -> np.ndarray:
+    """Float32, of all pairs."""
+    s = (np.abs(cosine) if is_abs else cosine)[np.triu_indices(len(cosine), 1)]
+    return s.astype(np.float32) + np.float32(0)
+
+
+def counts_of(s: np.ndarray, lowest: int, shift: int, bits: int, floor: float) -> np.ndarray:
+    """How many are in each of 2**bits ranges of 2**shift numbers, from the number with bits `lowest` on."""
+    s = s[(s >= 0) & (s > np.float32(floor))]
+    digit = (s.view(np.int32).astype(np.int64) - lowest) >> shift
+    return np.bincount(digit[(digit >= 0) & (digit < 2**bits)], minlength=2**bits)
+
+
+def count(
+    operand: Operand, shift: int, bits: int, *, lowest: int = 0, floor: float = -1.0, is_abs: bool = True
+) -> np.ndarray:
+    """Counts that were added to a histogram of ones; nothing else changes."""
+    search = search_at(DIGITS.value, operand.x.shape[1], lowest=lowest, above=3)
+    search.histogram.fill_(1)
+    before = copy_of(search)
+    gram_histogram(operand, search, None, floor, shift, bits, is_abs=is_abs)
+    assert_same(actual=search, expected=before, but=("histogram",))
+    counts = (search.histogram - 1).cpu().numpy()
+    assert not counts[2**bits :].any()
+    return counts[: 2**bits]
+
+
+class TestHistogram:
+    """Each digit, under each floor."""
+
+    @given(data=st.data())
+    def test_any_digit_to_the_bit(self, data):
+        n = data.draw(st.integers(2, 40))
+        n_values = data.draw(st.sampled_from([None, 2]))
+        operand, cosine = exact_products(n, data.draw(st.integers(0, 99)), n_values)
+        is_abs = data.draw(st.booleans())
+        s = similarities_of(cosine, is_abs=is_abs)
+        shift, bits = data.draw(st.sampled_from(DIGITS_OF_SIMILARITY))
+        one = int(np.abs(data.draw(st.sampled_from(s.tolist())) * np.float32(1)).view(np.int32))
+        lowest = one >> (shift + bits) << (shift + bits)  # the digits above are those of a pair
+        floor = data.draw(st.sampled_from([-1.0, 0.0, 0.25, float(np.abs(s[0]))]))
+        expected = counts_of(s, lowest, shift, bits, floor)
+        assert count(operand, shift, bits, lowest=lowest, floor=floor, is_abs=is_abs).tolist() == expected.tolist()
+
+    @pytest.mark.parametrize(("shift", "bits"), DIGITS_OF_SIMILARITY, ids=["first", "second", "third", "last"])
+    def test_digits(self, shift, bits):
+        """Pairs that share the digits above one with the median."""
+        operand, cosine = exact_products(48, n_values=7)
+        s = similarities_of(cosine, is_abs=True)
+        median = int(np.sort(s)[len(s) // 2].view(np.int32))
+        lowest = median >> (shift + bits) << (shift + bits)
+        expected = counts_of(s, lowest, shift, bits, -1.0)
+        assert expected.sum() >= 5
+        assert count(operand, shift, bits, lowest=lowest).tolist() == expected.tolist()
+
+    @pytest.mark.parametrize("is_scaled", [False, True], ids=["plain", "scaled"])
+    @pytest.mark.parametrize("is_abs", [True, False], ids=["abs", "signed"])
+    def test_ties_zeros_and_ones(self, is_abs, is_scaled):
+        """1.0 and 0.0 are bins like others; what is negative has none."""
+        x = dyadic(6, 40, seed=1)
+        x[:, [0, 39]] = 0
+        s = similarities_of(gram_of(x), is_abs=is_abs)
+        expected = counts_of(s, 0, *FIRST, -1.0)
+        assert expected[0] > 0
+        assert expected[0x3F800000 >> FIRST[0]] > 0
+        assert expected.sum() == (s.size if is_abs else (s >= 0).sum())
+        operand = operand_of(x, is_scaled=is_scaled)
+        assert count(operand, *FIRST, is_abs=is_abs).tolist() == expected.tolist()
+
+    def test_floor_is_excluded(self):
+        x = dyadic(6, 40, seed=1)
+        for floor in (0.0, 0.5, 1.0):
+            s = similarities_of(gram_of(x), is_abs=True)
+            assert count(operand_of(x), *FIRST, floor=floor).sum() == (s > floor).sum()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_any_products(self, dtype):
+        """From every bin on, as many as there are at its lower edge, give or take an error of a cosine."""
+        x = normal(40, 40, dtype=dtype)
+        error = cosine_bound(x)
+        s = np.abs(gram_of(x)[np.triu_indices(40, 1)])
+        operand = operand_of(x, "ieee" if dtype == torch.float32 else "half", is_scaled=True)
+        from_bin = count(operand, *FIRST)[::-1].cumsum()[::-1]
+        assert from_bin[0] == 780
+        edges = (np.arange(0x3F800000 >> FIRST[0]) << FIRST[0]).astype(np.int32).view(np.float32)
+        for n_counted, edge in zip(from_bin[1:], edges[1:], strict=False):
+            assert (s >= edge + error).sum() <= n_counted <= (s >= edge - error).sum()
+
+    def test_huge_columns(self):
+        x = dyadic(6, 40, seed=1)
+        expected = counts_of(similarities_of(gram_of(x), is_abs=True), 0, *FIRST, -1.0)
+        x[:, ::3] *= 2.0**100
+        assert count(operand_of(x, is_scaled=True), *FIRST).tolist() == expected.tolist()
+
+    @pytest.mark.parametrize("columns", [False, True], ids=["rows_far_apart", "columns_far_apart"])
+    def test_offsets_past_int32(self, columns, tmp_path):
+        x = dyadic(7, 3) if columns else normal(3, 7)
+        far = Operand(x=far_apart(x, tmp_path, columns=columns), factor=inverse_of(x), scale=None, kind="ieee")
+        assert count(far, *FIRST).tolist() == count(operand_of(x), *FIRST).tolist()
+
+
+def moments_of(operand: Operand, floor: float, *, is_abs: bool) -> np.ndarray:
+    moments = torch.full((operand.n_programs, 3), torch.nan, dtype=torch.float64, device=DEVICE)
+    search = search_at(DIGITS.value, operand.x.shape[1])
+    gram_histogram(operand, search, moments, floor, *FIRST, is_abs=is_abs)
+    return moments.cpu().numpy()
+
+
+@pytest.mark.parametrize("make", [normal, lambda m, n: torch.ones(m, n)], ids=["normal", "all_equal"])
+@pytest.mark.parametrize(("floor", "is_abs"), [(-1.0, True), (0.5, True), (0.0, False)])
+def test_moments_of_all_pairs(make, floor, is_abs):
+    """Of |cosine|, whatever is counted: as in the first pass."""
+    x: Tensor = make(20, 47)
+    operand = operand_of(x)
+    count, mean, squares = moments_of(operand, floor, is_abs=is_abs).T
+    assert len(count) > 1 or operand.n_tiles == 1
+    magnitude = np.abs(gram_of(x)[np.triu_indices(47, 1)])
+    assert count.sum() == magnitude.size
+    mean_of_all = (count * mean).sum() / magnitude.size
+    std = ((squares + count * (mean - mean_of_all) ** 2).sum() / magnitude.size) ** 0.5
+    assert_within(actual=mean_of_all, expected=magnitude.mean(), bound=cosine_bound(x))
+    assert_within(actual=std, expected=magnitude.std(), bound=cosine_bound(x))
+
+
+class TestRowTies:
+    """Pairs equal to one value, by row."""
+
+    @staticmethod
+    def ties(operand, value, *, is_abs=True):
+        """Counts that were added to ones."""
+        lowest = int(np.float32(value).view(np.int32))
+        search = search_at(TIES.value, operand.x.shape[1], cut=value, lowest=lowest, above=5)
+        search.row_ties.fill_(1)
+        before = copy_of(search)
+        gram_row_ties(operand, search, is_abs=is_abs)
+        assert_same(actual=search, expected=before, but=("row_ties",))
+        return (search.row_ties - 1).tolist()
+
+    @staticmethod
+    def expected(cosine, value, *, is_abs=True):
+        s = np.abs(cosine) if is_abs else cosine
+        return np.triu(s.astype(np.float32) == np.float32(value), 1).sum(axis=1).tolist()
+
+    @given(data=st.data())
+    def test_any_shape(self, data):
+        n = data.draw(st.integers(2, 40))
+        operand, cosine = exact_products(n, data.draw(st.integers(0, 99)), data.draw(st.sampled_from([1, 3])))
+        value = abs(float(cosine[0, 1]))
+        is_abs = data.draw(st.booleans())
+        assert self.ties(operand, value, is_abs=is_abs) == self.expected(cosine, value, is_abs=is_abs)
+
+    @pytest.mark.parametrize("is_scaled", [False, True], ids=["plain", "scaled"])
+    @pytest.mark.parametrize("is_abs", [True, False], ids=["abs", "signed"])
+    @pytest.mark.parametrize("value", [0.0, 0.25, 1.0])
+    def test_dyadic(self, value, is_abs, is_scaled):
+        x = dyadic(8, 40, seed=1)
+        x[:, 20] = 0
+        x[:, 33] = -2 * x[:, 2]
+        x[:, 34] = 4 * x[:, 3]
+        expected = self.expected(gram_of(x), value, is_abs=is_abs)
+        assert sum(expected) > 0
+        assert self.ties(operand_of(x, is_scaled=is_scaled), value, is_abs=is_abs) == expected
+
+    def test_all_tied(self):
+        assert self.ties(operand_of(torch.ones(4, 50)), 1.0) == list(range(49, -1, -1))
+
+    def test_neighbours_of_the_value_are_not_ties(self):
+        operand, cosine = exact_products(30, n_values=4)
+        value = np.abs(cosine[0, 1]).astype(np.float32)
+        for neighbour in (np.nextafter(value, np.float32(0)), np.nextafter(value, np.float32(1))):
+            assert sum(self.ties(operand, float(neighbour))) == 0
+
+
+@pytest.mark.parametrize("kernel", ["histogram", "row_ties"])
+@pytest.mark.parametrize("stage", range(5), ids=["pass", "digits", "ties", "collect", "certified"])
+def test_only_at_its_stage(stage, kernel):
+    operand = operand_of(torch.ones(4, 30))
+    search = search_at(stage, 30, lowest=0x3F800000 if kernel == "row_ties" else 0)
+    moments = torch.full((operand.n_programs, 3), torch.nan, dtype=torch.float64, device=DEVICE)
+    before = copy_of(search)
+    if kernel == "histogram":
+        gram_histogram(operand, search, moments, -1.0, *FIRST, is_abs=True)
+        its_turn, name = stage == DIGITS.value, "histogram"
+        assert moments.isnan().all() != its_turn
+    else:
+        gram_row_ties(operand, search, is_abs=True)
+        its_turn, name = stage == TIES.value, "row_ties"
+    assert int(getattr(search, name).sum()) == (435 if its_turn else 0)
+    assert_same(actual=search, expected=before, but=(name,))

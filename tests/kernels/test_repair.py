@@ -1,0 +1,315 @@
+"""The kernels in order: whatever the guess, the selection is exact, and it takes the passes that it should."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests import oracle
+from tests.conftest import use_case
+from tests.inputs import EDGES, activations, dyadic, normal, seeded
+from tests.tolerances import assert_selection, float64
+from topk_ortho import TopKPairs, topk_pairs
+from topk_ortho.backends import triton
+from topk_ortho.kernels.search import DIGITS_OF_SIMILARITY
+from topk_ortho.selection import MARGIN_LEAST
+
+N = 40
+N_PAIRS = N * (N - 1) // 2
+AFTER_A_PASS = range(3, 3 + len(DIGITS_OF_SIMILARITY))
+"""Passes of a repair: the one that failed, one for each digit that was needed, and one that collects."""
+OF_ALL_DIGITS = 2 + len(DIGITS_OF_SIMILARITY)
+OF_TIES = 3 + len(DIGITS_OF_SIMILARITY)
+"""All of these, and one that counts ties by row."""
+WITHOUT_A_PASS = range(2, 2 + len(DIGITS_OF_SIMILARITY))
+"""Where no guess was to be had, or the columns as they are were refused."""
+
+
+@pytest.fixture(params=["plain", "screened"], autouse=True)
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """float32 in "highest" precision without and with a screen in bf16; few records and small samples either way."""
+    use_case({"plain": "triton", "screened": "triton_screened"}[request.param], monkeypatch)
+    monkeypatch.setattr(triton, "_SMALLEST_SAMPLED", 8)
+    assert triton._SLACK == 0
+    return request.param
+
+
+def capacity_of(k: int, route: str) -> int:
+    return min(N_PAIRS, (k + k // 2) * (2 if route == "screened" else 1) + N)
+
+
+def check(x: Tensor, k: int, guess: float | None, **arguments) -> tuple[TopKPairs, int]:
+    """(pairs, passes over the gram); the selection is that of the definition."""
+    state = torch.tensor([-1.0 if guess is None else guess, 0.15, 0.0])
+    pairs = topk_pairs(x, k=k, backend="triton", state=state, **arguments)
+    assert_selection(pairs, x, k=k, **arguments)
+    assert MARGIN_LEAST <= state[1] <= triton._MARGIN_MOST
+    assert state[2] == int(state[2])
+    if len(pairs.rows) == k:
+        assert state[0] <= pairs.threshold
+    return pairs, int(state[2])
+
+
+EXACT = {
+    "ties": dyadic(6, N, seed=1),
+    "all_equal": torch.ones(4, N),
+    "all_zero": torch.zeros(3, N),
+    "orthogonal": torch.eye(N),
+    "signed_ties": torch.cat([torch.eye(N // 2), -torch.eye(N // 2)], dim=1),
+    "duplicates": dyadic(16, N // 4, seed=2).repeat(1, 4),
+    "ties_of_any_norm": dyadic(6, N, seed=1) * 2.0 ** torch.randint(-30, 100, (N,), generator=seeded(1)),
+}
+"""Every cosine has few bits: the selection is that of the oracle, pair by pair."""
+EDGE_NAMES = [name for name in EDGES if "huge" in name or "tiny" in name]
+ROUNDED = {
+    "normal": normal(12, N),
+    "sparse": activations(30, N, seed=1),
+    "bfloat16": normal(12, N, seed=2, dtype=torch.bfloat16),
+    "float16": activations(30, N, seed=2, dtype=torch.float16),
+    "nearly_parallel": normal(12, 1) + 0.01 * normal(12, N, seed=1),
+    "one_row": normal(1, N),
+} | {f"edge_{name}": EDGES[name] for name in EDGE_NAMES}
+
+
+def kth_of(x: Tensor, k: int, similarity: str) -> float:
+    values = oracle.cosines(float64(x))
+    return float(np.sort(np.abs(values) if similarity == "abs" else values)[-k])
+
+
+@given(data=st.data())
+def test_anything(data, route):
+    """Guesses, floors, orders, precisions and numbers at random."""
+    name = data.draw(st.sampled_from([*EXACT, *ROUNDED]))
+    x = (EXACT | ROUNDED)[name]
+    n_pairs = x.shape[1] * (x.shape[1] - 1) // 2
+    k = data.draw(st.sampled_from([1, 2, 7, 60, 60, n_pairs // 2, n_pairs - 1, n_pairs]))
+    arguments = {
+        "similarity": data.draw(st.sampled_from(["abs", "positive"])),
+        "precision": data.draw(st.sampled_from(["highest", "highest", "high", "medium"])),
+    }
+    kth = np.float32(kth_of(x, k, arguments["similarity"]))
+    floors = [None, None, None, 0.0, 0.25, max(0.0, min(0.99, float(kth))), "adaptive"]
+    arguments["tau"] = data.draw(st.sampled_from(floors))
+    if arguments["tau"] == "adaptive":
+        arguments["n_std"] = data.draw(st.sampled_from([-0.5, 0.0, 1.0, 2.5]))
+    near = [kth, np.nextafter(kth, np.float32(2)), np.nextafter(kth, np.float32(-2)), kth - 0.05, kth + 0.05]
+    odd = [0.0, -0.5, 0.999, 1.0, 2.0, math.nan, math.inf, -math.inf]
+    guess = data.draw(st.none() | st.sampled_from([float(g) for g in near]) | st.sampled_from(odd))
+    pairs, _ = check(x, k, guess, **arguments)
+    if name in EXACT and arguments["tau"] != "adaptive":
+        expected = oracle.select(float64(x), k, arguments["tau"], similarity=arguments["similarity"])
+        assert pairs.rows.tolist() == expected.rows.tolist()
+        assert pairs.cols.tolist() == expected.cols.tolist()
+        assert pairs.values.tolist() == expected.values.tolist()
+
+
+class TestPasses:
+    """Which stages ran, by the number of passes."""
+
+    K = 60
+
+    @pytest.fixture
+    def x(self):
+        return normal(12, N)
+
+    def test_a_good_guess(self, x):
+        _, n_passes = check(x, self.K, kth_of(x, self.K, "abs") - 0.001)
+        assert n_passes == 1
+
+    @pytest.mark.parametrize("guess", [-1.0, math.nan, -math.inf, -3.0], ids=str)
+    def test_no_guess_takes_that_of_the_sample(self, guess):
+        _, n_passes = check(normal(12, 150), 1000, guess)
+        assert n_passes == 1
+
+    @pytest.mark.parametrize("guess", [0.99, 1.0, 7.0, math.inf], ids=str)
+    def test_too_high(self, x, guess):
+        """Few pairs, if any."""
+        _, n_passes = check(x, self.K, guess)
+        assert n_passes in AFTER_A_PASS
+
+    def test_one_pair_short(self, x, route):
+        """The k-th pair itself is missing."""
+        kth = kth_of(x, self.K, "abs")
+        assert check(x, self.K, kth + 2e-6)[1] in AFTER_A_PASS
+        assert check(x, self.K, kth - 2e-6)[1] == 1
+
+    @pytest.mark.parametrize("guess", [0.0, 0.02, -0.5], ids=str)
+    def test_too_low(self, x, guess):
+        """More than the records hold."""
+        _, n_passes = check(x, self.K, guess)
+        assert n_passes in AFTER_A_PASS
+
+    def test_low_but_all_fit(self, x, route):
+        """As many survivors as records, then one more."""
+        capacity = capacity_of(self.K, route)
+        if route == "plain":  # a screen keeps more than what exceeds the guess
+            assert check(x, self.K, kth_of(x, capacity, "abs") - 1e-6)[1] == 1
+            assert check(x, self.K, kth_of(x, capacity + 1, "abs") - 1e-6)[1] in AFTER_A_PASS
+        assert check(x, self.K, kth_of(x, capacity * 5 // 4, "abs"))[1] in AFTER_A_PASS
+
+    @pytest.mark.parametrize("guess", [0.0, 0.999, 1.0], ids=str)
+    def test_more_ties_than_fit(self, guess):
+        pairs, n_passes = check(torch.ones(4, N), self.K, guess)
+        assert n_passes == OF_TIES
+        assert pairs.rows.tolist() == [0] * (N - 1) + [1] * (self.K - N + 1)
+        assert pairs.cols.tolist() == [*range(1, N), *range(2, self.K - N + 3)]
+
+    def test_a_row_of_ties_is_longer_than_k(self):
+        pairs, n_passes = check(torch.ones(4, N), 1, 0.5)
+        assert n_passes == OF_TIES
+        assert (pairs.rows.tolist(), pairs.cols.tolist()) == ([0], [1])
+
+    @pytest.mark.parametrize("x", [torch.zeros(3, N), torch.eye(N)], ids=["all_zero", "orthogonal"])
+    def test_zeros_are_pairs(self, x):
+        pairs, n_passes = check(x, self.K, 0.5)
+        assert n_passes == OF_TIES
+        assert pairs.rows.tolist() == [0] * (N - 1) + [1] * (self.K - N + 1)
+
+    def test_ties_above_which_there_are_others(self, route):
+        """One cluster at 1.0 that fits, zeros that do not."""
+        x = torch.eye(N)
+        x[:, 30:] = 0
+        x[35, 30:] = 1.0
+        pairs, n_passes = check(x, self.K, 0.5)
+        assert n_passes == OF_TIES
+        assert pairs.rows.tolist() == [r for r in range(30, N) for _ in range(r + 1, N)] + [0] * 15
+
+    def test_all_pairs_need_no_guess(self, x):
+        for guess in (None, 0.5, math.nan):
+            assert check(x, N_PAIRS, guess)[1] == 1
+
+    @pytest.mark.parametrize("k", [1, 2], ids=str)
+    def test_few_pairs(self, x, k):
+        assert check(x, k, 0.999)[1] in AFTER_A_PASS
+        assert check(x, k, kth_of(x, k, "abs") - 1e-4)[1] == 1
+
+    @pytest.mark.parametrize("precision", ["highest", "medium"])
+    @pytest.mark.parametrize("guess", [0.5, 0.999], ids=["good", "too_high"])
+    def test_norms_out_of_range(self, guess, precision, route):
+        """Products of the columns as they are would overflow: no pass is made of them. Rounded ones have unit norm."""
+        x = normal(12, N) * 1e30
+        is_rounded = precision == "medium" or route == "screened"
+        k = (oracle.cosines(float64(x)) ** 2 > 0.25).sum() - 5
+        assert k > 20
+        _, n_passes = check(x, int(k), guess, precision=precision)
+        if is_rounded:
+            assert n_passes == 1 if guess == 0.5 else n_passes in AFTER_A_PASS
+        else:
+            assert n_passes in WITHOUT_A_PASS
+
+
+class TestFloors:
+    """Fewer than k pairs may be the answer."""
+
+    def test_a_guess_at_the_floor_needs_no_more(self):
+        x = normal(12, N)
+        pairs, n_passes = check(x, 150, 0.6, tau=0.6)
+        assert n_passes == 1
+        assert 20 < len(pairs.rows) < 150
+
+    def test_a_guess_above_the_floor(self):
+        """Fewer than k above it: the first digit says that there are no more above the floor."""
+        x = normal(12, N)
+        pairs, n_passes = check(x, 150, 0.7, tau=0.6)
+        assert n_passes == 3
+        assert 20 < len(pairs.rows) < 150
+
+    def test_nothing_is_above_the_floor(self):
+        pairs, n_passes = check(torch.eye(N), 20, 0.9, tau=0.5)
+        assert n_passes == 3
+        assert len(pairs.rows) == 0
+        assert pairs.threshold == 0.5
+
+    @pytest.mark.parametrize("guess", [0.05, 0.3, 0.99, None], ids=str)
+    @pytest.mark.parametrize("n_std", [-0.5, 1.0])
+    def test_adaptive(self, guess, n_std):
+        """Moments of all pairs, by the first pass or by its repair."""
+        x = normal(12, N)
+        pairs, n_passes = check(x, 200, guess, tau="adaptive", n_std=n_std)
+        if guess is not None:
+            assert (n_passes > 1) == (guess != 0.3)
+        assert pairs.tau > 0.05
+
+    def test_adaptive_of_huge_columns(self):
+        """The moments are those of the repair alone."""
+        x = normal(12, N) * 1e30
+        _, n_passes = check(x, 100, 0.5, tau="adaptive")
+        assert n_passes in WITHOUT_A_PASS
+
+    @pytest.mark.parametrize("guess", [0.3, 0.99, 0.0, None], ids=str)
+    def test_positive(self, guess, route):
+        """190 cosines are positive, the others 0: pairs, but not positive ones."""
+        x = torch.eye(N)
+        x[:20, 20:] = 0
+        x[20:, 20:] = normal(20, 20).abs()
+        pairs, _ = check(x, 150, guess, similarity="positive")
+        assert len(pairs.rows) == 150
+        pairs, n_passes = check(x, 200, guess, similarity="positive")
+        assert len(pairs.rows) == 190
+        if guess in (0.3, 0.99):
+            assert n_passes == 3
+        elif route == "plain":  # a screen cannot tell zeros from what is just above
+            assert n_passes == 1
+
+
+class TestWarmStart:
+    """A state of its own making."""
+
+    def test_becomes_one_pass_on_drifting_columns(self):
+        x, drift = normal(12, N), normal(12, N, seed=9)
+        state = torch.tensor([0.999, 0.15, 0.0])
+        passes = []
+        for step in range(5):
+            drifted = x + 1e-3 * step * drift
+            assert_selection(topk_pairs(drifted, k=60, backend="triton", state=state), drifted, k=60)
+            passes.append(int(state[2]))
+        assert passes[0] in AFTER_A_PASS
+        assert passes[1:] == [1, 1, 1, 1]
+
+    def test_survives_a_change_of_everything(self):
+        """A state of other columns, k, floor or order is a bad guess at worst."""
+        state = torch.tensor([-1.0, 0.15, 0.0])
+        for x, k, arguments in (
+            (normal(12, N), 60, {}),
+            (torch.ones(4, N), 60, {}),
+            (normal(12, N), N_PAIRS, {}),
+            (normal(12, N, seed=4) * 1e30, 5, {"similarity": "positive"}),
+            (torch.eye(N), 30, {"tau": 0.1}),
+            (normal(12, N, seed=5), 300, {"tau": "adaptive"}),
+        ):
+            assert_selection(topk_pairs(x, k=k, backend="triton", state=state, **arguments), x, k=k, **arguments)
+
+
+class TestWithoutASample:
+    """A few features are not sampled: without a state, the search starts at once if not all pairs fit."""
+
+    @pytest.fixture(autouse=True)
+    def _no_sample(self, route, monkeypatch):
+        monkeypatch.setattr(triton, "_SMALLEST_SAMPLED", 2**30)
+
+    def test_straight_to_the_digits(self):
+        _, n_passes = check(normal(12, N), 60, None)
+        assert n_passes in WITHOUT_A_PASS
+
+    def test_all_fit(self):
+        _, n_passes = check(normal(12, N), N_PAIRS - 5, None)
+        assert n_passes == 1
+
+    def test_many_pairs_just_below_the_cut(self):
+        """Cosines of 0.5, a little more or less each: more of them than fit, were the slack of a screen still there."""
+        x = torch.cat([torch.ones(1, N), torch.eye(N)]) + 1e-3 * torch.randn(N + 1, N, generator=seeded(0))
+        _, n_passes = check(x, 20, None)
+        assert n_passes in WITHOUT_A_PASS
+
+
+def test_mostly_negative_cosines():
+    """Nothing that is sampled is positive, and zeros are near: a guess is not to be had."""
+    x = torch.eye(N) - 1e-4
+    x[:, 39] = x[:, 38] + x[:, 37]
+    pairs, n_passes = check(x, 20, None, similarity="positive")
+    assert list(zip(pairs.rows.tolist(), pairs.cols.tolist(), strict=True)) == [(37, 39), (38, 39)]
+    assert n_passes == 2

@@ -1,0 +1,167 @@
+"""Cosines of recorded pairs, slab by slab, and how many of them reach the cut."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.inputs import EDGES, dyadic, normal
+from tests.kernels import arguments
+from tests.kernels.arguments import DEVICE, assert_same, copy_of, gram_of, inverse_of, numbers, search_at, to_device
+from tests.tolerances import assert_within, cosine_bound
+from topk_ortho.kernels.rescore import rescore
+from topk_ortho.kernels.search import PASS, Search
+
+POISON = 123456.0
+GUARD = 50
+
+
+def records_of(n_features: int, n_records: int, capacity: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, rows, cols) [capacity] of random pairs; poison beyond the records, and in all values."""
+    generator = np.random.default_rng(seed)
+    rows, cols = np.triu_indices(n_features, 1)
+    chosen = generator.integers(0, len(rows), min(n_records, capacity))
+    padding = (0, capacity - len(chosen))
+    poison = int(POISON)  # far out of x
+    indices = [np.pad(part[chosen], padding, constant_values=poison).astype(np.int32) for part in (rows, cols)]
+    return torch.full((capacity,), POISON, device=DEVICE), *(torch.from_numpy(part).to(DEVICE) for part in indices)
+
+
+def rescored(
+    x: Tensor,
+    n_records: int,
+    capacity: int,
+    *,
+    slabs: tuple[int, ...] | None = None,
+    cut: float = 0.0,
+    is_abs: bool = True,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray, int, Search]:
+    """(values, expected values, certified count, search) of records between guards; x by slabs of so many rows."""
+    search = search_at(PASS.value, x.shape[1], cut=cut, slack=0.5)
+    search.n_survivors.fill_(n_records)
+    before = copy_of(search)
+    _, rows, cols = records_of(x.shape[1], n_records, capacity, seed)
+    guarded = torch.full((GUARD + capacity + GUARD,), POISON, device=DEVICE)
+    between = guarded[GUARD:-GUARD]
+    parts = to_device(x).split(slabs or x.shape[0])
+    for i, slab in enumerate(parts):
+        rescore(
+            slab.T.contiguous(), inverse_of(x), search, between, rows, cols,
+            is_first=i == 0, is_last=i == len(parts) - 1, is_abs=is_abs,
+        )  # fmt: skip
+    assert_same(actual=search, expected=before, but=("n_certified",))
+    n = min(n_records, capacity)
+    assert (guarded[:GUARD] == POISON).all()
+    assert (guarded[GUARD + n :] == POISON).all()
+    expected = gram_of(x)[rows[:n].cpu().numpy(), cols[:n].cpu().numpy()]
+    return between[:n].cpu().numpy(), expected, int(search.n_certified), search
+
+
+def check(x: Tensor, n_records: int, capacity: int | None = None, **options) -> int:
+    capacity = n_records + 7 if capacity is None else capacity
+    values, expected, n_certified, _ = rescored(x, n_records, capacity, **options)
+    assert_within(actual=values, expected=expected, bound=cosine_bound(x))
+    s = np.abs(values) if options.get("is_abs", True) else values
+    assert n_certified == (s >= np.float32(options.get("cut", 0.0))).sum()
+    return n_certified
+
+
+@pytest.mark.parametrize("m", [1, 63, 64, 65, 130])
+def test_rows(m):
+    check(normal(m, 40, seed=m) if m > 1 else dyadic(4, 40)[:1] + 0.5, 100)
+
+
+@pytest.mark.parametrize("n_records", [0, 1, 31, 32, 33, 257, 300, 1000])
+def test_records(n_records):
+    """None, a part of a block, more blocks than programs."""
+    check(normal(12, 40), n_records, cut=0.3)
+
+
+@pytest.mark.parametrize(
+    ("n_records", "capacity"),
+    [(99, 100), (100, 100), (101, 100), (2**33, 100), (5, 1)],
+    ids=["one_free", "full", "one_too_many", "more_than_int32", "capacity_of_one"],
+)
+def test_no_more_than_are_stored(n_records, capacity):
+    check(normal(12, 40), n_records, capacity)
+
+
+@pytest.mark.parametrize("is_abs", [True, False], ids=["abs", "signed"])
+@pytest.mark.parametrize("slabs", [(12,), (1, 11), (6, 6), (1, 1, 10), (5, 4, 3)], ids=str)
+def test_slabs(slabs, is_abs):
+    """Values add up over slabs; only the last one counts."""
+    n_certified = check(normal(12, 40), 300, slabs=slabs, cut=0.3, is_abs=is_abs)
+    assert 0 < n_certified < 300
+
+
+@pytest.mark.parametrize("cut", [-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 2.0])
+@pytest.mark.parametrize("is_abs", [True, False], ids=["abs", "signed"])
+def test_pairs_at_the_cut_are_certified(cut, is_abs):
+    """Cosines are multiples of 1/4: to the bit."""
+    values, expected, n_certified, _ = rescored(dyadic(6, 40), 200, 200, cut=cut, is_abs=is_abs, slabs=(2, 4))
+    assert values.tolist() == expected.tolist()
+    assert n_certified == ((np.abs(expected) if is_abs else expected) >= cut).sum()
+
+
+def test_a_sum_is_clamped_at_the_end_only():
+    """A slab may be beyond 1 where a later one takes it back."""
+    search = search_at(PASS.value, 2)
+    search.n_survivors.fill_(1)
+    x = torch.tensor([[3.0, 1.0], [2.0, -1.0]], device=DEVICE)
+    values, rows, cols = torch.empty(1, device=DEVICE), numbers([0], torch.int32), numbers([1], torch.int32)
+    ones = torch.ones(2, device=DEVICE)
+    for i, expected in ((0, 3.0), (1, 1.0)):
+        slab = x[i : i + 1].T.contiguous()
+        rescore(slab, ones, search, values, rows, cols, is_first=i == 0, is_last=i == 1, is_abs=True)
+        assert values.tolist() == [expected]
+    for sign in (1.0, -1.0):
+        slab = (x[:1] * torch.tensor([sign, 1.0], device=DEVICE)).T.contiguous()
+        rescore(slab, ones, search, values, rows, cols, is_first=True, is_last=True, is_abs=True)
+        assert values.tolist() == [sign]
+
+
+@pytest.mark.parametrize("name", ["one_dead_column", "all_zero", "huge_beside_tiny", "all_columns_huge", "one_row"])
+def test_edges(name):
+    check(EDGES[name], 100)
+
+
+def test_a_view_of_contiguous_columns():
+    """What the backend passes where columns of x lie contiguous."""
+    holder = torch.full((41, 80), torch.nan)
+    x = holder[:40, 3:73].copy_(normal(70, 40).T).T
+    search = search_at(PASS.value, 40)
+    search.n_survivors.fill_(90)
+    values, rows, cols = records_of(40, 90, 90)
+    lines = to_device(x).T
+    assert lines.stride() == (80, 1)
+    rescore(lines, inverse_of(x), search, values, rows, cols, is_first=True, is_last=True, is_abs=True)
+    expected = gram_of(x)[rows.cpu().numpy(), cols.cpu().numpy()]
+    assert_within(actual=values, expected=expected, bound=cosine_bound(x))
+
+
+def test_offsets_past_int32(tmp_path):
+    """Lines are far apart, their entries are not."""
+    x = normal(7, 3)
+    search = search_at(PASS.value, 3)
+    search.n_survivors.fill_(3)
+    rows, cols = numbers([0, 0, 1], torch.int32), numbers([1, 2, 2], torch.int32)
+    values = torch.full((3,), POISON, device=DEVICE)
+    lines = arguments.far_apart(x, tmp_path, columns=True).T
+    rescore(lines, inverse_of(x), search, values, rows, cols, is_first=True, is_last=True, is_abs=True)
+    assert_within(actual=values, expected=gram_of(x)[[0, 0, 1], [1, 2, 2]], bound=cosine_bound(x))
+
+
+@pytest.mark.parametrize("stage", range(1, 5), ids=["digits", "ties", "collect", "certified"])
+def test_only_after_a_pass(stage):
+    x = normal(12, 40)
+    search = search_at(stage, 40)
+    search.n_survivors.fill_(50)
+    before = copy_of(search)
+    values, rows, cols = records_of(40, 50, 50)
+    rescore(
+        to_device(x).T.contiguous(), inverse_of(x), search, values, rows, cols,
+        is_first=True, is_last=True, is_abs=True,
+    )  # fmt: skip
+    assert (values == POISON).all()
+    assert_same(actual=search, expected=before)

@@ -1,0 +1,536 @@
+"""Every stage of the search alone, and the chain of them on lists of numbers."""
+
+import math
+from itertools import pairwise
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from tests.kernels.arguments import DEVICE, assert_same, copy_of, numbers, search_at
+from topk_ortho import selection
+from topk_ortho.kernels.search import (
+    CERTIFIED,
+    COLLECT,
+    DIGITS,
+    DIGITS_OF_SIMILARITY,
+    NO_FAILURE,
+    OVERFLOW,
+    PASS,
+    SAMPLE_DIGIT,
+    SHORTFALL,
+    TIES,
+    above,
+    begin,
+    certify,
+    new_search,
+    next_digit,
+    next_state,
+    tie_row,
+)
+
+N = 1000
+STAGES = {"pass": PASS, "digits": DIGITS, "ties": TIES, "collect": COLLECT, "certified": CERTIFIED}
+STAGES = {name: stage.value for name, stage in STAGES.items()}
+ONE = 0x3F800000
+SHIFT = SAMPLE_DIGIT[0]
+
+
+def stages_but(*names):
+    return pytest.mark.parametrize("stage", [n for n in STAGES if n not in names])
+
+
+def bits_of(number):
+    return int(np.float32(number).view(np.int32))
+
+
+def float_of(bits):
+    return float(np.int32(bits).view(np.float32))
+
+
+def from_the_top(histogram, wanted, counted=0):
+    """(bin, counted from it on, counted beyond it) for the highest bin from which on `wanted` are counted."""
+    for b in reversed(range(len(histogram))):
+        if counted + histogram[b] >= wanted:
+            return b, counted + int(histogram[b]), counted
+        counted += int(histogram[b])
+    return None
+
+
+def test_new_search_is_blank():
+    search = new_search(DEVICE, N)
+    for name in ("plan", "histogram", "row_ties", "n_survivors", "n_certified"):
+        assert not getattr(search, name).any(), name
+    assert [tuple(t.shape) for t in search] == [(6,), (2,), (4096,), (N,), (1,), (1,)]
+    search.histogram.fill_(1)
+    assert search.plan.tolist() + search.n_survivors.tolist() == [0] * 7, "they share memory"
+
+
+class TestBegin:
+    """The first cut, and the stage that it leads to."""
+
+    @staticmethod
+    def begin(*, state=None, flags=0, deviation=None, rank=0, histogram=None, can_overflow=True, m=12):
+        """(search, plan, cut, slack) from poison."""
+        search = search_at(77, N, cut=math.nan, slack=math.nan, lowest=7, above=7, tie_row=7, n_passes=7, failure=7)
+        if histogram is not None:
+            search.histogram.copy_(torch.from_numpy(histogram))
+        begin(
+            search,
+            numbers([flags], torch.int32),
+            None if state is None else numbers([state, math.nan, math.nan], torch.float32),
+            None if deviation is None else numbers([deviation], torch.float32),
+            rank,
+            m,
+            can_overflow,
+        )
+        return search, search.plan.tolist(), *search.bounds.tolist()
+
+    @pytest.mark.parametrize(
+        ("arguments", "stage"),
+        [
+            pytest.param({"can_overflow": False}, "pass", id="no_guess_and_all_fit"),
+            pytest.param({"can_overflow": True}, "digits", id="no_guess_and_not_all_fit"),
+            pytest.param({"state": 0.25}, "pass", id="guess"),
+            pytest.param({"state": 0.25, "flags": 1}, "digits", id="raw_columns_out_of_range"),
+            pytest.param({"state": 0.25, "flags": 3}, "digits", id="raw_columns_not_finite"),
+            pytest.param({"can_overflow": False, "flags": 1}, "digits", id="out_of_range_and_all_fit"),
+            pytest.param({"state": 0.25, "flags": 1, "deviation": 0.001}, "pass", id="rounded_columns_have_unit_norm"),
+            pytest.param({"deviation": 0.001, "can_overflow": False}, "pass", id="rounded_and_all_fit"),
+            pytest.param({"deviation": 0.001}, "digits", id="rounded_without_a_guess"),
+        ],
+    )
+    def test_stage(self, arguments, stage):
+        search, plan, cut, _ = self.begin(**arguments)
+        assert plan == [STAGES[stage], 0, 0, N, int(stage == "pass"), NO_FAILURE.value]
+        assert cut == arguments.get("state", -1.0)
+        assert search.n_survivors.tolist() == search.n_certified.tolist() == [0]
+
+    @pytest.mark.parametrize(
+        ("guess", "cut"),
+        [
+            (0.5, 0.5),
+            (0.0, 0.0),
+            (-0.5, -0.5),
+            (-0.999, np.float32(-0.999)),
+            (1.0, 1.0),
+            (1.5, 1.0),
+            (math.inf, 1.0),
+            (-1.0, "sampled"),
+            (-2.0, "sampled"),
+            (-math.inf, "sampled"),
+            (math.nan, "sampled"),
+        ],
+        ids=str,
+    )
+    def test_guess_of_the_state(self, guess, cut):
+        """What is no guess falls back on the sample; no cut is above 1, which every cosine would miss."""
+        histogram = np.zeros(4096, dtype=np.int64)
+        if cut == "sampled":
+            histogram[4000], cut = 10, float_of((4000 << SHIFT) + (1 << (SHIFT - 1)))
+        _, plan, actual, _ = self.begin(state=guess, rank=5, histogram=histogram)
+        assert actual == cut
+        assert plan[0] == PASS.value
+        assert plan[3] == (-1 if cut == 0 else N), (
+            "zeros may be many: they are kept only if the search finds them needed"
+        )
+
+    @given(data=st.data())
+    def test_sampled(self, data):
+        """The value at `rank` from the top, as if a bin were uniform; 0 in the first. The histogram is left clean."""
+        generator = np.random.default_rng(data.draw(st.integers(0, 1000)))
+        histogram = np.zeros(4096, dtype=np.int64)
+        n_bins = data.draw(st.sampled_from([1, 2, 30]))
+        bins = generator.choice(4064, n_bins, replace=False)  # below the bin of 1.0
+        bins[0] = data.draw(st.sampled_from([0, bins[0]]))
+        histogram[bins] = generator.integers(1, 1000, n_bins)
+        rank = data.draw(st.integers(1, int(histogram.sum())))
+        found, n_from, n_beyond = from_the_top(histogram, rank)
+        low, high = float_of(found << SHIFT), float_of((found + 1) << SHIFT)
+        search, plan, cut, _ = self.begin(rank=rank, histogram=histogram)
+        expected = high - (high - low) * (rank - n_beyond) / (n_from - n_beyond) if found else 0
+        assert cut == pytest.approx(expected, rel=1e-6, abs=1e-37)
+        assert low <= cut < high
+        assert plan == [PASS.value, 0, 0, N if found else -1, 1, NO_FAILURE.value]
+        assert not search.histogram.any()
+
+    @pytest.mark.parametrize(("rank", "stage"), [(30, "pass"), (31, "digits")], ids=["all_of_it", "one_too_few"])
+    def test_the_sample_holds_too_few(self, rank, stage):
+        histogram = np.zeros(4096, dtype=np.int64)
+        histogram[[0, 3000, 4000]] = 10
+        search, plan, cut, _ = self.begin(rank=rank, histogram=histogram)
+        assert plan[0] == STAGES[stage]
+        assert (cut == -1.0) == (stage == "digits")
+        assert not search.histogram.any()
+
+    def test_a_state_outranks_the_sample(self):
+        """Nothing was sampled then."""
+        _, plan, cut, _ = self.begin(state=0.75, rank=5, histogram=np.zeros(4096, dtype=np.int64))
+        assert (plan[0], cut) == (PASS.value, 0.75)
+
+    @pytest.mark.parametrize("m", [1, 12, 4096, 32768])
+    @pytest.mark.parametrize("deviation", [0.0, 1e-4, 2.0**-8, 2.0**-7])
+    def test_slack(self, deviation, m):
+        """Both columns moved by the deviation, and a sum of m float32 products; not much more."""
+        *_, slack = self.begin(state=0.5, deviation=deviation, m=m)
+        least = 2 * deviation + deviation**2 + m * 2.0**-23
+        assert least <= slack <= 1.5 * least + 64 * 2.0**-23
+        assert least + 16 * 2.0**-23 <= slack, "the sums of the exact values err too"
+
+    def test_no_slack_for_columns_that_are_not_rounded(self):
+        assert self.begin(state=0.5)[-1] == 0
+
+    def test_no_slack_where_the_pass_is_skipped(self):
+        _, plan, _, slack = self.begin(deviation=2.0**-8)
+        assert plan[0] == DIGITS.value
+        assert slack == 0
+
+    def test_no_sampled_cut_is_above_one(self):
+        histogram = np.zeros(4096, dtype=np.int64)
+        histogram[ONE >> SHIFT] = 100
+        *_, cut, _ = self.begin(rank=10, histogram=histogram)
+        assert cut <= 1
+
+
+@triton.jit
+def _above_kernel(bounds_ptr, plan_ptr, floor, bound_ptr, n, BLOCK: tl.constexpr):
+    rows = tl.arange(0, BLOCK)
+    tl.store(bound_ptr + rows, above(bounds_ptr, plan_ptr, floor, rows), mask=rows < n)
+
+
+class TestAbove:
+    """similarity > bound means: above the cut, or equal to it in a row up to tie_row; and above the floor."""
+
+    @staticmethod
+    def bounds(*, floor=-1.0, **fields):
+        search, bound = search_at(PASS.value, N, **fields), torch.empty(6, device=DEVICE)
+        _above_kernel[(1,)](search.bounds, search.plan, floor, bound, 6, BLOCK=8)
+        return bound.cpu().numpy()
+
+    SIMILARITIES = np.unique(
+        np.concatenate(
+            [np.nextafter(np.float32(c), np.float32([-2, c, 2])) for c in (-1.0, -0.5, -0.3, 0.0, 0.3, 0.5, 0.7, 1.0)]
+        )
+    )
+    """Around every cut and every floor below; -0.0 is 0.0."""
+    SIMILARITIES = SIMILARITIES[(SIMILARITIES >= -1) & (SIMILARITIES <= 1)]
+
+    @pytest.mark.parametrize("tie_row", [-1, 0, 3, N])
+    @pytest.mark.parametrize("floor", [-1.0, 0.0, 0.3, 0.5, 0.7])
+    @pytest.mark.parametrize("cut", [float_of(1), 0.3, 0.5, float_of(bits_of(0.5) - 1), 1.0], ids=str)
+    def test_positive_cuts(self, cut, floor, tie_row):
+        bound = self.bounds(cut=cut, floor=floor, tie_row=tie_row)
+        cut, floor = np.float32(cut), np.float32(floor)
+        for row in range(6):
+            for s in self.SIMILARITIES:
+                is_kept = (s > cut or (s == cut and row <= tie_row)) and s > floor
+                assert (s > bound[row]) == is_kept, (row, s)
+
+    @pytest.mark.parametrize("floor", [-1.0, 0.0, 0.3])
+    @pytest.mark.parametrize("cut", [0.0, -0.3, -1.0])
+    def test_a_cut_of_zero_or_less_keeps_zeros(self, cut, floor):
+        """|cosine| = 0 is a pair like others; below zero there is nothing to tell apart."""
+        bound = self.bounds(cut=cut, floor=floor)
+        for s in self.SIMILARITIES[self.SIMILARITIES >= 0]:
+            assert (s > bound[0]) == (s > np.float32(floor)), s
+
+    def test_zeros_that_are_tied(self):
+        bound = self.bounds(cut=0.0, tie_row=2)
+        assert (bound[:3] < 0).all()
+        assert (bound[3:] == 0).all()
+
+    @pytest.mark.parametrize(("cut", "floor"), [(0.5, -1.0), (0.5, 0.7), (-1.0, 0.3)])
+    def test_slack_lowers_cut_and_floor(self, cut, floor):
+        bound = self.bounds(cut=cut, floor=floor, slack=0.125)
+        assert bound == pytest.approx(max(cut, floor) - 0.125, abs=1e-7)
+
+
+class TestCertify:
+    """Done if enough pairs survived, or all above the floor did, and all of them fit."""
+
+    K, CAPACITY = 100, 150
+
+    def certify(self, *, stage="pass", n_survivors=120, n_certified=None, cut=0.5, floor=-1.0, tau=None):
+        search = search_at(STAGES[stage], N, cut=cut, slack=0.125)
+        search.n_survivors.fill_(n_survivors)
+        search.n_certified.fill_(n_survivors if n_certified is None else n_certified)
+        before = copy_of(search)
+        tau = None if tau is None else numbers([tau], torch.float32)
+        certify(search, self.K, self.CAPACITY, floor, tau)
+        return search, before
+
+    @pytest.mark.parametrize(
+        ("arguments", "is_certified"),
+        [
+            pytest.param({"n_survivors": 99}, False, id="one_short_of_k"),
+            pytest.param({"n_survivors": 100}, True, id="k"),
+            pytest.param({"n_survivors": 150}, True, id="capacity"),
+            pytest.param({"n_survivors": 151}, False, id="one_more_than_capacity"),
+            pytest.param({"n_survivors": 2**33}, False, id="more_than_int32"),
+            pytest.param({"n_survivors": 140, "n_certified": 99}, False, id="too_few_reach_the_cut"),
+            pytest.param({"n_survivors": 140, "n_certified": 100}, True, id="enough_reach_the_cut"),
+            pytest.param({"n_survivors": 151, "n_certified": 100}, False, id="enough_reach_the_cut_but_none_fit"),
+            pytest.param({"n_survivors": 0, "cut": -1.0}, True, id="no_cut_and_no_pair"),
+            pytest.param({"n_survivors": 9, "cut": 0.25, "floor": 0.25}, True, id="cut_at_the_floor"),
+            pytest.param({"n_survivors": 9, "cut": 0.24, "floor": 0.25}, True, id="cut_below_the_floor"),
+            pytest.param({"n_survivors": 9, "cut": 0.26, "floor": 0.25}, False, id="cut_above_the_floor"),
+            pytest.param({"n_survivors": 151, "cut": 0.25, "floor": 0.25}, False, id="cut_at_the_floor_none_fit"),
+            pytest.param({"n_survivors": 9, "tau": 0.5}, True, id="cut_at_tau"),
+            pytest.param({"n_survivors": 9, "tau": 0.49}, False, id="cut_above_tau"),
+            pytest.param({"n_survivors": 9, "tau": 0.49, "floor": 0.5}, True, id="floor_above_tau"),
+            pytest.param({"n_survivors": 9, "tau": -0.5, "floor": -1.0}, False, id="tau_below_zero"),
+        ],
+    )
+    def test_edges(self, arguments, is_certified):
+        search, before = self.certify(**arguments)
+        if is_certified:
+            assert search.plan[0] == CERTIFIED.value
+            assert torch.equal(search.plan[1:], before.plan[1:])
+            assert_same(actual=search, expected=before, but=("plan",))
+        else:
+            failure = OVERFLOW if arguments["n_survivors"] > self.CAPACITY else SHORTFALL
+            assert search.plan.tolist() == [DIGITS.value, *before.plan[1:5].tolist(), failure.value]
+            assert search.bounds.tolist() == [before.bounds[0], 0.0], "what is not rounded has no slack"
+            assert search.n_survivors.tolist() == search.n_certified.tolist() == [0]
+            assert_same(actual=search, expected=before, but=("plan", "bounds", "n_survivors", "n_certified"))
+
+    @stages_but("pass")
+    @pytest.mark.parametrize("n_survivors", [0, 120])
+    def test_only_after_a_pass(self, stage, n_survivors):
+        search, before = self.certify(stage=stage, n_survivors=n_survivors)
+        assert_same(actual=search, expected=before)
+
+
+class TestNextDigit:
+    """The digit that holds the k-th value, by counts from the top."""
+
+    @given(data=st.data())
+    def test_against_a_loop(self, data):
+        shift, bits = data.draw(st.sampled_from(DIGITS_OF_SIMILARITY))
+        generator = np.random.default_rng(data.draw(st.integers(0, 1000)))
+        histogram = np.zeros(4096, dtype=np.int64)
+        n_bins = data.draw(st.sampled_from([0, 1, 2, 2**bits * 3 // 4]))
+        bins = generator.choice(2**bits, n_bins, replace=False)
+        histogram[bins] = generator.integers(1, data.draw(st.sampled_from([2, 100, 2**40])), n_bins)
+        n_above = 0 if shift == DIGITS_OF_SIMILARITY[0][0] else data.draw(st.integers(0, 50))
+        above_it = shift + bits
+        lowest = int(generator.integers(0, (ONE >> above_it) + 1)) << above_it
+        total = int(histogram.sum())
+        k = n_above + data.draw(st.integers(1, max(1, total)) | st.just(total + 1) | st.just(max(1, total)))
+        answer = from_the_top(histogram, k, n_above)
+        capacity = (
+            data.draw(st.integers(k, 2 * k)) if answer is None else max(k, answer[1] + data.draw(st.integers(-1, 1)))
+        )
+
+        search = search_at(DIGITS.value, N, cut=0.5, lowest=lowest, above=n_above, tie_row=N - 9, n_passes=3, failure=2)
+        search.histogram.copy_(torch.from_numpy(histogram))
+        next_digit(search, shift, bits, k, capacity)
+
+        if answer is None:
+            expected, cut = [COLLECT.value, lowest, n_above, N - 9, 4], -1.0
+        else:
+            found, n_from, n_beyond = answer
+            lowest += found << shift
+            cut = float_of(lowest)
+            if n_from <= capacity:
+                expected = [COLLECT.value, lowest, n_above, 2**31 - 1, 4]
+            else:
+                expected = [DIGITS.value if shift else TIES.value, lowest, n_beyond, N - 9, 4]
+        assert search.plan.tolist() == [*expected, 2]
+        assert search.bounds.tolist() == [cut, 0.0]
+        assert not search.histogram.any()
+        assert search.n_survivors.tolist() == [0]
+
+    @stages_but("digits")
+    def test_only_when_digits_were_counted(self, stage):
+        search = search_at(STAGES[stage], N)
+        search.histogram[17] = 1000
+        before = copy_of(search)
+        next_digit(search, *DIGITS_OF_SIMILARITY[0], 10, 20)
+        assert_same(actual=search, expected=before)
+
+    def test_digits_cover_every_similarity(self):
+        """Without a gap or an overlap, and 1.0 is within the first."""
+        assert DIGITS_OF_SIMILARITY[-1][0] == 0
+        for (shift, _), (below, bits) in pairwise(DIGITS_OF_SIMILARITY):
+            assert shift == below + bits
+        shift, bits = DIGITS_OF_SIMILARITY[0]
+        assert ONE >> shift < 2**bits <= 4096
+
+
+SIMILARITIES = st.one_of(
+    st.floats(0, 1, width=32),
+    st.sampled_from([0.0, 0.5, 1.0, float_of(1), float_of(ONE - 1), float_of(bits_of(0.5) + 1), 0.25]),
+    st.integers(bits_of(0.75), bits_of(0.75) + 1030).map(float_of),
+)
+"""Any, common ones, and some that share digits."""
+
+
+class TestChain:
+    """What the stages find together, histograms counted here."""
+
+    @staticmethod
+    def search_for(values, rows, k, capacity, floor):
+        """Values [p] of pairs by row, through DIGITS and TIES; (search, kept)."""
+        bits = values.view(np.int32)
+        search = search_at(DIGITS.value, N, n_passes=0)
+        for shift, n_bits in DIGITS_OF_SIMILARITY:
+            if search.plan[0] == DIGITS.value:
+                digit = (bits.astype(np.int64) - int(search.plan[1])) >> shift
+                counted = digit[(values > floor) & (digit >= 0) & (digit < 2**n_bits)]
+                search.histogram.add_(torch.from_numpy(np.bincount(counted, minlength=4096)).to(DEVICE))
+            next_digit(search, shift, n_bits, k, capacity)
+        if search.plan[0] == TIES.value:
+            tied = rows[bits == int(search.plan[1])]
+            search.row_ties.copy_(torch.from_numpy(np.bincount(tied, minlength=N)))
+        tie_row(search, k)
+        cut, last_row = float(search.bounds[0]), int(search.plan[3])
+        return search, (values > floor) & ((values > cut) | ((values == cut) & (rows <= last_row)))
+
+    @given(data=st.data())
+    def test_keeps_the_first_k_and_no_more_than_fit(self, data):
+        values = np.array(data.draw(st.lists(SIMILARITIES, min_size=1, max_size=60)), dtype=np.float32)
+        n_rows = data.draw(st.sampled_from([1, 3, 30]))
+        rows = np.arange(len(values)) * n_rows // len(values)
+        k = data.draw(st.integers(1, len(values)))
+        # ties of one row cannot be told apart
+        capacity = k + data.draw(st.sampled_from([0, 1, 5])) + np.bincount(rows).max()
+        floor = data.draw(st.sampled_from([-1.0, 0.0, 0.25, 0.75]))
+        search, kept = self.search_for(values, rows, k, int(capacity), floor)
+
+        assert search.plan[0] == COLLECT.value
+        passing = values > floor
+        assert min(k, passing.sum()) <= kept.sum() <= capacity
+        order = np.lexsort((np.arange(len(values)), -values))
+        first = order[passing[order]][:k]
+        assert kept[first].all(), "one of the first k is not kept"
+
+    def test_ends_early_when_all_fit(self):
+        """Passes: one for each digit that was needed, and one for ties."""
+        values = np.linspace(0.5, 1, 500, dtype=np.float32)
+        rows = np.arange(500)
+        same = np.full(500, 0.5, dtype=np.float32)
+        assert self.search_for(values, rows, 100, 300, -1.0)[0].plan[4] == 1
+        assert self.search_for(values, rows, 100, 103, -1.0)[0].plan[4] == 2
+        assert self.search_for(same, rows, 100, 300, -1.0)[0].plan[4] == len(DIGITS_OF_SIMILARITY) + 1
+        assert self.search_for(same, rows, 100, 500, -1.0)[0].plan[4] == 1
+        assert self.search_for(same, rows, 100, 300, 0.5)[0].plan[4] == 1
+
+
+class TestTieRow:
+    """The first row up to which ties make up k."""
+
+    @given(data=st.data())
+    def test_against_a_cumulative_sum(self, data):
+        n = data.draw(st.sampled_from([2, 1023, 1024, 1025, 3000]))
+        generator = np.random.default_rng(data.draw(st.integers(0, 1000)))
+        ties = generator.integers(0, 5, n) * (generator.random(n) < data.draw(st.sampled_from([0.01, 0.5, 1.0])))
+        ties[data.draw(st.integers(0, n - 1))] += 1
+        n_above = data.draw(st.integers(0, 100))
+        wanted = data.draw(st.integers(1, int(ties.sum())))
+        search = search_at(TIES.value, n, cut=0.5, lowest=bits_of(0.5), above=n_above, n_passes=4)
+        search.row_ties.copy_(torch.from_numpy(ties))
+        tie_row(search, n_above + wanted)
+        expected = int(np.searchsorted(np.cumsum(ties), wanted))
+        assert search.plan.tolist() == [COLLECT.value, bits_of(0.5), n_above, expected, 5, 0]
+        assert search.bounds.tolist() == [0.5, 0.0]
+
+    def test_more_ties_than_int32(self):
+        search = search_at(TIES.value, 4, above=5)
+        search.row_ties.fill_(2**31 - 1)
+        tie_row(search, 5 + 2**32)
+        assert search.plan[3] == 2
+
+    @stages_but("ties")
+    def test_only_when_ties_were_counted(self, stage):
+        search = search_at(STAGES[stage], N)
+        search.row_ties.fill_(3)
+        before = copy_of(search)
+        tie_row(search, 10)
+        assert_same(actual=search, expected=before)
+
+
+class TestNextState:
+    """The warm start of the next call; see `topk_ortho.selection.next_state` for the one on the host."""
+
+    MARGINS = (selection.MARGIN_START, selection.MARGIN_LEAST, selection.MARGIN_MOST)
+    FACTORS: ClassVar = {NO_FAILURE.value: 0.98, SHORTFALL.value: 2.0, OVERFLOW.value: 0.5}
+    """Of the margin: a guess that was too high doubles it, one that was too low halves it."""
+
+    @staticmethod
+    def state_after(state, similarity, n_ordered, k, *, margins=MARGINS, stage="certified", n_passes=1, failure=0):
+        search = search_at(STAGES[stage], N, n_passes=n_passes, failure=failure)
+        before, copy = numbers(state, torch.float32), copy_of(search)
+        similarity = torch.from_numpy(similarity).to(DEVICE)
+        actual = next_state(search, before, similarity, numbers([n_ordered], torch.int64), k, margins)
+        assert before.tolist() == pytest.approx(state, nan_ok=True), "state is read, never written"
+        assert_same(actual=search, expected=copy)
+        return actual.cpu()
+
+    @given(data=st.data())
+    def test_against_plain_python(self, data):
+        k = data.draw(st.integers(1, 3000))
+        odd = [0.0, 0.0499, 0.05, 0.051, 0.6, 1.0, 1.1, -1.0, math.inf, math.nan]
+        margin = data.draw(st.floats(0.0625, 1, width=32) | st.sampled_from(odd))
+        failure = data.draw(st.sampled_from(sorted(self.FACTORS)))
+        start, least, most = self.MARGINS
+        used = min(most, max(least, self.FACTORS[failure] * (margin if least <= margin <= most else start)))
+        for rank in ((1 + used) * k, (1 - used) * k):
+            assume(abs(rank - round(rank)) > 1e-6 * k)  # float32 may go the other way
+        rank, inner_rank = math.ceil((1 + used) * k), max(1, math.floor((1 - used) * k))
+        n_ordered = data.draw(st.sampled_from([0, k - 1, k, k + 1, rank - 1, rank, rank + 1, 2 * rank]))
+        similarity = -np.sort(-np.random.default_rng(k).random(2 * rank + 1, dtype=np.float32))
+        similarity[n_ordered:] = np.nan
+        guess = -1.0
+        if n_ordered >= rank:
+            guess = similarity[rank - 1]
+        elif n_ordered >= k:
+            guess = 2 * similarity[k - 1] - similarity[inner_rank - 1]
+        stage, n_passes = ("collect", data.draw(st.integers(1, 6))) if failure else ("certified", 1)
+        actual = self.state_after(
+            [0.5, margin, 2.0], similarity, n_ordered, k, stage=stage, n_passes=n_passes, failure=failure
+        )
+        assert actual.tolist() == pytest.approx([guess, used, n_passes + (failure > 0)], rel=1e-6, abs=1e-6)
+
+    @pytest.mark.parametrize("n_ordered", [0, 99, 100, 110, 119, 120, 300])
+    @pytest.mark.parametrize("failure", [NO_FAILURE.value, SHORTFALL.value], ids=["certified", "repaired"])
+    def test_as_on_the_host(self, failure, n_ordered):
+        similarity = np.linspace(1, 0, 500, dtype=np.float32)
+        stage = "collect" if failure else "certified"
+        actual = self.state_after([0.5, 0.21, 2.0], similarity, n_ordered, 100, stage=stage, failure=failure)
+        ordered = torch.from_numpy(similarity[:n_ordered])
+        expected = selection.next_state(torch.tensor([0.5, 0.21, 2.0]), ordered, 100, 2 if failure else 1)
+        assert actual.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+
+    @pytest.mark.parametrize(
+        ("before", "failure", "after"),
+        [(0.3, SHORTFALL, 0.4), (0.1, SHORTFALL, 0.2), (0.3, OVERFLOW, 0.15), (0.08, OVERFLOW, 0.05),
+         (0.3, NO_FAILURE, 0.294), (0.05, NO_FAILURE, 0.05), (0.5, SHORTFALL, 0.24), (0.01, OVERFLOW, 0.06)],
+        ids=lambda part: str(part) if isinstance(part, float) else ("none", "shortfall", "overflow")[part.value],
+    )  # fmt: skip
+    def test_margin_stays_within(self, before, failure, after):
+        """0.05 to 0.4 here; what is not starts anew at 0.12."""
+        similarity = np.linspace(1, 0, 500, dtype=np.float32)
+        actual = self.state_after(
+            [0.5, before, 1.0], similarity, 500, 100, margins=(0.12, 0.05, 0.4), stage="collect", failure=failure.value
+        )
+        assert actual[1] == pytest.approx(after)
+
+    def test_a_search_without_a_first_pass(self):
+        """Nothing failed: the margin shrinks as after a success."""
+        similarity = np.linspace(1, 0, 500, dtype=np.float32)
+        actual = self.state_after([-1.0, 0.2, 0.0], similarity, 300, 100, stage="collect", n_passes=2)
+        assert actual.tolist() == pytest.approx([similarity[119], 0.196, 3.0])
+
+    @pytest.mark.parametrize("n_ordered", [0, 1, 2, 3])
+    def test_one_pair(self, n_ordered):
+        """K = 1 has no rank between."""
+        similarity = np.array([0.9, 0.8, 0.7, 0.6, 0.5], dtype=np.float32)
+        actual = self.state_after([0.5, 0.2, 2.0], similarity, n_ordered, 1)
+        expected = [-1.0, 0.9, 0.8, 0.8][n_ordered]
+        assert actual.tolist() == pytest.approx([expected, 0.196, 1.0])

@@ -1,0 +1,348 @@
+"""Which tile a program computes, the product of a tile, its quarters, and the table of shapes."""
+
+import dataclasses
+from types import FunctionType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tests.inputs import VIEWS, normal, seeded
+from tests.kernels.arguments import DEVICE, far_apart, operand_of, to_device
+from tests.tolerances import assert_within, float64
+from topk_ortho.kernels import tiles
+from topk_ortho.kernels.tiles import (
+    INTERPRETED,
+    LEAN_CONFIGS,
+    TILE_CONFIGS,
+    TileConfig,
+    cosines,
+    gram_tile,
+    quarters,
+    round_to,
+    triangle_tile,
+)
+
+
+@triton.jit
+def _triangle_kernel(
+    tile_ptr, row_ptr, col_ptr,  # [n] int64, int32 x 2
+    n, n_tile_rows,
+    GROUP: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    offs = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    tile = tl.load(tile_ptr + offs, mask=offs < n, other=0)
+    row, col = triangle_tile(tile, n_tile_rows, GROUP)
+    tl.store(row_ptr + offs, row, mask=offs < n)
+    tl.store(col_ptr + offs, col, mask=offs < n)
+
+
+def tiles_of(numbers: np.ndarray, n_tile_rows: int, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, cols) of the tiles with these numbers."""
+    tile = torch.from_numpy(numbers).to(DEVICE)
+    row, col = (torch.empty(len(numbers), dtype=torch.int32, device=DEVICE) for _ in range(2))
+    _triangle_kernel[(triton.cdiv(len(numbers), 1024),)](
+        tile, row, col, len(numbers), n_tile_rows, GROUP=group, CHUNK=1024
+    )
+    return row.cpu().numpy(), col.cpu().numpy()
+
+
+def band(first: int, height: int, n_tile_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, cols) of all tiles on or right of the diagonal in tile rows [first, first + height), column by column."""
+    triangle = [(first + r, first + c) for c in range(height) for r in range(c + 1)]
+    rows, cols = np.array(triangle, dtype=np.int32).T
+    right = np.arange(first + height, n_tile_rows, dtype=np.int32)
+    rows = np.concatenate([rows, np.tile(np.arange(first, first + height, dtype=np.int32), len(right))])
+    return rows, np.concatenate([cols, right.repeat(height)])
+
+
+def assert_tiles(actual: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray], first: int) -> None:
+    for name, ours, theirs in zip(("row", "col"), actual, expected, strict=True):
+        if not np.array_equal(ours, theirs):
+            at = int((ours != theirs).argmax())
+            raise AssertionError(f"{name} of tile {first + at} is {ours[at]}, expected {theirs[at]}")
+
+
+EVERY_CONFIG = {("lean", *key): config for key, config in LEAN_CONFIGS.items()} | {
+    ("full", *key): config for key, config in TILE_CONFIGS.items()
+}
+SHIPPED = sorted({(c.block, c.group) for (_, arch, _), c in EVERY_CONFIG.items() if arch != "interpreter"})
+
+
+class _TorchAsTriton(SimpleNamespace):
+    """The part of triton.language that `triangle_tile` uses, on tensors: five times faster than the interpreter."""
+
+    int32, int64, float32, constexpr = torch.int32, torch.int64, torch.float32, None
+    sqrt, where = torch.sqrt, torch.where
+
+    @staticmethod
+    def cast(tensor, dtype):
+        return tensor.to(dtype)
+
+    @staticmethod
+    def minimum(number, tensor):
+        return tensor.clamp_max(number)
+
+
+def tiles_from(first: int, n: int, n_tile_rows: int, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, cols) of n tiles from number `first` on."""
+    tile = torch.arange(first, first + n)
+    if not INTERPRETED:
+        return tiles_of(tile.numpy(), n_tile_rows, group)
+    plain = FunctionType(triangle_tile.fn.__code__, {"tl": _TorchAsTriton})
+    row, col = plain(tile, torch.tensor(n_tile_rows, dtype=torch.int32), group)
+    return row.numpy(), col.numpy()
+
+
+@pytest.fixture
+def one_thread():
+    """Work of a few milliseconds a call: two threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class TestTriangle:
+    """Every tile on or above the diagonal has one number: band by band, column by column."""
+
+    @pytest.mark.parametrize(("block", "group"), SHIPPED, ids=lambda n: str(n))
+    def test_every_tile_of_a_million_columns(self, block, group, one_thread):
+        n_tile_rows = 2**20 // block
+        n_checked = 0
+        for first in range(0, n_tile_rows, 2 * group):
+            bands = [band(f, min(group, n_tile_rows - f), n_tile_rows) for f in (first, first + group)]
+            expected = tuple(np.concatenate(part) for part in zip(*bands, strict=True))
+            n = len(expected[0])
+            assert_tiles(tiles_from(n_checked, n, n_tile_rows, group), expected, n_checked)
+            n_checked += n
+        assert n_checked == n_tile_rows * (n_tile_rows + 1) // 2
+
+    @pytest.mark.parametrize("group", [1, 2, 3, 8, 16])
+    def test_every_small_triangle(self, group):
+        """Bands that are cut short by the diagonal, one tile row, fewer tile rows than a band."""
+        for n_tile_rows in range(1, 71):
+            n_tiles = n_tile_rows * (n_tile_rows + 1) // 2
+            rows, cols = tiles_of(np.arange(n_tiles), n_tile_rows, group)
+            assert (rows >= 0).all()
+            assert (cols < n_tile_rows).all()
+            assert (rows <= cols).all()
+            assert len(np.unique(rows.astype(np.int64) * n_tile_rows + cols)) == n_tiles, "a tile is computed twice"
+            assert (np.diff(rows // group) >= 0).all(), "bands are not one after the other"
+
+    @pytest.mark.skipif(not INTERPRETED.value, reason="the square root of NumPy is replaced")
+    @pytest.mark.parametrize("error", [-(2.0**-22), 2.0**-22], ids=["low", "high"])
+    @pytest.mark.parametrize(("block", "group"), SHIPPED, ids=lambda n: str(n))
+    def test_inexact_square_root(self, block, group, error, monkeypatch):
+        """The square root of a GPU errs by 2**-23 of itself: tiles around the ends of every row, triangle and band."""
+        builder = triton.runtime.interpreter.InterpreterBuilder
+        monkeypatch.setattr(
+            builder, "create_sqrt", lambda self, x: self.unary_op(x, lambda x: np.sqrt(x) * np.float32(1 + error))
+        )
+        n_tile_rows = 2**20 // block
+        row = np.arange(n_tile_rows, dtype=np.int64)
+        starts = row * n_tile_rows - row * (row - 1) // 2
+        numbers = np.unique(np.concatenate([starts + i for i in (-2, -1, 0, 1, 2, group * (group + 1) // 2)]))
+        numbers = numbers[(numbers >= 0) & (numbers < n_tile_rows * (n_tile_rows + 1) // 2)]
+        skewed = tiles_of(numbers, n_tile_rows, group)
+        monkeypatch.undo()
+        assert_tiles(skewed, tiles_of(numbers, n_tile_rows, group), 0)
+
+
+@triton.jit
+def _tile_kernel(
+    x_ptr, stride_xm, stride_xn,       # [M, N]
+    scale_ptr, tile_ptr, quarter_ptr,  # [N] float32, [BLOCK, BLOCK] float32, [4, BLOCK, BLOCK // 4] float32
+    M, N, first_row, first_col,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    tile = gram_tile(
+        x_ptr, stride_xm, stride_xn, scale_ptr, M, N, first_row, first_col, BLOCK, BLOCK_M, PRECISION, SCALED
+    )
+    line = tl.arange(0, BLOCK)[:, None]
+    tl.store(tile_ptr + line * BLOCK + tl.arange(0, BLOCK)[None, :], tile)
+    parts = quarters(tile)
+    quarter_ptrs = quarter_ptr + line * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
+    for part in tl.static_range(4):
+        tl.store(quarter_ptrs + part * BLOCK * (BLOCK // 4), parts[part])
+
+
+BLOCK, BLOCK_M = 32, 16
+
+
+def tile_at(x: Tensor, first_row: int, first_col: int, scale: Tensor | None = None, precision: str = "ieee"):
+    """(tile, quarters) of x on the device."""
+    tile = torch.empty(BLOCK, BLOCK, device=DEVICE)
+    parts = torch.empty(4, BLOCK, BLOCK // 4, device=DEVICE)
+    _tile_kernel[(1,)](
+        x, x.stride(0), x.stride(1), x if scale is None else scale, tile, parts, *x.shape, first_row, first_col,
+        BLOCK=BLOCK, BLOCK_M=BLOCK_M, PRECISION=precision, SCALED=scale is not None,
+    )  # fmt: skip
+    return tile.cpu(), parts.cpu()
+
+
+def assert_tile(actual: Tensor, x: Tensor, first_row: int, first_col: int) -> None:
+    """Against float64; 0 outside N. x [M, N] is what is multiplied."""
+    gram = np.zeros((2, BLOCK, BLOCK))  # the products, and the sums of their magnitudes
+    for plane, a in zip(gram, (float64(x.cpu()), np.abs(float64(x.cpu()))), strict=True):
+        part = a[:, first_row : first_row + BLOCK].T @ a[:, first_col : first_col + BLOCK]
+        plane[: part.shape[0], : part.shape[1]] = part
+    assert_within(actual=actual, expected=gram[0], bound=x.shape[0] * 2.0**-23 * gram[1])
+
+
+class TestGramTile:
+    """Products of a square of columns, whatever M, N, layout and dtype."""
+
+    CORNERS = ((0, 0), (0, 32), (32, 32))
+
+    @pytest.mark.parametrize("m", [1, 15, 16, 17, 40])
+    @pytest.mark.parametrize("n", [2, 31, 33, 50, 64])
+    def test_ragged(self, m, n):
+        x = VIEWS["sliced_out_of_nan"](normal(m, n, seed=1))
+        for corner in self.CORNERS:
+            tile, _ = tile_at(to_device(x), *corner)
+            assert_tile(tile, x, *corner)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+    def test_layouts_and_dtypes(self, view, dtype):
+        x = view(normal(21, 50, dtype=dtype))
+        tile, _ = tile_at(to_device(x), 0, 32)
+        assert_tile(tile, x, 0, 32)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_scaled(self, dtype):
+        """Each side by the scale of its own columns, rounded to the dtype: exact for powers of two."""
+        x = VIEWS["sliced_out_of_nan"](normal(21, 50, dtype=dtype))
+        scale = 2.0 ** torch.randint(-3, 4, (50,), generator=seeded(0))
+        tile, _ = tile_at(to_device(x), 0, 32, scale.to(DEVICE))
+        assert_tile(tile, (x.double() * scale).to(dtype), 0, 32)
+
+    def test_scale_keeps_huge_columns_in_range(self):
+        x = normal(21, 50) * 1e30
+        scale = torch.full((50,), 2.0**-100)
+        tile, _ = tile_at(to_device(x), 0, 0, scale.to(DEVICE))
+        assert_tile(tile, x * scale, 0, 0)
+
+    @pytest.mark.parametrize("columns", [False, True], ids=["rows_far_apart", "columns_far_apart"])
+    def test_offsets_past_int32(self, columns, tmp_path):
+        x = normal(7, 3) if columns else normal(3, 7)
+        tile, _ = tile_at(far_apart(x, tmp_path, columns=columns), 0, 0)
+        assert_tile(tile, x, 0, 0)
+
+    def test_quarters_go_left_to_right(self):
+        tile, parts = tile_at(to_device(normal(21, 64)), 0, 32)
+        assert tile.unique().numel() == tile.numel()
+        assert torch.equal(torch.cat(list(parts), dim=1), tile)
+
+
+@triton.jit
+def _round_kernel(x_ptr, rounded_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < n)
+    tl.store(rounded_ptr + offs, round_to(x, rounded_ptr.dtype.element_ty), mask=offs < n)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_round_to(dtype):
+    """To nearest, ties to even, as torch does."""
+    bits = torch.randint(-(2**31), 2**31, (4000,), generator=seeded(0))
+    bits[:1000] = bits[:1000] & -65536 | 0x8000  # half way between two bfloat16
+    bits[1000:2000] = bits[1000:2000] & -8192 | 0x1000  # half way between two float16
+    x = bits.int().view(torch.float32)
+    x = x[x.isfinite() & (x.abs() >= 2.0**-126)]  # the interpreter gets subnormal numbers wrong
+    x = torch.cat([x, normal(1, 500)[0], torch.tensor([0.0, -0.0, 1.0, -1.0, 3.4e38])])
+    rounded = torch.empty(x.shape, dtype=dtype, device=DEVICE)
+    _round_kernel[(triton.cdiv(x.numel(), 1024),)](x.to(DEVICE), rounded, x.numel(), BLOCK=1024)
+    assert torch.equal(rounded.cpu(), x.to(dtype))
+
+
+@triton.jit
+def _cosines_kernel(
+    gram_ptr, factor_ptr, cosine_ptr,  # [ROWS, COLS], [N], [ROWS, COLS] float32
+    N, first_row, first_col,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    offs_row, offs_col = tl.arange(0, ROWS), tl.arange(0, COLS)
+    offs = offs_row[:, None] * COLS + offs_col[None, :]
+    cosine = cosines(tl.load(gram_ptr + offs), factor_ptr, first_row + offs_row, first_col + offs_col, N)
+    tl.store(cosine_ptr + offs, cosine)
+
+
+@pytest.mark.parametrize(("first_row", "first_col"), [(0, 0), (16, 16), (0, 32), (32, 32), (32, 36)])
+@pytest.mark.parametrize("n", [20, 39, 64])
+def test_cosines(n, first_row, first_col):
+    """The product of three numbers, clamped; NaN on the diagonal, below it, and outside N."""
+    generator = seeded(n)
+    gram = torch.randn(16, 8, generator=generator) * 10
+    factor = torch.rand(n, generator=generator) + 0.2
+    poisoned = torch.cat([factor, torch.full((64,), torch.nan)]).to(DEVICE)
+    actual = torch.empty(16, 8, device=DEVICE)
+    _cosines_kernel[(1,)](gram.to(DEVICE), poisoned, actual, n, first_row, first_col, ROWS=16, COLS=8)
+    row, col = np.arange(first_row, first_row + 16), np.arange(first_col, first_col + 8)
+    is_pair = (row[:, None] < col) & (col < n)
+    assert (actual.isnan().cpu().numpy() != is_pair).all()
+    padded = np.pad(float64(factor), (0, 64))
+    expected = np.clip(float64(gram) * padded[row][:, None] * padded[col], -1, 1)
+    assert_within(actual=actual.cpu().numpy()[is_pair], expected=expected[is_pair], bound=2.0**-22)
+    if is_pair.sum() > 20:
+        assert {-1.0, 1.0} < set(actual.cpu().numpy()[is_pair].tolist())
+
+
+KINDS = ("half", "tf32", "ieee")
+SHARED_MEMORY = {"sm_80": (99, 164), "sm_90": (227, 227), "sm_100": (227, 227), "gfx942": (64, 64)}
+"""KB for a program and for a multiprocessor; for sm_80 the former of the smaller chips that use its entries too."""
+
+
+class TestTileConfigs:
+    """The tables are complete, and every entry is possible; test_compile_report.py says how well it does."""
+
+    def test_every_kind_of_every_architecture(self):
+        assert set(TILE_CONFIGS) == {(arch, kind) for arch in (*SHARED_MEMORY, "interpreter") for kind in KINDS}
+        assert set(LEAN_CONFIGS) < set(TILE_CONFIGS)
+
+    @pytest.mark.parametrize("key", EVERY_CONFIG, ids="-".join)
+    def test_shape(self, key):
+        config = EVERY_CONFIG[key]
+        for number in (config.block, config.block_m, config.num_warps):
+            assert number > 0
+            assert number & (number - 1) == 0, "not a power of two"
+        assert config.block >= 64, "a quarter of a tile is too narrow for a matrix unit"
+        assert config.block_m >= 16
+        assert min(config.group, config.num_stages, config.programs_per_sm) >= 1
+        n_tile_rows = 2**20 // config.block
+        assert (2 * n_tile_rows + 1) ** 2 < 2**31, "triangle_tile squares it in int32"
+
+    @pytest.mark.parametrize("key", [key for key in EVERY_CONFIG if "interpreter" not in key], ids="-".join)
+    def test_fits(self, key):
+        _, arch, kind = key
+        config = EVERY_CONFIG[key]
+        of_program, of_all = SHARED_MEMORY[arch]
+        bytes_used = config.num_stages * 2 * config.block * config.block_m * (2 if kind == "half" else 4)
+        assert bytes_used <= 1024 * of_program
+        assert config.programs_per_sm * bytes_used <= 1024 * of_all
+        n_sums = config.block**2 / (32 * config.num_warps)
+        assert n_sums < (config.max_registers or 255) - 32, "sums leave no registers"
+        if arch.startswith("sm_") and config.max_registers is not None:
+            assert 32 * config.num_warps * config.programs_per_sm * config.max_registers <= 65536
+
+    def test_options(self):
+        config = TileConfig(
+            block=64, block_m=16, group=1, num_warps=4, num_stages=2, programs_per_sm=1, max_registers=96
+        )
+        assert config.options("sm_80") == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True, "maxnreg": 96}
+        assert "maxnreg" not in config.options("gfx942")
+        assert "maxnreg" not in dataclasses.replace(config, max_registers=None).options("sm_80")
+
+    @pytest.mark.parametrize(("n", "n_tiles"), [(2, 1), (64, 1), (65, 3), (128, 3), (129, 6)])
+    def test_programs(self, n, n_tiles, monkeypatch):
+        """As many as run at once, but never more than tiles."""
+        operand = operand_of(torch.ones(3, n))
+        config = TileConfig(block=64, block_m=16, group=1, num_warps=4, num_stages=1, programs_per_sm=2)
+        monkeypatch.setattr(tiles, "tile_config", lambda device, kind: config)
+        monkeypatch.setattr(tiles, "n_multiprocessors", lambda device: 2)
+        assert operand.n_tiles == n_tiles
+        assert operand.n_programs == min(n_tiles, 4)

@@ -1,0 +1,39 @@
+"""A backend of another device behind CPU tensors, so that one suite serves both."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class OnDevice:
+    """The four functions of a backend: arguments are moved to a device, with their layout, and results back."""
+
+    def __init__(self, backend: Any, device: str):
+        self._backend = backend
+        self._device = device
+
+    def unavailable_reason(self, device: torch.device) -> str | None:
+        return self._backend.unavailable_reason(torch.device(self._device))
+
+    def select_pairs(self, x: Tensor, query: Any, state: Tensor | None) -> Any:
+        return _to_cpu(self._backend.select_pairs(self._move(x), query, self._move(state)))
+
+    def row_max(self, x: Tensor, chunks: tuple[Tensor, ...] | None, precision: Any) -> Any:
+        return _to_cpu(self._backend.row_max(self._move(x), chunks and tuple(map(self._move, chunks)), precision))
+
+    def pair_gradient(
+        self, x: Tensor, norms: Tensor, rows: Tensor, cols: Tensor, values: Tensor, grad_rows: Tensor, grad_cols: Tensor
+    ) -> Tensor:
+        tensors = map(self._move, (x, norms, rows, cols, values, grad_rows, grad_cols))
+        return torch.empty_like(x).copy_(self._backend.pair_gradient(*tensors))
+
+    def _move(self, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+        return storage.to(self._device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _to_cpu(result: Any) -> Any:
+    return type(result)(*(tensor.cpu() for tensor in result))
