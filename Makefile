@@ -29,7 +29,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --benchmark-disable
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench.run $(ARGS)

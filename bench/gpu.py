@@ -5,7 +5,7 @@ cases (`bench.gpu_cases`), the most important first, as far as the budget reache
 once (`bench.gpu_log`): the same command goes on where it was stopped, by the budget or by force. A case that failed is
 kept as failed. At the end come OUT.json, OUT.png (if matplotlib is there) and a table (`bench.gpu_report`). How a case
 is measured: `bench.gpu_measure`. float32 is in "highest" precision, so the products alone run on the FMA units, which
-topk_ortho goes round by a screen in bf16.
+topk_ortho goes round by a screen in fp16.
 
 Needs the package installed (`pip install -e '.[bench]'`) and a CUDA or ROCm device; --report needs neither device nor
 checks, it writes OUT.json and OUT.png from OUT.csv again. bench/gpu_check.sh runs this after the tests that need a GPU.

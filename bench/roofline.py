@@ -109,7 +109,7 @@ def column_norms(m: int, n: int, dtype: Dtype) -> Work:
 
 
 def round_columns(m: int, n: int) -> Work:
-    """float32 x once, bf16 out. Scale, subtract, square, add: 4 operations an entry."""
+    """float32 x once, fp16 out. Scale, subtract, square, add: 4 operations an entry."""
     return Work(kernel="round_columns", unit="fp32", operations=4 * m * n, n_bytes=m * n * (4 + 2) + 4 * n)
 
 
@@ -119,8 +119,8 @@ def gram_select(m: int, n: int, k: int, kind: Kind) -> Work:
 
 
 def gram_histogram(m: int, n: int, kind: Kind) -> Work:
-    """One digit: 4,096 counters. Runs after a failed guess only, up to three times."""
-    return _gram("gram_histogram", m, n, kind, 4096 * 8)
+    """One digit: 256 counters at most. Runs after a failed guess only, two to four times."""
+    return _gram("gram_histogram", m, n, kind, 256 * 8)
 
 
 def gram_row_max(m: int, n: int, kind: Kind) -> Work:
@@ -164,7 +164,7 @@ def forward_kernels(
 ) -> list[tuple[Work, Kind | None]]:
     """What a certified forward pass launches, with the kind of a gram kernel: of the routes there are the faster.
 
-    float32 in "highest" precision is either multiplied as it is or screened in bf16 and rescored.
+    float32 in "highest" precision is either multiplied as it is or screened in fp16 and rescored.
     """
     norms = (column_norms(m, n, dtype), None)
     rounded = (round_columns(m, n), None)

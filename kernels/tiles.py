@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """TRITON_INTERPRET=1 was set when the kernels were imported: they run on the CPU, in NumPy."""
 
@@ -57,9 +58,9 @@ class TileConfig:
 # Chosen by the registers and shared memory that `python -m topk_ortho.kernels.compile_report` tells (Triton 3.9); none
 # was timed on its hardware yet. Tiles of 128 x 128: the largest that leave room for more than their sums.
 TILE_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
-    # One program of 8 warps on a multiprocessor: scaling, moments and 4096 counters take up to 255 registers a thread.
-    # The limit is named because ptxas, left alone, spills to stay at 128. sm_80: 32 to 48 KB of shared memory, so that
-    # consumer chips of compute capability 8.6, 8.9 and 12.0 (99 KB) can use its entries.
+    # One program of 8 warps on a multiprocessor: scaling, moments and row maxima take up to 255 registers a thread. The
+    # limit is named because ptxas, left alone, spills on sm_100 rather than exceed 128. sm_80: 32 to 48 KB of shared
+    # memory, so that consumer chips of compute capability 8.6, 8.9 and 12.0 (99 KB) can use its entries.
     ("sm_80", "half"): TileConfig(
         block=128, block_m=32, group=8, num_warps=8, num_stages=4, programs_per_sm=1, max_registers=255
     ),
@@ -69,7 +70,7 @@ TILE_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
     ("sm_90", "half"): TileConfig(
         block=128, block_m=64, group=8, num_warps=8, num_stages=3, programs_per_sm=1, max_registers=255
     ),
-    # 16 rows a step: with 32, which are transposed in registers on their way, the histograms spill
+    # 16 rows a step: 32 take all registers, for tf32 is transposed on its way into shared memory
     ("sm_90", "tf32"): TileConfig(
         block=128, block_m=16, group=8, num_warps=8, num_stages=4, programs_per_sm=1, max_registers=255
     ),
@@ -80,10 +81,11 @@ TILE_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
     ("sm_100", "tf32"): TileConfig(
         block=128, block_m=32, group=8, num_warps=8, num_stages=3, programs_per_sm=1, max_registers=255
     ),
-    # 4 waves, which may have 512 registers: with 8, which may have 256, histograms spill. 32 KB of LDS.
-    ("gfx942", "half"): TileConfig(block=128, block_m=32, group=8, num_warps=4, num_stages=2, programs_per_sm=1),
-    ("gfx942", "tf32"): TileConfig(block=128, block_m=16, group=8, num_warps=4, num_stages=2, programs_per_sm=1),
-    ("gfx942", "ieee"): TileConfig(block=128, block_m=16, group=8, num_warps=4, num_stages=2, programs_per_sm=1),
+    # 64 KB of LDS, which the sums pass through: one program. Its 8 waves may have 256 registers, and scaled bf16 spills
+    # with 64 rows a step. Here "ieee" has a matrix unit too.
+    ("gfx942", "half"): TileConfig(block=128, block_m=32, group=8, num_warps=8, num_stages=2, programs_per_sm=1),
+    ("gfx942", "tf32"): TileConfig(block=128, block_m=32, group=8, num_warps=8, num_stages=2, programs_per_sm=1),
+    ("gfx942", "ieee"): TileConfig(block=128, block_m=16, group=8, num_warps=8, num_stages=2, programs_per_sm=1),
     # In NumPy a step costs its dispatch: few, large ones. Two programs, so that their order cannot matter unnoticed.
     ("interpreter", "half"): TileConfig(block=64, block_m=256, group=2, num_warps=1, num_stages=1, programs_per_sm=2),
 }
@@ -120,7 +122,7 @@ LEAN_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
     ("sm_100", "tf32"): TileConfig(
         block=128, block_m=32, group=8, num_warps=8, num_stages=3, programs_per_sm=2, max_registers=128
     ),
-    # up to 256 registers and 32 KB of LDS, half of what there is
+    # 4 waves each: up to 256 registers and 32 KB of LDS, half of what there is
     ("gfx942", "half"): TileConfig(block=128, block_m=32, group=8, num_warps=4, num_stages=2, programs_per_sm=2),
     ("gfx942", "tf32"): TileConfig(block=128, block_m=16, group=8, num_warps=4, num_stages=2, programs_per_sm=2),
     ("gfx942", "ieee"): TileConfig(block=128, block_m=16, group=8, num_warps=4, num_stages=2, programs_per_sm=2),

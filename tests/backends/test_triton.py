@@ -38,14 +38,23 @@ class TestAvailability:
             ("mps", None, "needs a CUDA or ROCm device, not 'mps'"),
             ("cuda", (7, 5), "needs compute capability 8.0, and Old Card has less"),
             ("cuda", (8, 0), None),
+            ("cuda", (10, 0), None),
             ("cuda", (12, 0), None),
         ],
     )
     def test_devices(self, device, capability, reason, monkeypatch):
+        monkeypatch.setattr(triton, "TRITON_VERSION", (3, 9))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
         actual = triton.unavailable_reason(torch.device(device))
         assert actual is None if reason is None else reason in actual
+
+    @pytest.mark.parametrize(("capability", "is_available"), [((9, 0), True), ((10, 0), False), ((12, 0), True)])
+    def test_blackwell_needs_a_later_triton(self, capability, is_available, monkeypatch):
+        monkeypatch.setattr(triton, "TRITON_VERSION", (3, 6))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        reason = triton.unavailable_reason(torch.device("cuda"))
+        assert reason is None if is_available else "needs Triton 3.9 for compute capability 10.0" in reason
 
     def test_rocm_has_no_compute_capability(self, monkeypatch):
         monkeypatch.setattr(torch.version, "hip", "7.0")

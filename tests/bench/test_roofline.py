@@ -19,7 +19,7 @@ TRIANGLE = 28 * 2 * 4  # multiply-adds count twice
         (roofline.gram_select(M, N, K, "half"), "half", TRIANGLE, 4 * 8 * 2 + 4 * 8 + 3 * 12, 0),
         (roofline.gram_select(M, N, K, "tf32"), "tf32", TRIANGLE, 4 * 8 * 4 + 4 * 8 + 3 * 12, 0),
         (roofline.gram_select(M, N, K, "ieee"), "fp32", TRIANGLE, 4 * 8 * 4 + 4 * 8 + 3 * 12, 0),
-        (roofline.gram_histogram(M, N, "half"), "half", TRIANGLE, 4 * 8 * 2 + 4 * 8 + 4096 * 8, 0),
+        (roofline.gram_histogram(M, N, "half"), "half", TRIANGLE, 4 * 8 * 2 + 4 * 8 + 256 * 8, 0),
         (roofline.gram_row_max(M, N, "ieee"), "fp32", TRIANGLE, 4 * 8 * 4 + 4 * 8 + 8 * 8, 0),
         # three pairs touch six columns, twenty touch all eight
         (roofline.rescore(M, N, 3), "fp32", 48, 6 * 4 * 4 + 4 * 8 + 12 * 3, 6 * 4 * 4),

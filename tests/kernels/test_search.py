@@ -273,6 +273,7 @@ class TestCertify:
             pytest.param({"n_survivors": 151}, False, id="one_more_than_capacity"),
             pytest.param({"n_survivors": 2**33}, False, id="more_than_int32"),
             pytest.param({"n_survivors": 140, "n_certified": 99}, False, id="too_few_reach_the_cut"),
+            pytest.param({"n_survivors": 150, "n_certified": 99}, False, id="too_few_reach_the_cut_of_capacity"),
             pytest.param({"n_survivors": 140, "n_certified": 100}, True, id="enough_reach_the_cut"),
             pytest.param({"n_survivors": 151, "n_certified": 100}, False, id="enough_reach_the_cut_but_none_fit"),
             pytest.param({"n_survivors": 0, "cut": -1.0}, True, id="no_cut_and_no_pair"),

@@ -39,12 +39,13 @@ try:
     from topk_ortho.kernels.pair_gradient import pair_gradient as gather_gradient
     from topk_ortho.kernels.rescore import rescore
     from topk_ortho.kernels.round_columns import SCALE, round_columns
-    from topk_ortho.kernels.tiles import INTERPRETED, Kind, Operand, has_tf32
+    from topk_ortho.kernels.tiles import INTERPRETED, TRITON_VERSION, Kind, Operand, has_tf32
 
     IMPORT_ERROR = None
 except (ImportError, AttributeError) as error:  # none installed, or one that is too old
     IMPORT_ERROR = f"Triton 3.6 or later could not be imported ({error}); `pip install triton` (Linux)"
 
+_TRITON_FOR_SM_100 = (3, 9)  # seen compiling with it and failing with 3.6, not tried with those between
 _SAMPLE_ROWS, _SAMPLE_COLS = 256, 1024  # 2**18 sampled pairs: 262 of them above the threshold at fraction 1e-3
 _SMALLEST_SAMPLED = 128  # features; below, all pairs fit the records
 _SLACK = 2**16  # records beyond a share of k: a small k is guessed from few sampled pairs
@@ -66,8 +67,13 @@ def unavailable_reason(device: torch.device) -> str | None:
         return None if device.type == "cpu" else "TRITON_INTERPRET is set, which runs kernels on CPU tensors only"
     if device.type != "cuda":
         return f"it needs a CUDA or ROCm device, not {device.type!r}; TRITON_INTERPRET=1 runs it on the CPU, slowly"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
         return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
+    if capability[0] == 10 and TRITON_VERSION < _TRITON_FOR_SM_100:
+        return "it needs Triton 3.9 for compute capability 10.0; the compiler of Triton 3.6 fails on its kernels there"
     return None
 
 
