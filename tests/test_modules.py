@@ -92,7 +92,7 @@ class TestState:
 
     def test_is_updated(self, warm):
         assert -1 < warm.state[0] < 1
-        assert warm.state[2] == 1
+        assert 1 <= warm.state[2] <= 7
 
     def test_reset(self, warm):
         buffer = warm.state
