@@ -43,7 +43,8 @@ def _gram_row_max_kernel(
     for tile in range(tl.program_id(0), n_tile_rows * (n_tile_rows + 1) // 2, tl.num_programs(0)):
         tile_row, tile_col = triangle_tile(tile, n_tile_rows, GROUP)
         gram = gram_tile(
-            x_ptr, stride_xm, stride_xn, scale_ptr, M, n_cols, tile_row * BLOCK, tile_col * BLOCK,
+            # up to the next chunk, which starts at a multiple of 16; n_cols need not be one, and loads would be narrow
+            x_ptr, stride_xm, stride_xn, scale_ptr, M, chunk_stride, tile_row * BLOCK, tile_col * BLOCK,
             BLOCK, BLOCK_M, PRECISION, SCALED,
         )  # fmt: skip
         offs_row = tile_row * BLOCK + tl.arange(0, BLOCK)
