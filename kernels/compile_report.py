@@ -4,8 +4,8 @@
 
 Launchers are called with tensors that have no memory; their launches are recorded instead of made, and compiled for
 each architecture as Triton would compile them there. So it is what ships that is reported, block sizes and options
-included. The exit status is 1 if a gate fails, see `violations`. Two processes take about 3 minutes, or 1 if Triton has
-all of it in its cache.
+included. The exit status is 1 if something does not compile or a gate fails, see `violations`. Two processes take about
+3 minutes, or 1 if Triton has all of it in its cache.
 
 x is [4096, 65536], row-major unless said otherwise. Kernels over gram tiles are compiled for each kind of operand
 (bf16, float32 as tf32, float32 as it is) as the backend launches them: the first pass not scaled, the passes of a

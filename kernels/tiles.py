@@ -41,7 +41,7 @@ class TileConfig:
     programs_per_sm: int
     """Programs that fit on a multiprocessor at once, by registers and shared memory."""
     max_registers: int | None = None
-    """Registers a thread may use, None for what the compiler likes."""
+    """Registers a thread may use, None for what the compiler likes; for AMD they follow from the programs."""
 
     def options(self, architecture: str) -> dict[str, Any]:
         """Launch options of Triton."""
@@ -50,7 +50,9 @@ class TileConfig:
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,  # a default that Triton 3.10 changes
         }
-        if self.max_registers is not None and architecture.startswith("sm_"):
+        if architecture.startswith("gfx"):
+            options["waves_per_eu"] = max(1, self.programs_per_sm * self.num_warps // 4)  # 4 units share the waves
+        elif architecture.startswith("sm_") and self.max_registers is not None:
             options["maxnreg"] = self.max_registers
         return options
 

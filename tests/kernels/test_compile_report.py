@@ -345,6 +345,17 @@ class TestWhatShips:
                 assert n_programs * (r["shared_bytes"] + 1024 * limits["reserved"]) <= 1024 * limits["shared"], r
                 assert r["registers"] <= (r["max_registers"] or 512)
 
+    def test_moments_share_a_buffer(self, report):
+        """A line for each program, of whichever pass takes them; and COLLECT repeats the products of the histogram."""
+        by_name = {(r["kernel"], r["variant"], r["architecture"]): r for r in report["records"]}
+        for architecture in HARDWARE:
+            for kind in ("half", "tf32", "ieee"):
+                first = by_name["gram_select", f"{kind}, moments", architecture]
+                counted = by_name["gram_histogram", f"{kind}, scaled, first digit, moments", architecture]
+                collected = by_name["gram_select", f"{kind}, scaled", architecture]
+                for name in ("programs_per_sm", "num_warps", "max_registers"):
+                    assert first[name] == counted[name] == collected[name]
+
     def test_first_pass_on_hopper(self, report):
         """Two programs on a multiprocessor: one multiplies while the other looks for survivors."""
         (first,) = (
