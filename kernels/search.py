@@ -29,8 +29,8 @@ CUT, SLACK = (tl.constexpr(field) for field in range(2))
 NO_FAILURE, SHORTFALL, OVERFLOW = (tl.constexpr(failure) for failure in range(3))
 """Of the first pass: it kept too few pairs, or more than fit."""
 DIGITS_OF_SIMILARITY = ((22, 8), (14, 8), (7, 7), (0, 7))
-"""(shift, bits) of each digit, the highest first. Triton before 3.7 makes a histogram of b bins from b / 2 ballots a
-register, so that digits of 12 bits would take longer than the products."""
+"""(shift, bits) of each digit, the highest first. Triton 3.6 compiles a histogram to instructions in proportion to
+its bins, so that digits of 12 bits would take longer than the products."""
 SAMPLE_DIGIT = (18, 12)
 """(shift, bits) of the sampled histogram: steps of 1/32 to 1/16 of a similarity, and a straight line within."""
 

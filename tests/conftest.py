@@ -86,6 +86,13 @@ def _parameters(*names: str) -> list[object]:
     return [pytest.param(name, marks=on_gpu if BACKEND_CASES[name].backend == "triton" else []) for name in names]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU the tests of the kernels and of their backend are GPU tests like any."""
+    for item in items:
+        if not tiles.INTERPRETED and ("kernels" in item.path.parts or item.path.name == "test_triton.py"):
+            item.add_marker(pytest.mark.gpu)
+
+
 def use_case(name: str, patch: pytest.MonkeyPatch) -> str:
     case = BACKEND_CASES[name]
     case.prepare(patch)

@@ -93,7 +93,7 @@ def row_max(x: Tensor, chunks: tuple[Tensor, ...] | None, precision: Precision) 
         norms = column_norms(x, EPS)
         _check_finite(x, norms)
         if chunks is None:
-            values, partners = _row_max_of_chunks(x, norms, 1, 0, precision)
+            values, partners = _row_max_of_chunks(x, norms, precision, n_chunks=1, largest=x.shape[1], n_larger=1)
             return RowMax(values, partners, norms.norms)
         values, partners = torch.empty_like(norms.norms), torch.empty_like(norms.norms, dtype=torch.int64)
         at_once = _CHUNK_COPY_ELEMENTS // (x.shape[0] * _chunk_stride(chunks[0]))
@@ -228,13 +228,7 @@ def _select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
     gram_select(passes.repair, search, values, rows, cols, None, floor, is_abs=is_abs, is_first=False)
 
     n_records = search.n_survivors.clamp_max(capacity)
-    is_record = torch.arange(capacity, device=x.device) < n_records
-    similarity = torch.where(is_record, similarity_of(values, query.similarity), -2.0)
-    index = torch.where(is_record, rows.long() * n_features + cols, 2**63 - 1)
-    index, by_index = index.sort()
-    similarity, order = similarity[by_index].sort(descending=True, stable=True)
-    index, values = index[order], values[by_index[order]]
-
+    similarity, index, values = _in_order(values, rows, cols, n_records, n_features, query)
     tau = _adaptive_tau(moments, query.n_std)
     if tau is None:
         tau = torch.full((1,), -1.0 if query.tau is None else query.tau, dtype=torch.float32, device=x.device)
@@ -271,6 +265,18 @@ def _select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
     )
 
 
+def _in_order(
+    values: Tensor, rows: Tensor, cols: Tensor, n_records: Tensor, n_features: int, query: Query
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(similarity, row * N + col, value) of the records in the total order; what holds no record comes last, at -2."""
+    is_record = torch.arange(values.numel(), device=values.device) < n_records
+    similarity = torch.where(is_record, similarity_of(values, query.similarity), -2.0)
+    index = torch.where(is_record, rows.long() * n_features + cols, 2**63 - 1)
+    index, by_index = index.sort()
+    similarity, order = similarity[by_index].sort(descending=True, stable=True)
+    return similarity, index[order], values[by_index[order]]
+
+
 def _adaptive_tau(moments: Tensor | None, n_std: float | None) -> Tensor | None:
     """mean + n_std * std, float32 [1], from (count, mean, sum of squared deviations) of each program."""
     if moments is None or n_std is None:
@@ -292,7 +298,7 @@ def _row_max_of_group(
     members = torch.stack([torch.nn.functional.pad(chunk, (0, stride - chunk.numel())) for chunk in chunks]).flatten()
     group_norms = norms._replace(**{name: getattr(norms, name)[members] for name in ("inverse", "scale", "factor")})
     group_values, group_partners = _row_max_of_chunks(
-        x.index_select(1, members), group_norms, len(chunks), n_larger, precision, largest
+        x.index_select(1, members), group_norms, precision, n_chunks=len(chunks), largest=largest, n_larger=n_larger
     )
     for i, chunk in enumerate(chunks):
         part = slice(i * stride, i * stride + chunk.numel())
@@ -306,13 +312,14 @@ def _chunk_stride(chunk: Tensor) -> int:
 
 
 def _row_max_of_chunks(
-    x: Tensor, norms: "Norms", n_chunks: int, n_larger: int, precision: Precision, largest: int | None = None
+    x: Tensor, norms: "Norms", precision: Precision, *, n_chunks: int, largest: int, n_larger: int
 ) -> tuple[Tensor, Tensor]:
-    """(values, partners), partners counted from the start of their chunk."""
+    """(values, partners) of n_chunks equal parts of the columns of x, partners counted from the start of their part.
+
+    The first `n_larger` parts begin with `largest` columns that count, the others with one less.
+    """
     n_columns = x.shape[1]
     best = torch.full((n_columns,), -(2**63), dtype=torch.int64, device=x.device)
-    if largest is None:
-        largest, n_larger = n_columns, 1
     if x.dtype == torch.float32 and precision == "medium":
         rounded, _ = _rounded(x, norms)
         operands, flags = [rounded], torch.zeros_like(norms.flags)
