@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"kernels"},
     {"backends", "selection"},
-    {"custom_ops", "pairs", "validation"},
+    {"custom_ops", "pairs", "sparse_features", "sparse_ops", "validation"},
     {"functional"},
     {"modules"},
     {"__init__"},

@@ -5,9 +5,11 @@ from topk_ortho.functional import max_cosine_loss, topk_ortho_loss, topk_pairs
 from topk_ortho.modules import MaxCosineLoss, TopKOrthoLoss
 from topk_ortho.pairs import TopKPairs, pair_jaccard
 from topk_ortho.selection import initial_state
+from topk_ortho.sparse_features import SparseFeatures
 
 __all__ = [
     "MaxCosineLoss",
+    "SparseFeatures",
     "TopKOrthoLoss",
     "TopKPairs",
     "available_backends",

@@ -4,15 +4,21 @@ A matrix x [M, N] holds N features in its columns. With ``x_hat[:, j] = x[:, j] 
 of a pair (row, col), row < col, is an entry of ``gram = x_hat.T @ x_hat``, which is never held whole.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from topk_ortho import custom_ops
+from topk_ortho import custom_ops, sparse_ops
 from topk_ortho.backends.base import Precision, Selection, Similarity
+from topk_ortho.backends.entries import Coordinates
 from topk_ortho.backends.registry import resolve_backend
+from topk_ortho.backends.sparse import SparseSelection
 from topk_ortho.pairs import TopKPairs
+from topk_ortho.sparse_features import SparseFeatures, coordinates_of, is_dense
 from topk_ortho.validation import (
     check_features,
+    check_flag,
     check_generator,
     check_n_chunks,
     check_state,
@@ -24,7 +30,7 @@ from topk_ortho.validation import (
 
 
 def topk_pairs(
-    x: Tensor,
+    x: Tensor | SparseFeatures,
     fraction: float = 1e-3,
     *,
     k: int | None = None,
@@ -104,17 +110,26 @@ def topk_pairs(
     >>> pairs.values
     tensor([0.8944, 0.4472])
     """
-    selection, k = _select(x, fraction, k, tau, n_std, similarity, None, backend, precision, state)
+    question = _resolve(x, fraction, k, tau, n_std, similarity, None, backend, precision, state)
+    selection: Selection | SparseSelection
+    n_listed: Tensor | None
+    if is_dense(x):
+        selection = _select_dense(x, question, state)
+        n_listed = None if tau is None and similarity == "abs" else selection.n_selected
+    else:
+        coordinates, n_pairs_that_meet = coordinates_of(x)
+        selection = _select_sparse(coordinates, n_pairs_that_meet, question, state)
+        n_listed = selection.n_listed
     rows, cols, values = selection.rows, selection.cols, selection.values
-    if tau is not None or similarity == "positive":
-        p = selection.n_selected.item()
+    if n_listed is not None:
+        p = n_listed.item()
         rows, cols, values = rows[:p], cols[:p], values[:p]
     tau_used = selection.tau.item() if tau == "adaptive" else None if tau is None else float(tau)
-    return TopKPairs(rows, cols, values.float(), selection.threshold.float(), tau_used, x.shape[1], k)
+    return TopKPairs(rows, cols, values.float(), selection.threshold.float(), tau_used, x.shape[1], question.k)
 
 
 def topk_ortho_loss(
-    x: Tensor,
+    x: Tensor | SparseFeatures,
     fraction: float = 1e-3,
     *,
     k: int | None = None,
@@ -126,6 +141,7 @@ def topk_ortho_loss(
     backend: str = "auto",
     precision: Precision = "highest",
     state: Tensor | None = None,
+    structural_zeros: bool = False,
 ) -> Tensor:
     """Mean of cosine**2 over the k most similar pairs of columns of x.
 
@@ -174,13 +190,24 @@ def topk_ortho_loss(
     tensor([0., 0.])
     """
     check_word("reduction", reduction, ("mean", "sum"))
-    selection, _ = _select(x, fraction, k, tau, n_std, similarity, priority, backend, precision, state)
+    check_flag("structural_zeros", structural_zeros)
+    question = _resolve(x, fraction, k, tau, n_std, similarity, priority, backend, precision, state)
+    selection: Selection | SparseSelection
+    if is_dense(x):
+        selection = _select_dense(x, question, state, structural_zeros)
+    else:
+        coordinates, n_pairs_that_meet = coordinates_of(x)
+        is_every_pair = question.tau is None and question.n_std is None and similarity == "abs" and priority is None
+        if is_every_pair and state is None and n_pairs_that_meet <= question.k:  # all that are not 0 are selected
+            total: Tensor = sparse_ops.sum_of_squares(*coordinates)
+            return total / question.k if reduction == "mean" else total
+        selection = _select_sparse(coordinates, n_pairs_that_meet, question, state)
     loss = selection.values.square().sum()  # padding is 0
     return loss / selection.n_selected.clamp_min(1) if reduction == "mean" else loss
 
 
 def max_cosine_loss(
-    x: Tensor,
+    x: Tensor | SparseFeatures,
     n_chunks: int = 1,
     *,
     generator: torch.Generator | None = None,
@@ -232,17 +259,34 @@ def max_cosine_loss(
     check_n_chunks(n_chunks, x.shape[1])
     check_generator(generator)
     check_word("precision", precision, ("highest", "high", "medium"))
-    backend = resolve_backend(backend, x.device)
+    backend = resolve_backend(backend, x.device, is_sparse=not is_dense(x))
     permutation = None
     if n_chunks > 1:
         device = x.device if generator is None else generator.device
         permutation = torch.randperm(x.shape[1], generator=generator, device=device).to(x.device)
-    values: Tensor = custom_ops.row_max(x, permutation, int(n_chunks), precision, backend)[0]
+    values: Tensor
+    if is_dense(x):
+        values = custom_ops.row_max(x, permutation, int(n_chunks), precision, backend)[0]
+    else:
+        coordinates, _ = coordinates_of(x)
+        values = sparse_ops.sparse_row_max(*coordinates, permutation, int(n_chunks))[0]
     return values.square().mean()
 
 
-def _select(
-    x: Tensor,
+class _Question(NamedTuple):
+    """What a call asks, resolved; see `topk_ortho.backends.base.Query`."""
+
+    k: int
+    tau: float | None
+    n_std: float | None
+    similarity: Similarity
+    precision: Precision
+    backend: str
+    priority: Tensor | None
+
+
+def _resolve(
+    x: Tensor | SparseFeatures,
     fraction: float,
     k: int | None,
     tau: float | str | None,
@@ -252,18 +296,34 @@ def _select(
     backend: str,
     precision: Precision,
     state: Tensor | None,
-) -> tuple[Selection, int]:
+) -> _Question:
     check_features(x)
     k = resolve_k(x.shape[1], fraction, k)
     fixed_tau, adaptive_n_std = resolve_tau(tau, n_std)
     check_word("similarity", similarity, ("abs", "positive"))
     check_word("precision", precision, ("highest", "high", "medium"))
-    priority = resolve_priority(priority, x)
-    check_state(state, x)
-    backend = resolve_backend(backend, x.device)
+    priority = resolve_priority(priority, x.shape[1], x.device)
+    check_state(state, x.device)
+    backend = resolve_backend(backend, x.device, is_sparse=not is_dense(x))
+    return _Question(k, fixed_tau, adaptive_n_std, similarity, precision, backend, priority)
+
+
+def _select_dense(x: Tensor, question: _Question, state: Tensor | None, structural_zeros: bool = False) -> Selection:
+    k, tau, n_std, similarity, precision, backend, priority = question
     selection = Selection(
-        *custom_ops.select_pairs(x, k, fixed_tau, adaptive_n_std, similarity, precision, backend, priority, state)
+        *custom_ops.select_pairs(x, k, tau, n_std, similarity, precision, backend, priority, state, structural_zeros)
     )
     if state is not None:
         state.copy_(selection.state)
-    return selection, k
+    return selection
+
+
+def _select_sparse(
+    x: Coordinates, n_pairs_that_meet: int, question: _Question, state: Tensor | None
+) -> SparseSelection:
+    k, tau, n_std, similarity, _, _, priority = question
+    size = min(k, n_pairs_that_meet)
+    selection = SparseSelection(*sparse_ops.select_sparse_pairs(*x, size, k, tau, n_std, similarity, priority, state))
+    if state is not None:
+        state.copy_(selection.state)
+    return selection

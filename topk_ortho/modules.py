@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from topk_ortho.backends.base import Precision, Similarity
 from topk_ortho.functional import max_cosine_loss, topk_ortho_loss
 from topk_ortho.selection import initial_state
+from topk_ortho.sparse_features import SparseFeatures
 
 
 class TopKOrthoLoss(nn.Module):
@@ -13,7 +14,7 @@ class TopKOrthoLoss(nn.Module):
 
     Parameters
     ----------
-    fraction, k, tau, n_std, similarity, reduction, backend, precision
+    fraction, k, tau, n_std, similarity, reduction, backend, precision, structural_zeros
         As in `topk_ortho_loss`; checked at the first call.
 
     Attributes
@@ -41,6 +42,7 @@ class TopKOrthoLoss(nn.Module):
         reduction: str = "mean",
         backend: str = "auto",
         precision: Precision = "highest",
+        structural_zeros: bool = False,
     ):
         super().__init__()
         self.fraction = fraction
@@ -51,9 +53,10 @@ class TopKOrthoLoss(nn.Module):
         self.reduction = reduction
         self.backend = backend
         self.precision = precision
+        self.structural_zeros = structural_zeros
         self.register_buffer("state", initial_state())
 
-    def forward(self, x: Tensor, priority: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | SparseFeatures, priority: Tensor | None = None) -> Tensor:
         """Penalty of x [M, N]; `priority` [N] holds the more frequent column of a pair, see `topk_ortho_loss`."""
         return topk_ortho_loss(
             x,
@@ -67,6 +70,7 @@ class TopKOrthoLoss(nn.Module):
             backend=self.backend,
             precision=self.precision,
             state=self.state,
+            structural_zeros=self.structural_zeros,
         )
 
     def reset_state(self) -> None:
@@ -76,7 +80,7 @@ class TopKOrthoLoss(nn.Module):
     def extra_repr(self) -> str:
         """Arguments, for repr."""
         size = f"fraction={self.fraction}" if self.k is None else f"k={self.k}"
-        names = ("tau", "n_std", "similarity", "reduction", "backend", "precision")
+        names = ("tau", "n_std", "similarity", "reduction", "backend", "precision", "structural_zeros")
         return ", ".join([size, *(f"{name}={getattr(self, name)!r}" for name in names)])
 
 
@@ -108,7 +112,7 @@ class MaxCosineLoss(nn.Module):
         self.backend = backend
         self.precision = precision
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | SparseFeatures) -> Tensor:
         """Penalty of x [M, N]."""
         return max_cosine_loss(
             x, self.n_chunks, generator=self.generator, backend=self.backend, precision=self.precision

@@ -45,9 +45,11 @@ def first_of(values: Tensor, index: Tensor, similarity: Similarity, count: int) 
         score = similarity_of(values, similarity)
         kept = score >= score.topk(count, sorted=False).values.min()
         values, index = values[kept], index[kept]
-    by_index = index.argsort()
-    rank = _integers_in_order(similarity_of(values[by_index], similarity))
-    order = by_index[rank.bitwise_not().argsort(stable=True)][:count]  # ~rank descends and cannot overflow
+    if not (index[1:] > index[:-1]).all():
+        by_index = index.argsort()
+        values, index = values[by_index], index[by_index]
+    rank = _integers_in_order(similarity_of(values, similarity))
+    order = rank.bitwise_not().argsort(stable=True)[:count]  # ~rank descends and cannot overflow
     return values[order], index[order]
 
 
@@ -91,6 +93,14 @@ class Moments:
         self.count += count
         self.mean += total / self.count
         self._sum_squares += squares - total * total / self.count
+
+    def add_zeros(self, count: int) -> None:
+        """Add `count` magnitudes of 0."""
+        if count:
+            total = self.count + count
+            self._sum_squares += self.mean * self.mean * self.count * count / total
+            self.mean *= self.count / total
+            self.count = total
 
     def adaptive_tau(self, n_std: float) -> float:
         """mean + n_std * std."""

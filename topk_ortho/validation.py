@@ -12,25 +12,51 @@ import torch
 from torch import Tensor
 
 from topk_ortho.selection import k_from_fraction, n_pairs
+from topk_ortho.sparse_features import SparseFeatures
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SPARSE_LAYOUTS = (torch.sparse_coo, torch.sparse_csr)
 _COMPARABLE = (*FLOATING, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_features(x: Any) -> None:
-    """Refuse what is not a dense floating [M, N] tensor with M >= 1 and N >= 2."""
+    """Refuse what is not a floating [M, N] matrix, dense or sparse, with M >= 1 and N >= 2."""
+    if isinstance(x, SparseFeatures):
+        _check_sparse_features(x)
+        return
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {_describe(x)}")
-    if x.layout != torch.strided:
-        raise TypeError(f"x must be a dense tensor, got layout {x.layout}; convert it with x.to_dense()")
+        raise TypeError(f"x must be a torch.Tensor or SparseFeatures, got {_describe(x)}")
+    if x.layout not in (torch.strided, *_SPARSE_LAYOUTS):
+        raise TypeError(f"x must be dense, sparse_coo or sparse_csr, got layout {x.layout}; convert it")
     if x.is_nested:
-        raise TypeError("x must be a dense tensor, got a nested one")
+        raise TypeError("x must be a dense or sparse tensor, got a nested one")
     if x.ndim != 2:
         raise ValueError(f"x must be 2-D [M, N] with features in columns, got shape {list(x.shape)}")
-    if x.dtype not in FLOATING:
-        raise TypeError(f"x must have dtype float16, bfloat16, float32 or float64, got {x.dtype}")
-    if x.shape[0] < 1 or x.shape[1] < 2:
-        raise ValueError(f"x must have at least 1 row and 2 columns, got shape {list(x.shape)}")
+    if x.layout in _SPARSE_LAYOUTS and x.dense_dim() > 0:
+        raise ValueError(f"x must hold one number an entry, got {x.dense_dim()} dense dimensions")
+    _check_numbers(x.dtype, *x.shape)
+
+
+def _check_sparse_features(x: SparseFeatures) -> None:
+    for name, tensor in (("indices", x.indices), ("values", x.values)):
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_nested:
+            raise TypeError(f"x.{name} must be a dense tensor, got {_describe(tensor)}")
+    if x.indices.ndim != 2 or x.indices.shape != x.values.shape:
+        shapes = f"{list(x.indices.shape)} and {list(x.values.shape)}"
+        raise ValueError(f"x.indices and x.values must have the same shape [B, K], got {shapes}")
+    if x.indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"x.indices must have dtype int32 or int64, got {x.indices.dtype}")
+    if x.indices.device != x.values.device:
+        raise ValueError(f"x.indices and x.values must be on one device, got {x.indices.device} and {x.values.device}")
+    _check_integer("x.n_features", x.n_features)
+    _check_numbers(x.values.dtype, x.indices.shape[0], x.n_features)
+
+
+def _check_numbers(dtype: torch.dtype, n_rows: int, n_columns: int) -> None:
+    if dtype not in FLOATING:
+        raise TypeError(f"x must have dtype float16, bfloat16, float32 or float64, got {dtype}")
+    if n_rows < 1 or n_columns < 2:
+        raise ValueError(f"x must have at least 1 row and 2 columns, got shape {[n_rows, n_columns]}")
 
 
 def resolve_k(n_features: int, fraction: Any, k: Any) -> int:
@@ -69,6 +95,12 @@ def check_word(name: str, value: Any, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is not a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {_describe(value)}")
+
+
 def check_n_chunks(n_chunks: Any, n_features: int) -> None:
     """Refuse chunks in which a column would have no other to compare with."""
     _check_integer("n_chunks", n_chunks)
@@ -82,30 +114,30 @@ def check_generator(generator: Any) -> None:
         raise TypeError(f"generator must be a torch.Generator or None, got {_describe(generator)}")
 
 
-def resolve_priority(priority: Any, x: Tensor) -> Tensor | None:
-    """`priority` as a tensor [N] on the device of x."""
+def resolve_priority(priority: Any, n_features: int, device: torch.device) -> Tensor | None:
+    """`priority` as a tensor [n_features] on a device."""
     if priority is None:
         return None
     if isinstance(priority, Tensor):
-        if priority.layout != torch.strided or priority.is_meta != x.is_meta:
+        if priority.layout != torch.strided or priority.is_meta != (device.type == "meta"):
             raise TypeError(f"priority must be a dense tensor with data, got {_describe(priority)}")
-        numbers_of_columns = priority.detach().to(x.device)
+        numbers_of_columns = priority.detach().to(device)
     else:
         try:
-            numbers_of_columns = torch.tensor(priority, device=x.device)
+            numbers_of_columns = torch.tensor(priority, device=device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"priority must hold one real number a column, got {_describe(priority)}") from error
     if numbers_of_columns.dtype not in _COMPARABLE:
         raise TypeError(
             f"priority must hold real numbers, bool, int8 to int64, uint8 or floating; got {numbers_of_columns.dtype}"
         )
-    if numbers_of_columns.shape != x.shape[1:]:
+    if numbers_of_columns.shape != (n_features,):
         shape = list(numbers_of_columns.shape)
-        raise ValueError(f"priority must have shape [{x.shape[1]}], one number a column; got {shape}")
+        raise ValueError(f"priority must have shape [{n_features}], one number a column; got {shape}")
     return numbers_of_columns
 
 
-def check_state(state: Any, x: Tensor) -> None:
+def check_state(state: Any, device: torch.device) -> None:
     """Refuse what is not a warm-start state on the device of x."""
     if state is None:
         return
@@ -118,8 +150,8 @@ def check_state(state: Any, x: Tensor) -> None:
         raise ValueError(
             "state is updated in place, so it must own its memory, not require grad, and not come from inference mode"
         )
-    if state.device != x.device:
-        raise ValueError(f"state must be on the device of x, {x.device}; got {state.device}")
+    if state.device != device:
+        raise ValueError(f"state must be on the device of x, {device}; got {state.device}")
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -37,10 +37,20 @@ def _rescaled_norms(x: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """Norms of a few columns whose sum of squares overflowed: divide by the largest entry first."""
     x = x.index_select(1, columns).to(dtype)
     largest = x.abs().amax(dim=0)
-    _refuse(columns[~largest.isfinite()], "x has {} with NaN or Inf: {}")
+    refuse_not_finite(columns[~largest.isfinite()])
     norms: Tensor = largest * torch.linalg.vector_norm(x / largest, dim=0)
-    _refuse(columns[~norms.isfinite()], f"x has {{}} whose norm is too large for {dtype}: {{}}; scale x down")
+    refuse_too_large(columns[~norms.isfinite()], dtype)
     return norms
+
+
+def refuse_not_finite(columns: Tensor) -> None:
+    """Raise a ValueError that names the columns, if there are any."""
+    _refuse(columns, "x has {} with NaN or Inf: {}")
+
+
+def refuse_too_large(columns: Tensor, dtype: torch.dtype) -> None:
+    """Raise a ValueError that names the columns, if there are any."""
+    _refuse(columns, f"x has {{}} whose norm is too large for {dtype}: {{}}; scale x down")
 
 
 def _refuse(columns: Tensor, message: str) -> None:

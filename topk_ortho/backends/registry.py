@@ -1,12 +1,12 @@
 """Which backends exist, which can run here, and which one "auto" means."""
 
 import torch
+from torch import Tensor
 
-from topk_ortho.backends import naive, tiled, triton
+from topk_ortho.backends import naive, sparse, tiled, triton
 from topk_ortho.backends.base import Backend
 
-BACKENDS: dict[str, Backend] = {"naive": naive, "tiled": tiled, "triton": triton}
-_PLANNED = ("sparse",)
+BACKENDS: dict[str, Backend] = {"naive": naive, "tiled": tiled, "triton": triton, "sparse": sparse}
 
 
 def available_backends() -> list[str]:
@@ -16,7 +16,8 @@ def available_backends() -> list[str]:
     -------
     list of str
         "naive" materialises the gram and is the reference; "tiled" streams it and runs on any device that torch has;
-        "triton" streams it on CUDA and ROCm devices.
+        "triton" streams it on CUDA and ROCm devices; "sparse" computes only the pairs of features that are active
+        together, on the CPU and where "triton" runs.
 
     Examples
     --------
@@ -27,15 +28,29 @@ def available_backends() -> list[str]:
     return [name for name, backend in BACKENDS.items() if backend.unavailable_reason(device) is None]
 
 
-def resolve_backend(name: str, device: torch.device) -> str:
-    """Name of the backend that serves `name` on `device`; an explicit choice never falls back to another."""
+def resolve_backend(name: str, device: torch.device, *, is_sparse: bool = False) -> str:
+    """Name of the backend that serves `name` on `device`, or still "auto" where that depends on the data.
+
+    An explicit choice never falls back to another.
+    """
+    if is_sparse and name in ("auto", "naive", "tiled", "triton"):
+        if name != "auto":
+            raise ValueError(
+                f'backend must be "auto" or "sparse" where x is sparse, got {name!r}; or convert x with x.to_dense()'
+            )
+        name = "sparse"
     if name == "auto":
         is_accelerated = device.type == "cuda" and BACKENDS["triton"].unavailable_reason(device) is None
-        return "triton" if is_accelerated else "tiled"
-    if isinstance(name, str) and name in BACKENDS:
-        reason = BACKENDS[name].unavailable_reason(device)
-    else:
-        reason = "this version does not have it" if name in _PLANNED else "there is no such backend"
+        return "triton" if is_accelerated else "auto" if device.type == "cpu" else "tiled"
+    is_known = isinstance(name, str) and name in BACKENDS
+    reason = BACKENDS[name].unavailable_reason(device) if is_known else "there is no such backend"
     if reason is not None:
         raise ValueError(f'backend must be "auto" or one of {available_backends()}, got {name!r}: {reason}')
     return name
+
+
+def backend_for(name: str, x: Tensor) -> Backend:
+    """The backend of a name from `resolve_backend`; "auto" looks at how many of x are 0."""
+    if name == "auto":
+        name = "sparse" if sparse.is_cheaper(x) else "tiled"
+    return BACKENDS[name]

@@ -1,0 +1,380 @@
+"""Pairs of features that are active together: the cost follows the non-zeros of x, whatever N is.
+
+    cosine[i, j] = sum_m x_hat[m, i] * x_hat[m, j]    over the samples m in which both are active
+
+A pair that never meets has cosine 0. All pairs that do meet are computed, one slab of products after the other (see
+`topk_ortho.backends.coactivation`), so the selection needs no guess and takes one pass. With L0 active features in each
+of M samples there are M L0 (L0 - 1) / 2 products.
+
+Besides the functions of every backend, which take a dense x and list pairs of cosine 0 like the others, this one has
+functions of `Coordinates`, which do not list them.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from topk_ortho.backends import tiled, triton
+from topk_ortho.backends.base import EPS, Backend, Precision, Query, RowMax, Selection
+from topk_ortho.backends.coactivation import Grouped, Sums, slabs
+from topk_ortho.backends.entries import Coordinates, Entries, coordinates_of_dense, entries_of, sum_by
+from topk_ortho.backends.norms import inverse_norms
+from topk_ortho.selection import Moments, Survivors, floor_of, n_pairs, next_state, similarity_of
+
+# The cost model of `is_cheaper`, in multiply-adds of the dense route for each thread, which shares those out and not
+# these. Measured by `python -m bench.sparse`, see bench/results/sparse.json.
+_PER_PRODUCT, _PER_CELL, _PER_CALL = 2000, 1, 1e8
+_SAMPLED_ROWS = 64
+
+
+class SparseSelection(NamedTuple):
+    """As `Selection`, of a sparse x: pairs of cosine 0 are counted and not listed."""
+
+    values: Tensor
+    """[size] signed cosines, none 0 but for the padding"""
+    rows: Tensor
+    """int64 [size]"""
+    cols: Tensor
+    """int64 [size], rows < cols"""
+    n_listed: Tensor
+    """int64 [], how many of them are pairs and not padding"""
+    n_selected: Tensor
+    """int64 [], how many pairs are selected, those of cosine 0 among them"""
+    threshold: Tensor
+    tau: Tensor
+    norms: Tensor
+    state: Tensor
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """None on the CPU; elsewhere it is made of the kernels of "triton"."""
+    return None if device.type == "cpu" else triton.unavailable_reason(device)
+
+
+def is_cheaper(x: Tensor) -> bool:
+    """Whether this backend is expected to take less time for a dense x [M, N] on a CPU than "tiled".
+
+    ::
+
+        tiled    M N**2 / 2 multiply-adds
+        sparse   a * products + b * M N (to find the non-zeros) + c (a call's overhead), in multiply-adds
+
+    Products are counted in a sample of the rows.
+    """
+    n_rows, n_features = x.shape
+    affordable = n_rows * n_features**2 / 2 / torch.get_num_threads()
+    affordable -= _PER_CALL + _PER_CELL * n_rows * n_features
+    if affordable <= 0:
+        return False
+    n_active = torch.count_nonzero(x[:: max(1, n_rows // _SAMPLED_ROWS)], dim=1).double()
+    n_products = n_rows * (n_active * (n_active - 1) / 2).mean().item()
+    return _PER_PRODUCT * n_products < affordable
+
+
+def select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
+    """Pairs that meet, then, if the definition selects more, pairs of cosine 0 in (row, col) order."""
+    n_features = x.shape[1]
+    found = _find(entries_of(coordinates_of_dense(x)), query, state)
+    n_zeros = found.n_selected - found.pairs.numel()
+    index = torch.cat([found.pairs, _first_others(found.pairs, n_zeros, n_features)])
+    padding = (0, query.k - found.n_selected)
+    rows = index.div(n_features, rounding_mode="floor")
+    return Selection(
+        values=pad(found.values, (0, query.k - found.pairs.numel())),
+        rows=pad(rows, padding),
+        cols=pad(index - rows * n_features, padding),
+        n_selected=torch.tensor(found.n_selected, device=x.device),
+        threshold=found.threshold,
+        tau=found.tau,
+        norms=found.norms,
+        state=found.state,
+    )
+
+
+def row_max(x: Tensor, chunks: tuple[Tensor, ...] | None, precision: Precision) -> RowMax:
+    """Maxima over the pairs that meet, and 0 for a column that has no positive one and does not meet all others."""
+    return sparse_row_max(coordinates_of_dense(x), chunks)
+
+
+def pair_gradient(
+    x: Tensor, norms: Tensor, rows: Tensor, cols: Tensor, values: Tensor, grad_rows: Tensor, grad_cols: Tensor
+) -> Tensor:
+    """As the dense backend of the device has it: zeros of x get gradient too, so it is dense like x."""
+    dense: Backend = tiled if x.device.type == "cpu" else triton
+    return dense.pair_gradient(x, norms, rows, cols, values, grad_rows, grad_cols)
+
+
+def structural_gradient(x: Tensor, rows: Tensor, cols: Tensor, grad_rows: Tensor, grad_cols: Tensor) -> Tensor:
+    """`pair_gradient` where x is not 0, and 0 elsewhere."""
+    coordinates = coordinates_of_dense(x)
+    grad = torch.zeros_like(x)
+    grad[coordinates.samples, coordinates.features] = sparse_pair_gradient(
+        coordinates, rows, cols, grad_rows, grad_cols
+    )
+    return grad
+
+
+def select_sparse_pairs(x: Coordinates, size: int, query: Query, state: Tensor | None) -> SparseSelection:
+    """Select as everywhere, list up to `size` of the pairs whose cosine is not 0; there must not be more selected."""
+    found = _find(entries_of(x), query, state)
+    n_listed = found.pairs.numel()
+    padding = (0, size - n_listed)
+    rows = found.pairs.div(x.n_features, rounding_mode="floor")
+    device = x.values.device
+    return SparseSelection(
+        values=pad(found.values, padding),
+        rows=pad(rows, padding),
+        cols=pad(found.pairs - rows * x.n_features, padding),
+        n_listed=torch.tensor(n_listed, device=device),
+        n_selected=torch.tensor(found.n_selected, device=device),
+        threshold=found.threshold,
+        tau=found.tau,
+        norms=found.norms,
+        state=found.state,
+    )
+
+
+def sparse_row_max(x: Coordinates, chunks: tuple[Tensor, ...] | None) -> RowMax:
+    """As `row_max`. Features are numbered by chunk, so that only those of one chunk meet."""
+    entries = entries_of(x)
+    device = x.values.device
+    chunks = chunks or (torch.arange(x.n_features, device=device),)
+    members = torch.cat([chunk.sort().values for chunk in chunks])
+    sizes = torch.tensor([chunk.numel() for chunk in chunks], device=device)
+    chunk = torch.repeat_interleave(sizes)
+    number = torch.empty_like(members)
+    number[members] = torch.arange(x.n_features, device=device)
+    numbers = number[entries.features]
+    groups, order = ((entries.samples * len(chunks) + chunk[numbers]) * x.n_features + numbers).sort()
+    grouped = entries.by_sample()._replace(
+        groups=groups.div(x.n_features, rounding_mode="floor"), members=numbers[order], values=entries.x_hat[order]
+    )
+    best = _Best(sizes.cumsum(0)[chunk] - sizes[chunk], sizes[chunk], entries.norms.dtype)
+    for slab in slabs(grouped):
+        pairs, values = _not_zero(slab.sums())
+        best.add(pairs.div(x.n_features, rounding_mode="floor"), pairs % x.n_features, values)
+    best_values, best_partners = best.with_zeros()
+    values, partners = torch.empty_like(best_values), torch.empty_like(best_partners)
+    values[members], partners[members] = best_values, members[best_partners]
+    return RowMax(values, partners, entries.norms)
+
+
+def sparse_pair_gradient(x: Coordinates, rows: Tensor, cols: Tensor, grad_rows: Tensor, grad_cols: Tensor) -> Tensor:
+    """Gradient in the values of x of sum_p weight_p * cosine_p, as `Backend.pair_gradient`; padding gets 0."""
+    entries = entries_of(x)
+    pairs, weights = _ordered_pairs(rows, cols, grad_rows, grad_cols, x.n_features)
+    is_needed = torch.zeros(x.n_features, dtype=torch.bool, device=pairs.device)
+    is_needed[pairs.div(x.n_features, rounding_mode="floor")] = True
+    is_needed[pairs % x.n_features] = True
+    needed = is_needed[entries.features].nonzero().squeeze(1)
+    grouped = entries.by_sample()
+    grouped = grouped._replace(
+        groups=grouped.groups[needed], members=grouped.members[needed], values=grouped.values[needed]
+    )
+    gathered = torch.zeros(needed.numel(), dtype=torch.float64, device=pairs.device)
+    for slab in slabs(grouped):
+        bounds = torch.tensor([slab.first_member, slab.last_member + 1], device=pairs.device) * x.n_features
+        first, stop = torch.searchsorted(pairs, bounds).tolist()
+        if first == stop:
+            continue
+        sums = slab.sums()
+        place = torch.searchsorted(sums.pairs, pairs[first:stop]).clamp_max_(sums.pairs.numel() - 1)
+        meets = sums.pairs[place] == pairs[first:stop]
+        of_rows, of_cols = weights.new_zeros(2, sums.pairs.numel())
+        of_rows[place[meets]], of_cols[place[meets]] = weights[:, first:stop][:, meets]
+        sums.spread(of_rows, of_cols, gathered)
+    grad = torch.zeros_like(entries.x_hat, dtype=torch.float64)
+    grad[needed] = gathered
+    return _to_values(x, entries, grad)
+
+
+def sum_of_squares(x: Coordinates) -> Tensor:
+    """Sum of cosine**2 over all pairs, [] in the accumulation dtype.
+
+    With the gram of the samples, G = x_hat @ x_hat.T, it is (||G||_F**2 - sum_j gram[j, j]**2) / 2: samples that share
+    features take the place of features that share samples, whichever makes fewer products.
+    """
+    entries = entries_of(x)
+    grouped, is_turned = _cheaper(entries)
+    total = torch.zeros((), dtype=torch.float64, device=x.values.device)
+    for slab in slabs(grouped):
+        total += slab.sums().sums.double().square().sum()
+    if is_turned:
+        samples, features = _diagonals(entries)
+        total += (samples.square().sum() - features.square().sum()) / 2
+    return total.to(entries.norms.dtype)
+
+
+def sum_of_squares_gradient(x: Coordinates) -> Tensor:
+    """Gradient of `sum_of_squares` in the values of x."""
+    entries = entries_of(x)
+    grouped, is_turned = _cheaper(entries)
+    grad = torch.zeros(grouped.groups.numel(), dtype=torch.float64, device=x.values.device)
+    for slab in slabs(grouped):
+        sums = slab.sums()
+        weights = 2 * sums.sums
+        sums.spread(weights, weights, grad)
+    if is_turned:
+        _, order = entries.by_feature()
+        grad = torch.empty_like(grad).index_put_((order,), grad)
+        samples, features = _diagonals(entries)
+        grad += 2 * entries.x_hat.double() * (samples[entries.samples] - features[entries.features])
+    return _to_values(x, entries, grad)
+
+
+class _Found(NamedTuple):
+    """Selected pairs that meet, and what else a selection says."""
+
+    values: Tensor
+    pairs: Tensor
+    """int64, row * N + col"""
+    n_selected: int
+    """More than are listed if pairs of cosine 0 are selected"""
+    threshold: Tensor
+    tau: Tensor
+    norms: Tensor
+    state: Tensor
+
+
+def _find(entries: Entries, query: Query, state: Tensor | None) -> _Found:
+    survivors, moments = Survivors(query, floor_of(query)), Moments()
+    survivors.add(entries.x_hat.new_empty(0), entries.features.new_empty(0))
+    n_meeting = 0
+    for slab in slabs(entries.by_sample()):
+        index, values = _not_zero(slab.sums())
+        n_meeting += index.numel()
+        if query.n_std is not None:
+            _add_moments(moments, values)
+        survivors.add(values, index)
+
+    n_apart = n_pairs(entries.n_features) - n_meeting
+    tau, floor = query.tau, floor_of(query)
+    if query.n_std is not None:
+        moments.add_zeros(n_apart)
+        tau = moments.adaptive_tau(query.n_std)
+        floor = floor_of(query, tau)
+    values, index = survivors.first(2 * query.k)
+    similarity = similarity_of(values, query.similarity)
+    n_listed = min(query.k, int((similarity > floor).sum()))
+    n_selected = min(query.k, n_listed + (n_apart if floor < 0 else 0))
+    return _Found(
+        values=values[:n_listed],
+        pairs=index[:n_listed],
+        n_selected=n_selected,
+        threshold=similarity[query.k - 1].clone() if n_listed == query.k else values.new_tensor(max(floor, 0.0)),
+        tau=values.new_tensor(-1.0 if tau is None else tau),
+        norms=entries.norms,
+        state=entries.norms.new_empty(0) if state is None else next_state(state, similarity, query.k, n_passes=1),
+    )
+
+
+def _not_zero(sums: Sums) -> tuple[Tensor, Tensor]:
+    """Pairs whose cosine is not 0, and it; products may cancel."""
+    is_not_zero = sums.sums != 0
+    return sums.pairs[is_not_zero], sums.sums[is_not_zero].clamp_(-1, 1)
+
+
+def _add_moments(moments: Moments, values: Tensor) -> None:
+    magnitude = values.double().abs().unsqueeze(0)
+    if moments.count == 0 and values.numel():
+        moments.mean = magnitude.mean().item()
+    if values.numel():
+        moments.add(magnitude - moments.mean, values.numel())
+
+
+def _first_others(index: Tensor, count: int, n_features: int) -> Tensor:
+    """The first `count` pairs in (row, col) order, as row * N + col, that are not in `index`."""
+    rows = torch.arange(n_features, device=index.device)
+    first_of_row = rows * (2 * n_features - rows - 1) // 2  # pairs are numbered in that order
+    row, col = index.div(n_features, rounding_mode="floor"), index % n_features
+    taken = (first_of_row[row] + col - row - 1).sort().values
+    n_free_before = taken - torch.arange(taken.numel(), device=index.device)
+    others = torch.arange(count, device=index.device)
+    others += torch.searchsorted(n_free_before, others, right=True)
+    row = torch.searchsorted(first_of_row, others, right=True) - 1
+    return row * n_features + others - first_of_row[row] + row + 1
+
+
+class _Best:
+    """Running maximum of each feature over the pairs that meet, added slab by slab, in ascending order of rows.
+
+    Features are numbered such that those of a chunk follow each other.
+    """
+
+    def __init__(self, chunk_starts: Tensor, chunk_sizes: Tensor, dtype: torch.dtype):
+        self._chunk_starts = chunk_starts
+        self._chunk_sizes = chunk_sizes
+        self._values = torch.full_like(chunk_starts, -torch.inf, dtype=dtype)
+        self._partners = torch.zeros_like(chunk_starts)
+        self._n_leading = torch.zeros_like(chunk_starts)
+        """The first so many others of the chunk all meet the feature."""
+
+    def add(self, rows: Tensor, cols: Tensor, values: Tensor) -> None:
+        """Pairs ordered by (row, col); the partners of a feature come in ascending order, those below it first."""
+        by_col = cols.argsort(stable=True)
+        self._add(cols[by_col], rows[by_col], values[by_col])
+        self._add(rows, cols, values)
+
+    def _add(self, features: Tensor, partners: Tensor, values: Tensor) -> None:
+        owners, run, lengths = features.unique_consecutive(return_inverse=True, return_counts=True)
+        places = torch.arange(features.numel(), device=features.device)
+        highest = torch.segment_reduce(values, "max", lengths=lengths)
+        place = torch.where(values == highest[run], places, places.numel())
+        lowest_place = torch.full_like(owners, places.numel()).scatter_reduce_(0, run, place, "amin")
+        improved = highest > self._values[owners]
+        self._values[owners[improved]] = highest[improved]
+        self._partners[owners[improved]] = partners[lowest_place[improved]]
+
+        rank = partners - self._chunk_starts[features] - (partners > features).long()  # among the others of its chunk
+        in_run = places - (lengths.cumsum(0) - lengths)[run]
+        is_leading = rank == self._n_leading[features] + in_run
+        self._n_leading.index_add_(0, features, is_leading.long())
+
+    def with_zeros(self) -> tuple[Tensor, Tensor]:
+        """(values, partners): 0 and the first that is not met, where that is better."""
+        numbers = torch.arange(self._values.numel(), device=self._values.device)
+        meets_all = self._n_leading == self._chunk_sizes - 1
+        is_zero = (self._values < 0) & ~meets_all
+        first_apart = self._chunk_starts + self._n_leading
+        first_apart += first_apart >= numbers
+        return torch.where(is_zero, 0.0, self._values), torch.where(is_zero, first_apart, self._partners)
+
+
+def _ordered_pairs(
+    rows: Tensor, cols: Tensor, grad_rows: Tensor, grad_cols: Tensor, n_features: int
+) -> tuple[Tensor, Tensor]:
+    """Pairs, lower feature first, each once, ascending, that have a weight; and both weights [2, p], float64."""
+    is_weighted = ((grad_rows != 0) | (grad_cols != 0)).nonzero().squeeze(1)
+    rows, cols = rows[is_weighted], cols[is_weighted]
+    weights = torch.stack([grad_rows[is_weighted], grad_cols[is_weighted]]).double()
+    weights = torch.where(rows < cols, weights, weights.flip(0))
+    keys = torch.minimum(rows, cols) * n_features + torch.maximum(rows, cols)
+    pairs, place = keys.unique(return_inverse=True)
+    return pairs, torch.stack([sum_by(place, weight, pairs.numel()) for weight in weights])
+
+
+def _cheaper(entries: Entries) -> tuple[Grouped, bool]:
+    """Features that meet in samples, or samples that meet in features (then True): what makes fewer products."""
+    by_sample, (by_feature, _) = entries.by_sample(), entries.by_feature()
+    is_turned = by_feature.n_products() < by_sample.n_products()
+    return (by_feature if is_turned else by_sample), is_turned
+
+
+def _diagonals(entries: Entries) -> tuple[Tensor, Tensor]:
+    """Diagonals of x_hat @ x_hat.T and of x_hat.T @ x_hat, float64 [n_samples] and [N]."""
+    squares = entries.x_hat.double().square()
+    of_samples = sum_by(entries.samples, squares, entries.n_samples)
+    return of_samples, sum_by(entries.features, squares, entries.n_features)
+
+
+def _to_values(x: Coordinates, entries: Entries, grad_x_hat: Tensor) -> Tensor:
+    """Jacobian of the normalisation, and back to the order of the coordinates."""
+    inner = sum_by(entries.features, grad_x_hat * entries.x_hat, entries.n_features)
+    inner *= entries.norms > EPS
+    inverse = inverse_norms(entries.norms.double())
+    features = entries.features
+    grad = torch.zeros_like(x.values)
+    grad[entries.positions] = ((grad_x_hat - entries.x_hat * inner[features]) * inverse[features]).to(grad.dtype)
+    return grad

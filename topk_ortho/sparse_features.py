@@ -1,0 +1,115 @@
+"""Features that are mostly 0, as indices and values, and what torch's sparse layouts have in common with them."""
+
+from typing import NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+
+from topk_ortho.backends.entries import Coordinates
+
+
+class SparseFeatures(NamedTuple):
+    """The active features of each row of x [B, n_features], as a TopK SAE has them; all others are 0.
+
+    Taken as x by `topk_pairs`, `topk_ortho_loss` and `max_cosine_loss`, whose cost then follows B K**2 and not
+    ``n_features``. No feature may be named twice in a row.
+
+    Parameters
+    ----------
+    indices : Tensor, shape [B, K], int32 or int64
+        Features in [0, n_features), in any order.
+    values : Tensor, shape [B, K], float16, bfloat16, float32 or float64
+        Their activations; gradients go here. An entry whose value is 0 is padding: its index is not looked at, and its
+        gradient is 0.
+    n_features : int
+        N.
+
+    Examples
+    --------
+    >>> x = SparseFeatures(torch.tensor([[0, 2], [1, 2]]), torch.tensor([[1.0, 2.0], [1.0, 1.0]]), n_features=3)
+    >>> topk_pairs(x, k=3).values  # the pair (0, 1) never meets and is not listed
+    tensor([0.8944, 0.4472])
+    """
+
+    indices: Tensor
+    values: Tensor
+    n_features: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """[B, n_features], as of the matrix."""
+        return torch.Size((self.values.shape[0], self.n_features))
+
+    @property
+    def device(self) -> torch.device:
+        """Where indices and values are."""
+        return self.values.device
+
+    @classmethod
+    def from_dense(cls, x: Tensor) -> "SparseFeatures":
+        """The entries of a dense x that are not 0.
+
+        Parameters
+        ----------
+        x : Tensor, shape [B, N]
+            Features in columns.
+
+        Returns
+        -------
+        SparseFeatures
+            With K the largest number of non-zeros of a row; values are differentiable in x.
+
+        Examples
+        --------
+        >>> SparseFeatures.from_dense(torch.tensor([[0.0, 3.0], [0.0, 0.0]]))
+        SparseFeatures(indices=tensor([[1],
+                [0]]), values=tensor([[3.],
+                [0.]]), n_features=2)
+        """
+        is_active = x != 0
+        most = int(is_active.sum(dim=1).max()) if x.shape[0] else 0
+        indices = is_active.byte().argsort(dim=1, descending=True, stable=True)[:, :most].contiguous()
+        return cls(indices, x.gather(1, indices), x.shape[1])
+
+    def to_dense(self) -> Tensor:
+        """The matrix.
+
+        Returns
+        -------
+        Tensor, shape [B, n_features]
+            In the dtype of the values, differentiable in them.
+
+        Examples
+        --------
+        >>> SparseFeatures(torch.tensor([[2, 0]]), torch.tensor([[5.0, 0.0]]), n_features=4).to_dense()
+        tensor([[0., 0., 5., 0.]])
+        """
+        indices = torch.where(self.values != 0, self.indices.long(), 0)
+        dense = self.values.new_zeros(self.values.shape[0], self.n_features)
+        return dense.scatter_add(1, indices, self.values)
+
+
+def is_dense(x: SparseFeatures | Tensor) -> TypeGuard[Tensor]:
+    """Whether x is a matrix that names all its entries."""
+    return isinstance(x, Tensor) and x.layout == torch.strided
+
+
+def coordinates_of(x: SparseFeatures | Tensor) -> tuple[Coordinates, int]:
+    """Coordinates of a sparse x, their values differentiable in those of x; and a bound on the pairs that meet.
+
+    The bound is the number of products: one for every two features of a row.
+    """
+    if isinstance(x, SparseFeatures):
+        n_rows, n_active = x.indices.shape
+        rows = torch.arange(n_rows, device=x.device).repeat_interleave(n_active)
+        coordinates = Coordinates(rows, x.indices.long().flatten(), x.values.flatten(), n_rows, int(x.n_features))
+        return coordinates, n_rows * (n_active * (n_active - 1) // 2)
+    if x.layout == torch.sparse_coo:
+        x = x.coalesce()
+        rows, features = x.indices()
+    else:
+        rows = torch.repeat_interleave(x.crow_indices().long().diff())
+        features = x.col_indices().long()
+    n_active_of_rows = torch.bincount(rows)
+    n_products = int((n_active_of_rows * (n_active_of_rows - 1) // 2).sum())
+    return Coordinates(rows, features, x.values(), *x.shape), n_products
