@@ -44,6 +44,7 @@ from triton.runtime.jit import JITFunction
 import topk_ortho.kernels
 from topk_ortho.kernels import search as searches
 from topk_ortho.kernels import tiles
+from topk_ortho.kernels.coactivation import coactivation_products, coactivation_spread, coactivation_sums
 from topk_ortho.kernels.gram_histogram import gram_histogram, gram_row_ties
 from topk_ortho.kernels.gram_row_max import gram_row_max
 from topk_ortho.kernels.gram_sample import gram_sample
@@ -55,6 +56,8 @@ from topk_ortho.kernels.round_columns import round_columns
 
 MAIN_LOOP_KERNELS = {"gram_select", "gram_histogram", "gram_row_ties", "gram_row_max"}
 """Those over gram tiles: where the time goes."""
+SPARSE_KERNELS = {"coactivation_products", "coactivation_sums", "coactivation_spread"}
+"""Those over the products of sparse features."""
 _PERSISTENT_KERNELS = MAIN_LOOP_KERNELS | {"rescore"}
 
 _M, _N, _CAPACITY = 4096, 65536, 3_286_826  # a capacity that 16 does not divide, as most
@@ -240,7 +243,7 @@ def violations(records: Iterable[Record], kernels: Iterable[str]) -> list[str]:
     """What is promised and not kept, a line each.
 
     - Every kernel has a record for every architecture.
-    - Kernels over gram tiles have no stack and do not spill.
+    - Kernels over gram tiles and over sparse features have no stack and do not spill.
     - Kinds "half" and "tf32" use the matrix unit.
     - A program has no more shared memory and registers than allowed.
     - The programs of a persistent launch that a multiprocessor is meant to hold at once fit on it.
@@ -255,7 +258,7 @@ def violations(records: Iterable[Record], kernels: Iterable[str]) -> list[str]:
     ]
     for record in records:
         limits = ARCHITECTURES[record.architecture]
-        if record.kernel in MAIN_LOOP_KERNELS and (record.stack_bytes > 0 or record.n_spills > 0):
+        if record.kernel in MAIN_LOOP_KERNELS | SPARSE_KERNELS and (record.stack_bytes > 0 or record.n_spills > 0):
             found.append(f"{record.name} has {record.stack_bytes} bytes of stack, {record.n_spills} spills")
         is_found = any(name.startswith(limits.matrix_instruction) for name in record.matrix_instructions)
         if record.kind in ("half", "tf32") and not is_found:
@@ -291,7 +294,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @functools.cache
 def _variants() -> list[_Variant]:
     """One launch each."""
-    return [*_gram_variants(), *_other_variants()]
+    return [*_gram_variants(), *_other_variants(), *_sparse_variants()]
 
 
 def _gram_variants() -> Iterator[_Variant]:
@@ -356,6 +359,19 @@ def _other_variants() -> Iterator[_Variant]:
         yield _Variant(f"{bits} bits from {shift}", bind(searches.next_digit, search, shift, bits, k, _CAPACITY))
     yield _Variant("", bind(searches.tie_row, search, k))
     yield _Variant("", bind(searches.next_state, search, state, values, count, k, (0.1, 0.01, 0.4)))
+
+
+def _sparse_variants() -> Iterator[_Variant]:
+    """2**18 entries of which every one meets 32 others that follow it, in float32 and float64."""
+    n_entries, n_products = 2**18, 2**23
+    places, starts = _empty(n_entries, dtype=torch.int64), _empty(n_entries + 1, dtype=torch.int64)
+    keys, out = _empty(n_products, dtype=torch.int64), _empty(n_entries, dtype=torch.float64)
+    bind = functools.partial
+    for dtype, label in ((torch.float32, "fp32"), (torch.float64, "fp64")):
+        values, products = _empty(n_entries, dtype=dtype), _empty(n_products, dtype=dtype)
+        yield _Variant(label, bind(coactivation_products, places, starts, places, values, _N, keys, products))
+        yield _Variant(label, bind(coactivation_sums, keys, products, products))
+        yield _Variant(label, bind(coactivation_spread, places, products, products, places, places, values, out))
 
 
 @functools.cache

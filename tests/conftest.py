@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests.on_device import OnDevice
-from topk_ortho.backends import registry, tiled, triton
+from topk_ortho.backends import coactivation, registry, sparse, tiled, triton
 from topk_ortho.kernels import tiles
 
 _COMMON = {
@@ -71,19 +71,36 @@ def _triton(*, block: int, smallest_screened: int) -> _Case:
     return _Case("triton", prepare)
 
 
+def _sparse(*, slab: int, on_kernels: bool) -> _Case:
+    def prepare(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(coactivation, "_GPU_SLAB" if on_kernels else "_CPU_SLAB", slab)
+        if on_kernels and tiles.INTERPRETED:
+            patch.setattr(coactivation, "_KERNEL_DEVICES", ("cpu",))
+        elif on_kernels:
+            patch.setitem(registry.BACKENDS, "sparse", OnDevice(sparse, "cuda"))
+
+    return _Case("sparse", prepare)
+
+
 BACKEND_CASES = {
     "naive": _Case("naive", lambda patch: None),
     "tiled_16x32": _tiled(16, 32),
     "tiled_11x15": _tiled(11, 15),
     "triton": _triton(block=32, smallest_screened=2**30),
     "triton_screened": _triton(block=64, smallest_screened=2),
+    "sparse": _sparse(slab=300, on_kernels=False),
+    "sparse_kernels": _sparse(slab=2000, on_kernels=True),
 }
-"""Where a new backend is added. Triton runs in the interpreter, or on a GPU where there is one."""
+"""Where a new backend is added. Kernels run in the interpreter, or on a GPU where there is one."""
+_WITH_KERNELS = ("triton", "triton_screened", "sparse_kernels")
+# The interpreter takes a millisecond for each program of a launch, and there is one for each non-zero: the suite goes
+# through these kernels on a GPU, tests/backends/test_sparse.py always.
+_SUITE = [name for name in BACKEND_CASES if name != "sparse_kernels" or not tiles.INTERPRETED]
 
 
 def _parameters(*names: str) -> list[object]:
     on_gpu = [] if tiles.INTERPRETED else [pytest.mark.gpu]
-    return [pytest.param(name, marks=on_gpu if BACKEND_CASES[name].backend == "triton" else []) for name in names]
+    return [pytest.param(name, marks=on_gpu if name in _WITH_KERNELS else []) for name in names]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -99,13 +116,13 @@ def use_case(name: str, patch: pytest.MonkeyPatch) -> str:
     return case.backend
 
 
-@pytest.fixture(params=_parameters(*BACKEND_CASES))
+@pytest.fixture(params=_parameters(*_SUITE))
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of each backend, and of each way to cut its work."""
     return use_case(request.param, monkeypatch)
 
 
-@pytest.fixture(params=_parameters("naive", "tiled_11x15", "triton"))
+@pytest.fixture(params=_parameters("naive", "tiled_11x15", "triton", "sparse"))
 def small_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """One case for each backend, where the cut of the work is not the point."""
     return use_case(request.param, monkeypatch)

@@ -118,7 +118,7 @@ def topk_pairs(
         n_listed = None if tau is None and similarity == "abs" else selection.n_selected
     else:
         coordinates, n_pairs_that_meet = coordinates_of(x)
-        selection = _select_sparse(coordinates, n_pairs_that_meet, question, state)
+        selection = _select_sparse(coordinates, n_pairs_that_meet, question, is_ordered=True)
         n_listed = selection.n_listed
     rows, cols, values = selection.rows, selection.cols, selection.values
     if n_listed is not None:
@@ -198,10 +198,10 @@ def topk_ortho_loss(
     else:
         coordinates, n_pairs_that_meet = coordinates_of(x)
         is_every_pair = question.tau is None and question.n_std is None and similarity == "abs" and priority is None
-        if is_every_pair and state is None and n_pairs_that_meet <= question.k:  # all that are not 0 are selected
+        if is_every_pair and n_pairs_that_meet <= question.k:  # all that are not 0 are selected
             total: Tensor = sparse_ops.sum_of_squares(*coordinates)
             return total / question.k if reduction == "mean" else total
-        selection = _select_sparse(coordinates, n_pairs_that_meet, question, state)
+        selection = _select_sparse(coordinates, n_pairs_that_meet, question, is_ordered=False)
     loss = selection.values.square().sum()  # padding is 0
     return loss / selection.n_selected.clamp_min(1) if reduction == "mean" else loss
 
@@ -318,12 +318,7 @@ def _select_dense(x: Tensor, question: _Question, state: Tensor | None, structur
     return selection
 
 
-def _select_sparse(
-    x: Coordinates, n_pairs_that_meet: int, question: _Question, state: Tensor | None
-) -> SparseSelection:
+def _select_sparse(x: Coordinates, n_pairs_that_meet: int, question: _Question, *, is_ordered: bool) -> SparseSelection:
     k, tau, n_std, similarity, _, _, priority = question
     size = min(k, n_pairs_that_meet)
-    selection = SparseSelection(*sparse_ops.select_sparse_pairs(*x, size, k, tau, n_std, similarity, priority, state))
-    if state is not None:
-        state.copy_(selection.state)
-    return selection
+    return SparseSelection(*sparse_ops.select_sparse_pairs(*x, size, k, tau, n_std, similarity, priority, is_ordered))

@@ -41,16 +41,28 @@ def similarity_of(values: Tensor, similarity: Similarity) -> Tensor:
 
 def first_of(values: Tensor, index: Tensor, similarity: Similarity, count: int) -> tuple[Tensor, Tensor]:
     """The first `count` records of the total order, in it."""
-    if index.numel() > 2 * count:  # drop most records without sorting them
-        score = similarity_of(values, similarity)
-        kept = score >= score.topk(count, sorted=False).values.min()
-        values, index = values[kept], index[kept]
+    values, index = first_set(values, index, similarity, count)
     if not (index[1:] > index[:-1]).all():
         by_index = index.argsort()
         values, index = values[by_index], index[by_index]
     rank = _integers_in_order(similarity_of(values, similarity))
-    order = rank.bitwise_not().argsort(stable=True)[:count]  # ~rank descends and cannot overflow
+    order = rank.bitwise_not().argsort(stable=True)  # ~rank descends and cannot overflow
     return values[order], index[order]
+
+
+def first_set(values: Tensor, index: Tensor, similarity: Similarity, count: int) -> tuple[Tensor, Tensor]:
+    """The same records in the order in which they came; nothing is sorted but ties at the end."""
+    if index.numel() <= count:
+        return values, index
+    score = similarity_of(values, similarity)
+    least = score.topk(count, sorted=False).values.min()
+    is_first = score > least
+    n_ties = count - int(is_first.sum())
+    ties = (score == least).nonzero().squeeze(1)
+    if ties.numel() > n_ties:
+        ties = ties[index[ties].argsort()[:n_ties]]
+    is_first[ties] = True
+    return values[is_first], index[is_first]
 
 
 def _integers_in_order(numbers: Tensor) -> Tensor:
@@ -204,11 +216,17 @@ class Survivors:
             self._raise_cut()
 
     def _raise_cut(self) -> None:
-        values, index = self.first(self.query.k)
-        self.cut = similarity_of(values[-1], self.query.similarity).item()
-        self.cut_index = int(index[-1])
+        values, index = self.first_set(self.query.k)
+        similarity = similarity_of(values, self.query.similarity)
+        lowest = similarity.min()
+        self.cut = lowest.item()
+        self.cut_index = int(index[similarity == lowest].max())
         self._values, self._index, self._n_records = [values], [index], index.numel()
 
     def first(self, count: int) -> tuple[Tensor, Tensor]:
         """Values and index of the first `count` records, in order."""
         return first_of(torch.cat(self._values), torch.cat(self._index), self.query.similarity, count)
+
+    def first_set(self, count: int) -> tuple[Tensor, Tensor]:
+        """The same in the order in which they were added."""
+        return first_set(torch.cat(self._values), torch.cat(self._index), self.query.similarity, count)

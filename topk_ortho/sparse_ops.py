@@ -32,12 +32,13 @@ def select_sparse_pairs(
     n_std: float | None,
     similarity: str,
     priority: Tensor | None,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    is_ordered: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `topk_ortho.backends.sparse.SparseSelection` for the outputs."""
     refuse_nan(priority)
     query = Query(k=k, tau=tau, n_std=n_std, similarity=similarity)  # type: ignore[arg-type]
-    return sparse.select_sparse_pairs(Coordinates(samples, features, values, n_samples, n_features), size, query, state)
+    x = Coordinates(samples, features, values, n_samples, n_features)
+    return sparse.select_sparse_pairs(x, size, query, is_ordered)
 
 
 @select_sparse_pairs.register_fake
@@ -53,15 +54,14 @@ def _(
     n_std: float | None,
     similarity: str,
     priority: Tensor | None,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    is_ordered: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(values)
     cosines, norms = values.new_empty(size, dtype=dtype), values.new_empty(n_features, dtype=dtype)
     rows, cols = (values.new_empty(size, dtype=torch.int64) for _ in range(2))
     n_listed, n_selected = (values.new_empty((), dtype=torch.int64) for _ in range(2))
     threshold, tau_used = cosines.new_empty(()), cosines.new_empty(())
-    next_state = norms.new_empty(0) if state is None else torch.empty_like(state)
-    return cosines, rows, cols, n_listed, n_selected, threshold, tau_used, norms, next_state
+    return cosines, rows, cols, n_listed, n_selected, threshold, tau_used, norms
 
 
 @torch.library.custom_op("topk_ortho::sparse_row_max", mutates_args=(), tags=MAY_READ_ON_THE_HOST)
@@ -150,9 +150,9 @@ def _(samples: Tensor, features: Tensor, values: Tensor, n_samples: int, n_featu
 
 
 def _setup_select(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    samples, features, values, n_samples, n_features, *_, priority, _state = inputs
-    _cosines, rows, cols, _n_listed, _n_selected, threshold, tau, norms, state = output
-    ctx.mark_non_differentiable(threshold, tau, norms, state)
+    samples, features, values, n_samples, n_features, *_, priority, _is_ordered = inputs
+    _cosines, rows, cols, _n_listed, _n_selected, threshold, tau, norms = output
+    ctx.mark_non_differentiable(threshold, tau, norms)
     ctx.save_for_backward(samples, features, values, rows, cols, priority)
     ctx.shape = n_samples, n_features
 

@@ -14,6 +14,7 @@ import pytest
 from topk_ortho.kernels import compile_report
 from topk_ortho.kernels.compile_report import (
     MAIN_LOOP_KERNELS,
+    SPARSE_KERNELS,
     Record,
     max_programs,
     parse_amdgcn,
@@ -184,7 +185,7 @@ class TestGates:
         assert violations([record(a) for a in GOOD], ["gram_select"]) == []
         assert violations([record(architecture, kind="ieee", matrix_instructions={})], []) == []
 
-    @pytest.mark.parametrize("kernel", sorted(MAIN_LOOP_KERNELS))
+    @pytest.mark.parametrize("kernel", sorted(MAIN_LOOP_KERNELS | SPARSE_KERNELS))
     @pytest.mark.parametrize("fields", [{"stack_bytes": 8}, {"n_spills": 1}])
     def test_spill(self, kernel, fields):
         (line,) = violations([record(kernel=kernel, **fields)], [])
@@ -332,6 +333,17 @@ class TestWhatShips:
                     > 0
                 )
                 assert r["main_loop_instructions"] < 1000, name
+
+    @pytest.mark.parametrize("architecture", HARDWARE)
+    def test_sparse_kernels(self, report, architecture):
+        records = [r for r in report["records"] if r["architecture"] == architecture and r["kernel"] in SPARSE_KERNELS]
+        assert {(r["kernel"], r["variant"]) for r in records} == {
+            (f"coactivation_{step}", variant) for step in ("products", "sums", "spread") for variant in ("fp32", "fp64")
+        }
+        for r in records:
+            assert (r["stack_bytes"], r["n_spills"]) == (0, 0)
+            assert 0 < r["main_loop_instructions"] < 200
+            assert r["registers"] <= 64  # so that a multiprocessor holds many programs, which hide each other's waits
 
     @pytest.mark.parametrize("architecture", HARDWARE)
     def test_programs_fit(self, report, architecture):

@@ -117,21 +117,23 @@ class Sums(NamedTuple):
         The first member of a pair sees `first_weights` [p] times the value of the second, and the other way round.
         """
         groups, values = self.slab.grouped.groups, self.slab.grouped.values
-        first, second = values.new_empty(2, self.slab.n_products)
-        first[self.order] = first_weights.to(values.dtype)[self.runs]
-        second[self.order] = second_weights.to(values.dtype)[self.runs]
         entries, starts = self.slab.entries, self.slab.starts
         if self.slab._has_kernels:
-            first_product = torch.full_like(self.slab.grouped.members, -1)
+            weights = values.new_empty(2, self.slab.n_products)
+            for of_products, of_pairs in zip(weights, (first_weights, second_weights), strict=True):
+                of_products[self.order] = of_pairs.to(values.dtype)[self.runs]
+            first_product = torch.full_like(groups, -1)
             first_product[entries] = starts[:-1]
             begins, ends = (torch.searchsorted(groups, groups, right=right) for right in (False, True))
-            coactivation_spread(first_product, first, second, begins, ends, values, out)
+            coactivation_spread(first_product, *weights, begins, ends, values, out)
             return
+        is_weighted = (first_weights != 0) | (second_weights != 0)
+        chosen = is_weighted[self.runs].nonzero().squeeze(1)
+        products, runs = self.order[chosen], self.runs[chosen]
         places, partners = self.slab._partners()
-        weighted = ((first != 0) | (second != 0)).nonzero().squeeze(1)
-        entry, partner = entries[places[weighted]], partners[weighted]
-        out.index_add_(0, entry, first[weighted].double().mul_(values[partner]))
-        out.index_add_(0, partner, second[weighted].double().mul_(values[entry]))
+        entry, partner = entries[places[products]], partners[products]
+        out.index_add_(0, entry, first_weights.double()[runs].mul_(values[partner]))
+        out.index_add_(0, partner, second_weights.double()[runs].mul_(values[entry]))
 
 
 def slabs(grouped: Grouped) -> Iterator[Slab]:

@@ -21,7 +21,7 @@ from topk_ortho.backends.base import EPS, Backend, Precision, Query, RowMax, Sel
 from topk_ortho.backends.coactivation import Grouped, Sums, slabs
 from topk_ortho.backends.entries import Coordinates, Entries, coordinates_of_dense, entries_of, sum_by
 from topk_ortho.backends.norms import inverse_norms
-from topk_ortho.selection import Moments, Survivors, floor_of, n_pairs, next_state, similarity_of
+from topk_ortho.selection import Moments, Survivors, first_of, floor_of, n_pairs, next_state, similarity_of
 
 # The cost model of `is_cheaper`, in multiply-adds of the dense route for each thread, which shares those out and not
 # these. Measured by `python -m bench.sparse`, see bench/results/sparse.json.
@@ -30,7 +30,7 @@ _SAMPLED_ROWS = 64
 
 
 class SparseSelection(NamedTuple):
-    """As `Selection`, of a sparse x: pairs of cosine 0 are counted and not listed."""
+    """As `Selection`, of a sparse x: pairs of cosine 0 are counted and not listed, and there is no state."""
 
     values: Tensor
     """[size] signed cosines, none 0 but for the padding"""
@@ -45,7 +45,6 @@ class SparseSelection(NamedTuple):
     threshold: Tensor
     tau: Tensor
     norms: Tensor
-    state: Tensor
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -76,20 +75,25 @@ def is_cheaper(x: Tensor) -> bool:
 def select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
     """Pairs that meet, then, if the definition selects more, pairs of cosine 0 in (row, col) order."""
     n_features = x.shape[1]
-    found = _find(entries_of(coordinates_of_dense(x)), query, state)
-    n_zeros = found.n_selected - found.pairs.numel()
-    index = torch.cat([found.pairs, _first_others(found.pairs, n_zeros, n_features)])
-    padding = (0, query.k - found.n_selected)
+    entries = entries_of(coordinates_of_dense(x))
+    found = _find(entries, query)
+    values, pairs = found.survivors.first(2 * query.k)
+    following = entries.norms.new_empty(0)
+    if state is not None:
+        following = next_state(state, similarity_of(values, query.similarity), query.k, n_passes=1)
+    values, pairs = found.above_floor(values[: query.k], pairs[: query.k])
+    n_selected = found.n_selected(pairs.numel())
+    index = torch.cat([pairs, _first_others(pairs, n_selected - pairs.numel(), n_features)])
     rows = index.div(n_features, rounding_mode="floor")
     return Selection(
-        values=pad(found.values, (0, query.k - found.pairs.numel())),
-        rows=pad(rows, padding),
-        cols=pad(index - rows * n_features, padding),
-        n_selected=torch.tensor(found.n_selected, device=x.device),
-        threshold=found.threshold,
-        tau=found.tau,
-        norms=found.norms,
-        state=found.state,
+        values=pad(values, (0, query.k - values.numel())),
+        rows=pad(rows, (0, query.k - n_selected)),
+        cols=pad(index - rows * n_features, (0, query.k - n_selected)),
+        n_selected=torch.tensor(n_selected, device=x.device),
+        threshold=found.threshold(values),
+        tau=values.new_tensor(-1.0 if found.tau is None else found.tau),
+        norms=entries.norms,
+        state=following,
     )
 
 
@@ -116,23 +120,28 @@ def structural_gradient(x: Tensor, rows: Tensor, cols: Tensor, grad_rows: Tensor
     return grad
 
 
-def select_sparse_pairs(x: Coordinates, size: int, query: Query, state: Tensor | None) -> SparseSelection:
-    """Select as everywhere, list up to `size` of the pairs whose cosine is not 0; there must not be more selected."""
-    found = _find(entries_of(x), query, state)
-    n_listed = found.pairs.numel()
-    padding = (0, size - n_listed)
-    rows = found.pairs.div(x.n_features, rounding_mode="floor")
+def select_sparse_pairs(x: Coordinates, size: int, query: Query, is_ordered: bool) -> SparseSelection:
+    """Select as everywhere, list up to `size` of the pairs whose cosine is not 0; there must not be more selected.
+
+    They are in the total order, or else, which takes less time, by (row, col).
+    """
+    entries = entries_of(x)
+    found = _find(entries, query)
+    values, pairs = found.above_floor(*found.survivors.first_set(query.k))
+    if is_ordered:
+        values, pairs = first_of(values, pairs, query.similarity, query.k)
+    n_listed = pairs.numel()
+    rows = pairs.div(x.n_features, rounding_mode="floor")
     device = x.values.device
     return SparseSelection(
-        values=pad(found.values, padding),
-        rows=pad(rows, padding),
-        cols=pad(found.pairs - rows * x.n_features, padding),
+        values=pad(values, (0, size - n_listed)),
+        rows=pad(rows, (0, size - n_listed)),
+        cols=pad(pairs - rows * x.n_features, (0, size - n_listed)),
         n_listed=torch.tensor(n_listed, device=device),
-        n_selected=torch.tensor(found.n_selected, device=device),
-        threshold=found.threshold,
-        tau=found.tau,
-        norms=found.norms,
-        state=found.state,
+        n_selected=torch.tensor(found.n_selected(n_listed), device=device),
+        threshold=found.threshold(values),
+        tau=values.new_tensor(-1.0 if found.tau is None else found.tau),
+        norms=entries.norms,
     )
 
 
@@ -165,14 +174,7 @@ def sparse_pair_gradient(x: Coordinates, rows: Tensor, cols: Tensor, grad_rows: 
     """Gradient in the values of x of sum_p weight_p * cosine_p, as `Backend.pair_gradient`; padding gets 0."""
     entries = entries_of(x)
     pairs, weights = _ordered_pairs(rows, cols, grad_rows, grad_cols, x.n_features)
-    is_needed = torch.zeros(x.n_features, dtype=torch.bool, device=pairs.device)
-    is_needed[pairs.div(x.n_features, rounding_mode="floor")] = True
-    is_needed[pairs % x.n_features] = True
-    needed = is_needed[entries.features].nonzero().squeeze(1)
-    grouped = entries.by_sample()
-    grouped = grouped._replace(
-        groups=grouped.groups[needed], members=grouped.members[needed], values=grouped.values[needed]
-    )
+    needed, grouped = _entries_of_pairs(entries, pairs)
     gathered = torch.zeros(needed.numel(), dtype=torch.float64, device=pairs.device)
     for slab in slabs(grouped):
         bounds = torch.tensor([slab.first_member, slab.last_member + 1], device=pairs.device) * x.n_features
@@ -225,49 +227,47 @@ def sum_of_squares_gradient(x: Coordinates) -> Tensor:
 
 
 class _Found(NamedTuple):
-    """Selected pairs that meet, and what else a selection says."""
+    """What one pass over the pairs that meet has found."""
 
-    values: Tensor
-    pairs: Tensor
-    """int64, row * N + col"""
-    n_selected: int
-    """More than are listed if pairs of cosine 0 are selected"""
-    threshold: Tensor
-    tau: Tensor
-    norms: Tensor
-    state: Tensor
+    query: Query
+    survivors: Survivors
+    """Of the pairs whose cosine is not 0, in (row, col) order"""
+    tau: float | None
+    floor: float
+    n_apart: int
+    """Pairs of cosine 0"""
+
+    def above_floor(self, values: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """Those that pass tau, which an adaptive one tells only at the end."""
+        passes = similarity_of(values, self.query.similarity) > self.floor
+        return values[passes], pairs[passes]
+
+    def n_selected(self, n_listed: int) -> int:
+        """Pairs that are selected with these, those of cosine 0 among them."""
+        return min(self.query.k, n_listed + (self.n_apart if self.floor < 0 else 0))
+
+    def threshold(self, values: Tensor) -> Tensor:
+        """The k-th similarity, if so many were selected, else the floor."""
+        if values.numel() == self.query.k:
+            return similarity_of(values, self.query.similarity).min()
+        return values.new_tensor(max(self.floor, 0.0))
 
 
-def _find(entries: Entries, query: Query, state: Tensor | None) -> _Found:
+def _find(entries: Entries, query: Query) -> _Found:
     survivors, moments = Survivors(query, floor_of(query)), Moments()
     survivors.add(entries.x_hat.new_empty(0), entries.features.new_empty(0))
-    n_meeting = 0
+    n_apart = n_pairs(entries.n_features)
     for slab in slabs(entries.by_sample()):
-        index, values = _not_zero(slab.sums())
-        n_meeting += index.numel()
+        pairs, values = _not_zero(slab.sums())
+        n_apart -= pairs.numel()
         if query.n_std is not None:
             _add_moments(moments, values)
-        survivors.add(values, index)
-
-    n_apart = n_pairs(entries.n_features) - n_meeting
-    tau, floor = query.tau, floor_of(query)
-    if query.n_std is not None:
-        moments.add_zeros(n_apart)
-        tau = moments.adaptive_tau(query.n_std)
-        floor = floor_of(query, tau)
-    values, index = survivors.first(2 * query.k)
-    similarity = similarity_of(values, query.similarity)
-    n_listed = min(query.k, int((similarity > floor).sum()))
-    n_selected = min(query.k, n_listed + (n_apart if floor < 0 else 0))
-    return _Found(
-        values=values[:n_listed],
-        pairs=index[:n_listed],
-        n_selected=n_selected,
-        threshold=similarity[query.k - 1].clone() if n_listed == query.k else values.new_tensor(max(floor, 0.0)),
-        tau=values.new_tensor(-1.0 if tau is None else tau),
-        norms=entries.norms,
-        state=entries.norms.new_empty(0) if state is None else next_state(state, similarity, query.k, n_passes=1),
-    )
+        survivors.add(values, pairs)
+    if query.n_std is None:
+        return _Found(query, survivors, query.tau, floor_of(query), n_apart)
+    moments.add_zeros(n_apart)
+    tau = moments.adaptive_tau(query.n_std)
+    return _Found(query, survivors, tau, floor_of(query, tau), n_apart)
 
 
 def _not_zero(sums: Sums) -> tuple[Tensor, Tensor]:
@@ -350,9 +350,25 @@ def _ordered_pairs(
     rows, cols = rows[is_weighted], cols[is_weighted]
     weights = torch.stack([grad_rows[is_weighted], grad_cols[is_weighted]]).double()
     weights = torch.where(rows < cols, weights, weights.flip(0))
-    keys = torch.minimum(rows, cols) * n_features + torch.maximum(rows, cols)
-    pairs, place = keys.unique(return_inverse=True)
-    return pairs, torch.stack([sum_by(place, weight, pairs.numel()) for weight in weights])
+    pairs = torch.minimum(rows, cols) * n_features + torch.maximum(rows, cols)
+    if (pairs[1:] > pairs[:-1]).all():
+        return pairs, weights
+    pairs, order = pairs.sort(stable=True)
+    weights = weights[:, order]
+    pairs, lengths = pairs.unique_consecutive(return_counts=True)
+    return pairs, torch.segment_reduce(weights, "sum", lengths=lengths.expand(2, -1), axis=1)
+
+
+def _entries_of_pairs(entries: Entries, pairs: Tensor) -> tuple[Tensor, Grouped]:
+    """Where entries are whose feature is in a pair, and they by sample; all, if the pairs are too many to look."""
+    if pairs.numel() > entries.features.numel():
+        return torch.arange(entries.features.numel(), device=pairs.device), entries.by_sample()
+    is_needed = torch.zeros(entries.n_features, dtype=torch.bool, device=pairs.device)
+    is_needed[pairs.div(entries.n_features, rounding_mode="floor")] = True
+    is_needed[pairs % entries.n_features] = True
+    needed = is_needed[entries.features].nonzero().squeeze(1)
+    grouped = Grouped(entries.samples[needed], entries.features[needed], entries.x_hat[needed], entries.n_features)
+    return needed, grouped
 
 
 def _cheaper(entries: Entries) -> tuple[Grouped, bool]:

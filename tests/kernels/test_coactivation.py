@@ -1,0 +1,173 @@
+"""Products, sums of runs and the way back, against plain loops over entries."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.kernels.arguments import DEVICE, numbers
+from topk_ortho.kernels.coactivation import (
+    _BLOCK_ENTRY,
+    _BLOCK_PRODUCT,
+    coactivation_products,
+    coactivation_spread,
+    coactivation_sums,
+)
+
+POISON = 12345
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+INT = torch.int64
+
+
+class Groups:
+    """Entries of groups of given sizes: members at random, values exact in float32 with their products."""
+
+    def __init__(self, sizes: list[int], n_members: int, seed: int = 0):
+        generator = np.random.default_rng(seed)
+        chosen = [np.sort(generator.choice(n_members, size, replace=False)) for size in sizes]
+        self.members = np.concatenate([*chosen, np.empty(0, dtype=np.int64)]).astype(np.int64)
+        self.values = generator.integers(-64, 65, len(self.members)) / 8
+        self.ends = np.repeat(np.cumsum(sizes), sizes)
+        self.begins = self.ends - np.repeat(sizes, sizes)
+        self.n_members = n_members
+
+    def products(self, entries: list[int]) -> list[tuple[int, int]]:
+        """(entry, one that follows it) in the order in which they are written."""
+        return [(i, j) for i in entries for j in range(i + 1, self.ends[i])]
+
+    def starts(self, entries: list[int]) -> list[int]:
+        """First product of each entry, and behind the last."""
+        return np.concatenate([[0], np.cumsum([self.ends[i] - i - 1 for i in entries])]).astype(int).tolist()
+
+
+SIZES = {
+    "one_group": [5],
+    "groups_of_one": [1, 1, 1],
+    "ragged": [3, 1, 7, 2],
+    "larger_than_a_block": [2 * _BLOCK_ENTRY + 3, 4],
+    "a_block_and_its_neighbours": [_BLOCK_ENTRY, _BLOCK_ENTRY + 1, _BLOCK_ENTRY + 2],
+}
+sizes_of_groups = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+
+
+class TestProducts:
+    def run(self, groups, entries, dtype):
+        n = len(groups.products(entries))
+        keys = torch.full((n + 2,), POISON, dtype=INT, device=DEVICE)
+        products = torch.full((n + 2,), float(POISON), dtype=dtype, device=DEVICE)
+        coactivation_products(
+            numbers(entries, INT), numbers(groups.starts(entries), INT), numbers(groups.members, INT),
+            numbers(groups.values, dtype), groups.n_members, keys[1:-1], products[1:-1],
+        )  # fmt: skip
+        for written in (keys, products):
+            assert written[[0, -1]].tolist() == [POISON] * 2, "written outside"
+        return keys[1:-1].cpu(), products[1:-1].cpu()
+
+    def check(self, groups, entries, dtype):
+        keys, products = self.run(groups, entries, dtype)
+        expected = groups.products(entries)
+        assert keys.tolist() == [
+            int(groups.members[i]) * groups.n_members + int(groups.members[j]) for i, j in expected
+        ]
+        assert products.tolist() == [groups.values[i] * groups.values[j] for i, j in expected]
+
+    @DTYPES
+    @sizes_of_groups
+    def test_all_entries(self, sizes, dtype):
+        groups = Groups(sizes, 300)
+        self.check(groups, list(range(sum(sizes))), dtype)
+
+    def test_some_entries_in_another_order(self):
+        self.check(Groups([3, 1, 7, 2], 20), [4, 11, 0, 3, 8, 9], torch.float32)
+
+    def test_keys_past_int32(self):
+        groups = Groups([4], 2**20)
+        keys, _ = self.run(groups, [0, 1, 2, 3], torch.float32)
+        assert keys.max() > 2**31
+        self.check(groups, [0, 1, 2, 3], torch.float32)
+
+
+class TestSums:
+    def run(self, keys, products, dtype):
+        n = len(keys)
+        # what lies around the runs has the keys of the first and the last
+        around = [keys[0], *keys, keys[-1]]
+        sums = torch.full((n + 2,), float(POISON), dtype=dtype, device=DEVICE)
+        coactivation_sums(numbers(around, INT)[1:-1], numbers([7.0, *products, 7.0], dtype)[1:-1], sums[1:-1])
+        assert sums[[0, -1]].tolist() == [POISON] * 2, "written outside"
+        return sums[1:-1].cpu().tolist()
+
+    @staticmethod
+    def expected(keys, products):
+        sums = [0.0] * len(keys)
+        for first in range(len(keys)):
+            if first == 0 or keys[first - 1] != keys[first]:
+                run = [p for k, p in zip(keys, products, strict=True) if k == keys[first]]
+                sums[first] = float(sum(run))
+        return sums
+
+    @DTYPES
+    @pytest.mark.parametrize(
+        "lengths",
+        [
+            [1],
+            [3],
+            [1, 2, 3, 1],
+            [1] * (_BLOCK_PRODUCT + 1),
+            [_BLOCK_PRODUCT],
+            [_BLOCK_PRODUCT - 1, 3],
+            [5, 3 * _BLOCK_PRODUCT, 2],
+        ],
+        ids=lambda lengths: f"{len(lengths)}_runs_of_{max(lengths)}",
+    )
+    def test_runs(self, lengths, dtype):
+        generator = np.random.default_rng(0)
+        keys = np.repeat(np.sort(generator.choice(2**41, len(lengths), replace=False)), lengths).tolist()
+        products = (generator.integers(-64, 65, len(keys)) / 8).tolist()
+        assert self.run(keys, products, dtype) == self.expected(keys, products)
+
+    def test_key_zero(self):
+        assert self.run([0, 0, 1], [0.5, 0.25, 2.0], torch.float32) == [0.75, 0.0, 2.0]
+
+    def test_sums_are_float64(self):
+        """Float32 would lose every 1 beside 2**24."""
+        assert self.run([3] * 4, [2.0**24, 1.0, 1.0, -(2.0**24)], torch.float32) == [2.0, 0, 0, 0]
+
+    @given(keys=st.lists(st.integers(0, 4), min_size=1, max_size=40).map(sorted))
+    def test_any_runs(self, keys):
+        products = [float(i % 7 - 3) for i in range(len(keys))]
+        assert self.run(keys, products, torch.float32) == self.expected(keys, products)
+
+
+class TestSpread:
+    def run(self, groups, entries, first_weights, second_weights, dtype):
+        """Products of `entries` alone have weights, as in a slab."""
+        n = len(groups.members)
+        first_product = np.full(n, -1)
+        first_product[entries] = groups.starts(entries)[:-1]
+        before = torch.arange(n, dtype=torch.float64) / 4
+        out = before.clone().to(DEVICE)
+        coactivation_spread(
+            numbers(first_product, INT), numbers(first_weights, dtype), numbers(second_weights, dtype),
+            numbers(groups.begins, INT), numbers(groups.ends, INT), numbers(groups.values, dtype), out,
+        )  # fmt: skip
+        return (out.cpu() - before).tolist()
+
+    def check(self, groups, entries, dtype, seed=0):
+        pairs = groups.products(entries)
+        first, second = np.random.default_rng(seed).integers(-8, 9, (2, len(pairs))) / 4
+        expected = np.zeros(len(groups.members))
+        for (i, j), of_first, of_second in zip(pairs, first, second, strict=True):
+            expected[i] += of_first * groups.values[j]
+            expected[j] += of_second * groups.values[i]
+        assert self.run(groups, entries, first, second, dtype) == expected.tolist()
+
+    @DTYPES
+    @sizes_of_groups
+    def test_all_entries(self, sizes, dtype):
+        self.check(Groups(sizes, 300), list(range(sum(sizes))), dtype)
+
+    @pytest.mark.parametrize("entries", [[4], [5, 0, 10, 2], [12]], ids=str)
+    def test_a_slab_of_some(self, entries):
+        self.check(Groups([3, 1, 7, 2], 20), entries, torch.float32)
