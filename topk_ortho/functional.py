@@ -1,6 +1,6 @@
 """The public ops: check, resolve, delegate.
 
-A matrix x [M, N] holds N features in its columns. With ``x_hat[:, j] = x[:, j] / max(||x[:, j]||, 1e-12)`` the cosine
+A matrix x [M, N], dense or sparse, holds N features in its columns. With ``x_hat[:, j] = x[:, j] / max(||x[:, j]||, 1e-12)`` the cosine
 of a pair (row, col), row < col, is an entry of ``gram = x_hat.T @ x_hat``, which is never held whole.
 """
 
@@ -47,8 +47,9 @@ def topk_pairs(
 
     Parameters
     ----------
-    x : Tensor, shape [M, N], float16, bfloat16, float32 or float64
-        Features in columns, any strides, any device. A zero column has cosine 0 with every other.
+    x : Tensor or SparseFeatures, shape [M, N], float16, bfloat16, float32 or float64
+        Features in columns: a dense tensor of any strides, on any device; or `SparseFeatures`, or a tensor of layout
+        sparse_csr or sparse_coo, on the CPU or where "triton" runs. A zero column has cosine 0 with every other.
     fraction : float, default 1e-3
         Share of the N(N-1)/2 pairs to select, in (0, 1]: ``k = max(1, int(N*(N-1)*fraction) // 2)``.
     k : int, optional
@@ -61,28 +62,29 @@ def topk_pairs(
     similarity : {"abs", "positive"}
         "positive" orders by the signed cosine and drops cosines <= 0.
     backend : str, default "auto"
-        See `available_backends`. An explicit choice never falls back to another.
+        See `available_backends`. An explicit choice never falls back to another. "auto" is "sparse" for a sparse x and,
+        on the CPU, for a dense one of which so much is 0 that this takes less time, see Notes.
     precision : {"highest", "high", "medium"}
         Least precision of the products, as in `torch.set_float32_matmul_precision`; the process-wide setting is not
         used. Products accumulate in float32, or in float64 for float64 input.
     state : Tensor, optional
         Warm-start state from `initial_state`, updated in place: a call on slowly changing x starts from the last
         threshold. It changes the time a call takes, never which pairs are the k most similar; on the "triton" backend
-        float32 values of "highest" precision may differ in their last bits, see Notes.
+        float32 values of "highest" precision may differ in their last bits, see Notes. "sparse" needs none.
 
     Returns
     -------
     TopKPairs
         ``rows``, ``cols``, ``values`` of the p <= k selected pairs, most similar first; ``values`` is differentiable in
-        x, the choice of pairs is not.
+        x, the choice of pairs is not. Of a sparse x, pairs of cosine 0 are not listed, though they may be selected.
 
     Raises
     ------
     TypeError
-        If an argument is of the wrong type, x is sparse or its dtype is not floating.
+        If an argument is of the wrong type, x has another layout or its dtype is not floating.
     ValueError
         If x is not 2-D, has no row or fewer than 2 columns, holds NaN or Inf, or has a column whose norm exceeds its
-        accumulation dtype; if an argument is out of its range; if a backend is not available. On the "triton" backend a
+        accumulation dtype; if a sparse x names a feature that is out of range, or one twice in a row; if an argument is out of its range; if a backend is not available. On the "triton" backend a
         call with `state` does not wait for the device to look at the numbers: values are then NaN instead.
 
     Notes
@@ -97,7 +99,13 @@ def topk_pairs(
     adaptive: by a bound on its error it then knows what may be selected, and sums those products in float32. After a
     wrong guess all products are float32, summed in another order.
 
-    If `tau` is given or `similarity` is "positive", the number of pairs depends on the data, which
+    "sparse" computes the pairs of features that are active in one row or another, and no other: L0 features in each row
+    make M L0 (L0 - 1) / 2 products, whatever N is. Products are rounded to float32 (float64 for float64 input) and
+    summed in float64, so `precision` makes no difference. Extra memory is O(k), of the products at most 2**19 at once
+    (2**24 on a GPU) and what one feature takes. On the CPU "auto" takes this route for a dense x if ``threads * (2000 *
+    products + M N + 1e8) < M N**2 / 2``, with the products counted in a sample of the rows.
+
+    If `tau` is given, `similarity` is "positive" or x is sparse, the number of pairs depends on the data, which
     ``torch.compile(fullgraph=True)`` may refuse where a gradient is needed, or without
     ``torch._dynamo.config.capture_scalar_outputs = True``; `topk_ortho_loss` has no such limit.
 
@@ -162,6 +170,9 @@ def topk_ortho_loss(
         held constant, so that only the other one gets gradient; equal priorities move both. The value does not change.
     backend, precision, state
         As in `topk_pairs`.
+    structural_zeros : bool, default False
+        Zeros of a dense x get no gradient, as those that ReLU or TopK made would pass none on. Where that is so, it
+        saves time on the "sparse" backend and changes nothing. A sparse x has gradient in its entries alone.
 
     Returns
     -------
@@ -177,7 +188,11 @@ def topk_ortho_loss(
     Notes
     -----
     The backward pass gathers the partners of each column, O(k M), and applies the Jacobian of the normalisation. The
-    gradient of a dead column is zero.
+    gradient of a dead column is zero. For a sparse x it goes through the products once more.
+
+    Where a sparse x makes no more products than k, every pair whose cosine is not 0 is selected. Then, for
+    ``similarity="abs"`` and without `tau` and `priority`, the sum is taken in closed form, over pairs of features or of
+    rows, whichever meet less often: ``(||x_hat @ x_hat.T||_F**2 - sum_j gram[j, j]**2) / 2``.
 
     Examples
     --------
@@ -221,8 +236,8 @@ def max_cosine_loss(
 
     Parameters
     ----------
-    x : Tensor, shape [M, N], float16, bfloat16, float32 or float64
-        Features in columns. A zero column has cosine 0 with every other.
+    x : Tensor or SparseFeatures, shape [M, N], float16, bfloat16, float32 or float64
+        Features in columns, dense or sparse as in `topk_pairs`. A zero column has cosine 0 with every other.
     n_chunks : int, default 1
         Number of random chunks of (nearly) equal size, in [1, N // 2]; 1 compares every pair.
     generator : torch.Generator, optional
@@ -244,7 +259,7 @@ def max_cosine_loss(
     Notes
     -----
     N**2 M / (2 n_chunks) multiply-adds; O(N) memory beside one tile, and for ``n_chunks > 1`` a copy of one chunk of x,
-    on "triton" of as many as fit 2**26 elements.
+    on "triton" of as many as fit 2**26 elements. On "sparse" only features that are active together are multiplied.
 
     References
     ----------

@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 class TopKPairs(NamedTuple):
-    """The k most similar pairs of columns, most similar first, equals by (row, col)."""
+    """The k most similar pairs of columns, most similar first, equals by (row, col).
+
+    Of a sparse x, pairs of cosine 0 are selected like others, but not listed.
+    """
 
     rows: Tensor
     """int64 [p], p <= k"""

@@ -84,9 +84,9 @@ class SparseFeatures(NamedTuple):
         >>> SparseFeatures(torch.tensor([[2, 0]]), torch.tensor([[5.0, 0.0]]), n_features=4).to_dense()
         tensor([[0., 0., 5., 0.]])
         """
-        indices = torch.where(self.values != 0, self.indices.long(), 0)
+        is_entry = self.values != 0
         dense = self.values.new_zeros(self.values.shape[0], self.n_features)
-        return dense.scatter_add(1, indices, self.values)
+        return dense.scatter_add(1, self.indices.long() * is_entry, torch.where(is_entry, self.values, 0))
 
 
 def is_dense(x: SparseFeatures | Tensor) -> TypeGuard[Tensor]:

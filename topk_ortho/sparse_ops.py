@@ -138,14 +138,14 @@ def _(samples: Tensor, features: Tensor, values: Tensor, n_samples: int, n_featu
 
 @torch.library.custom_op("topk_ortho::sum_of_squares_gradient", mutates_args=(), tags=MAY_READ_ON_THE_HOST)
 def sum_of_squares_gradient(
-    samples: Tensor, features: Tensor, values: Tensor, n_samples: int, n_features: int
+    samples: Tensor, features: Tensor, values: Tensor, n_samples: int, n_features: int, grad: Tensor
 ) -> Tensor:
     """See `topk_ortho.backends.sparse.sum_of_squares_gradient`."""
-    return sparse.sum_of_squares_gradient(Coordinates(samples, features, values, n_samples, n_features))
+    return sparse.sum_of_squares_gradient(Coordinates(samples, features, values, n_samples, n_features), grad)
 
 
 @sum_of_squares_gradient.register_fake
-def _(samples: Tensor, features: Tensor, values: Tensor, n_samples: int, n_features: int) -> Tensor:
+def _(samples: Tensor, features: Tensor, values: Tensor, n_samples: int, n_features: int, grad: Tensor) -> Tensor:
     return torch.empty_like(values)
 
 
@@ -185,8 +185,7 @@ def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_sum(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    values_grad = sum_of_squares_gradient(*ctx.saved_tensors, *ctx.shape)
-    return None, None, (values_grad * grad).to(values_grad.dtype), None, None
+    return None, None, sum_of_squares_gradient(*ctx.saved_tensors, *ctx.shape, grad), None, None
 
 
 select_sparse_pairs.register_autograd(_backward_select, setup_context=_setup_select)

@@ -209,8 +209,8 @@ def sum_of_squares(x: Coordinates) -> Tensor:
     return total.to(entries.norms.dtype)
 
 
-def sum_of_squares_gradient(x: Coordinates) -> Tensor:
-    """Gradient of `sum_of_squares` in the values of x."""
+def sum_of_squares_gradient(x: Coordinates, weight: Tensor) -> Tensor:
+    """Gradient of weight [] * `sum_of_squares` in the values of x."""
     entries = entries_of(x)
     grouped, is_turned = _cheaper(entries)
     grad = torch.zeros(grouped.groups.numel(), dtype=torch.float64, device=x.values.device)
@@ -223,7 +223,7 @@ def sum_of_squares_gradient(x: Coordinates) -> Tensor:
         grad = torch.empty_like(grad).index_put_((order,), grad)
         samples, features = _diagonals(entries)
         grad += 2 * entries.x_hat.double() * (samples[entries.samples] - features[entries.features])
-    return _to_values(x, entries, grad)
+    return _to_values(x, entries, grad * weight)
 
 
 class _Found(NamedTuple):
@@ -313,6 +313,8 @@ class _Best:
 
     def add(self, rows: Tensor, cols: Tensor, values: Tensor) -> None:
         """Pairs ordered by (row, col); the partners of a feature come in ascending order, those below it first."""
+        if rows.numel() == 0:
+            return
         by_col = cols.argsort(stable=True)
         self._add(cols[by_col], rows[by_col], values[by_col])
         self._add(rows, cols, values)
