@@ -1,7 +1,8 @@
 """The public ops: check, resolve, delegate.
 
-A matrix x [M, N], dense or sparse, holds N features in its columns. With ``x_hat[:, j] = x[:, j] / max(||x[:, j]||, 1e-12)`` the cosine
-of a pair (row, col), row < col, is an entry of ``gram = x_hat.T @ x_hat``, which is never held whole.
+A matrix x [M, N], dense or sparse, holds N features in its columns. With
+``x_hat[:, j] = x[:, j] / max(||x[:, j]||, 1e-12)`` the cosine of a pair (row, col), row < col, is an entry of
+``gram = x_hat.T @ x_hat``, which is never held whole.
 """
 
 from typing import NamedTuple
@@ -84,8 +85,9 @@ def topk_pairs(
         If an argument is of the wrong type, x has another layout or its dtype is not floating.
     ValueError
         If x is not 2-D, has no row or fewer than 2 columns, holds NaN or Inf, or has a column whose norm exceeds its
-        accumulation dtype; if a sparse x names a feature that is out of range, or one twice in a row; if an argument is out of its range; if a backend is not available. On the "triton" backend a
-        call with `state` does not wait for the device to look at the numbers: values are then NaN instead.
+        accumulation dtype; if a sparse x names a feature that is out of range, or one twice in a row; if an argument is
+        out of its range; if a backend is not available. On the "triton" backend a call with `state` does not wait for
+        the device to look at the numbers: values are then NaN instead.
 
     Notes
     -----

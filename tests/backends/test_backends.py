@@ -206,13 +206,18 @@ class TestRegistry:
     """Names, and why a name does not work."""
 
     def test_available_here(self):
-        assert available_backends()[:2] == ["naive", "tiled"]
+        assert [name for name in available_backends() if name != "triton"] == ["naive", "tiled", "sparse"]
         assert set(available_backends()) <= {"naive", "tiled", "triton", "sparse"}
 
-    def test_auto_is_tiled_on_cpu(self):
-        assert resolve_backend("auto", torch.device("cpu")) == "tiled"
+    def test_auto_on_cpu_waits_for_the_data(self):
+        """See tests/backends/test_sparse.py for what it then does."""
+        assert resolve_backend("auto", torch.device("cpu")) == "auto"
 
-    @pytest.mark.parametrize("name", ["naive", "tiled"])
+    def test_auto_is_sparse_for_a_sparse_x(self):
+        for name in ("auto", "sparse"):
+            assert resolve_backend(name, torch.device("cpu"), is_sparse=True) == "sparse"
+
+    @pytest.mark.parametrize("name", ["naive", "tiled", "sparse"])
     def test_an_explicit_choice_is_kept(self, name):
         assert resolve_backend(name, torch.device("cpu")) == name
 
