@@ -6,6 +6,7 @@
 #   racecheck   the same: races in shared memory
 #   ncu         a profile of one gram_select launch
 #   bench       python -m bench.gpu
+#   sparse      python -m bench.sparse --device cuda
 #
 # A step goes on if one before it failed; the exit status is 1 if any failed. A step whose tool is missing is skipped.
 # PYTHON chooses the interpreter, LOG_DIR where logs go, STEP_LIMIT_S how long a step may take.
@@ -70,6 +71,7 @@ topk_pairs(torch.randn(4096, 16384, device="cuda", dtype=torch.bfloat16), backen
 torch.cuda.synchronize()'
 
 step bench "$python" -m bench.gpu "$@"
+step sparse "$python" -m bench.sparse --device cuda
 
 echo "== summary"
 printf '%s\n' "${summary[@]}"

@@ -6,6 +6,7 @@ process measures one case. Linux only.
 
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,11 @@ from bench.providers import make_case
 def peak_extra_bytes(provider: str, mode: str, m: int, n: int) -> int:
     """Highest resident size during one call, less the resident size before it."""
     make_case(provider, mode, 8, 64)()  # loads libraries and starts threads
-    call = make_case(provider, mode, m, n)
+    return peak_extra_bytes_of(make_case(provider, mode, m, n))
+
+
+def peak_extra_bytes_of(call: Callable[[], object]) -> int:
+    """The same of any call."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status_bytes("VmRSS")
     call()

@@ -9,7 +9,6 @@ import matplotlib
 from matplotlib.figure import Figure
 
 _README = Path(__file__).resolve().parent.parent / "README.md"
-_MARKERS = ("<!-- bench: begin -->\n", "<!-- bench: end -->")
 _LABELS = {
     "naive": "matmul + torch.topk",
     "naive_autograd": "the same, autograd through the matrix",
@@ -30,10 +29,14 @@ def write_report(out: Path) -> None:
     """OUT.json to OUT.png, and into the README."""
     results = json.loads(out.with_suffix(".json").read_text())
     plot(results, out.with_suffix(".png"))
-    text = _README.read_text()
-    before, rest = text.split(_MARKERS[0])
-    after = rest.split(_MARKERS[1])[1]
-    _README.write_text(before + _MARKERS[0] + table(results) + _MARKERS[1] + after)
+    write_into_readme("bench", table(results))
+
+
+def write_into_readme(name: str, table: str) -> None:
+    """Replace what stands between the markers of a name."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    before, rest = _README.read_text().split(begin)
+    _README.write_text(before + begin + table + end + rest.split(end)[1])
 
 
 def table(results: dict[str, Any]) -> str:
@@ -67,12 +70,18 @@ def table(results: dict[str, Any]) -> str:
     rows = {row["M"] for row in results["rows"]}
     lines.append(
         "\nMedian time, and peak memory beyond x; forward + backward holds a gradient as large as x. "
-        f"M = {rows.pop():,}, {results['dtype']}, "
-        f"k = {results['fraction']:.1%} of the pairs. {machine['cores']} cores of {machine['cpu']} "
-        f"({machine['capability']}), {machine['memory_bytes'] / 2**30:.0f} GiB, torch {machine['torch']}, "
-        f"commit {machine['commit']}, {machine['utc']} UTC.\n"
+        f"M = {rows.pop():,}, {results['dtype']}, k = {results['fraction']:.1%} of the pairs. {machine_line(machine)}\n"
     )
     return "\n".join(lines)
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """What the figures depend on, in a sentence."""
+    return (
+        f"{machine['cores']} cores of {machine['cpu']} ({machine['capability']}), "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB, torch {machine['torch']}, "
+        f"commit {machine['commit']}, {machine['utc']} UTC."
+    )
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

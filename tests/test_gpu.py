@@ -10,7 +10,7 @@ import torch
 from tests import oracle
 from tests.inputs import activations, dyadic, normal
 from tests.tolerances import assert_selection, assert_within, cosine_bound, float64, gradient_bound
-from topk_ortho import TopKOrthoLoss, initial_state, max_cosine_loss, topk_ortho_loss, topk_pairs
+from topk_ortho import SparseFeatures, TopKOrthoLoss, initial_state, max_cosine_loss, topk_ortho_loss, topk_pairs
 from topk_ortho.selection import k_from_fraction
 
 pytestmark = [
@@ -134,6 +134,78 @@ class TestSize:
         assert torch.equal(pairs.cols, expected.cols)
 
 
+class TestSparse:
+    """Against the CPU, whose sparse route the oracle checks; kernels differ from it in nothing but where they run."""
+
+    @staticmethod
+    def features(dtype=torch.float32, n_rows=200, n_features=1500):
+        x = activations(n_rows, n_features, seed=7, dtype=dtype)
+        return SparseFeatures.from_dense(x * (normal(n_rows, n_features, seed=8) > 0.7))
+
+    @staticmethod
+    def on_gpu(features):
+        return features._replace(indices=features.indices.cuda(), values=features.values.detach().cuda())
+
+    @pytest.mark.parametrize("slab", [3000, 2**24], ids=["many_slabs", "one_slab"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(
+        "arguments",
+        [{"k": 3000}, {"fraction": 1.0}, {"k": 3000, "tau": "adaptive"}, {"k": 90_000, "similarity": "positive"}],
+        ids=str,
+    )
+    def test_as_on_the_cpu(self, arguments, dtype, slab, monkeypatch):
+        monkeypatch.setattr("topk_ortho.backends.coactivation._GPU_SLAB", slab)
+        features = self.features(dtype)
+        device = self.on_gpu(features)
+        for x in (features, device):
+            x.values.requires_grad_()
+        pairs, expected = to_cpu(topk_pairs(device, **arguments)), topk_pairs(features, **arguments)
+        torch.testing.assert_close(pairs.values, expected.values, rtol=0, atol=2.0**-22)
+        assert (pairs.rows * 1500 + pairs.cols).unique().numel() == expected.rows.numel()
+        losses = [topk_ortho_loss(x, **arguments) for x in (device, features)]
+        gradients = [
+            torch.autograd.grad(loss, x.values)[0].cpu() for loss, x in zip(losses, (device, features), strict=True)
+        ]
+        tolerance = {"rtol": 8 * torch.finfo(dtype).eps + 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(losses[0].cpu(), losses[1], **tolerance)
+        torch.testing.assert_close(*gradients, **tolerance)
+
+    def test_max_cosine(self):
+        features = self.features()
+        for n_chunks in (1, 5):
+            values = [
+                max_cosine_loss(x, n_chunks, generator=torch.Generator().manual_seed(0)).cpu()
+                for x in (self.on_gpu(features), features)
+            ]
+            torch.testing.assert_close(*values, rtol=1e-5, atol=0)
+
+    def test_dense_x(self):
+        x = self.features().to_dense()
+        check_sparse = to_cpu(topk_pairs(x.cuda(), k=3000, backend="sparse"))
+        assert_selection(check_sparse, x, k=3000)
+
+    @pytest.mark.parametrize("fraction", [0.01, 1.0], ids=["some_pairs", "all_pairs"])
+    def test_deterministic(self, fraction):
+        features = self.on_gpu(self.features())
+        features.values.requires_grad_()
+        losses = [topk_ortho_loss(features, fraction) for _ in range(3)]
+        gradients = [torch.autograd.grad(loss, features.values)[0] for loss in losses]
+        for loss, gradient in zip(losses, gradients, strict=True):
+            assert torch.equal(loss, losses[0])
+            assert torch.equal(gradient, gradients[0])
+
+    def test_csr(self):
+        x = self.features().to_dense()
+        actual, expected = (topk_pairs(csr, k=900).values for csr in (x.cuda().to_sparse_csr(), x.to_sparse_csr()))
+        torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=2.0**-22)
+
+    def test_errors(self):
+        features = self.on_gpu(self.features())
+        features.values[3, 0] = torch.nan
+        with pytest.raises(ValueError, match="x has 1 column with NaN or Inf"):
+            topk_ortho_loss(features, state=initial_state("cuda"))
+
+
 class TestTheWarmPath:
     """What a training loop relies on."""
 
@@ -215,5 +287,7 @@ def test_sanitizer_every_kernel_once(dtype, monkeypatch):
     x = dyadic(16, 333, dtype=dtype).cuda().requires_grad_()
     loss = topk_ortho_loss(x, k=20_000, backend="triton", state=torch.tensor([0.9, 0.15, 1.0], device="cuda"))
     loss += topk_ortho_loss(x, k=500, tau="adaptive", backend="triton") + max_cosine_loss(x, 5, backend="triton")
+    for fraction in (0.01, 1.0):
+        loss += topk_ortho_loss(SparseFeatures.from_dense(x), fraction)
     loss.backward()
     assert x.grad.isfinite().all()

@@ -31,14 +31,14 @@ class TestScript:
         assert "--tool memcheck" in calls[1]
         assert "--tool racecheck" in calls[2]
         assert all("-m pytest -m gpu -k sanitizer" in call for call in calls[1:3])
-        assert calls[-1] == "python -m bench.gpu --smoke --out x"
+        assert calls[-2:] == ["python -m bench.gpu --smoke --out x", "python -m bench.sparse --device cuda"]
         assert "tests: passed, " in result.stdout
         assert {path.name for path in (tmp_path / "logs").iterdir()} >= {"tests.log", "memcheck.log", "bench.log"}
 
     def test_a_failed_step_shows_and_the_others_run(self, tmp_path):
         result, calls = self.run_script(tmp_path, '*"--tool memcheck"*')
         assert result.returncode == 1
-        assert calls[-1] == "python -m bench.gpu"
+        assert calls[-2:] == ["python -m bench.gpu", "python -m bench.sparse --device cuda"]
         assert "memcheck: FAILED with status 3" in result.stdout
         assert "racecheck: passed" in result.stdout
 

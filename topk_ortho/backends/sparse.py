@@ -358,7 +358,7 @@ def _ordered_pairs(
     pairs, order = pairs.sort(stable=True)
     weights = weights[:, order]
     pairs, lengths = pairs.unique_consecutive(return_counts=True)
-    return pairs, torch.segment_reduce(weights, "sum", lengths=lengths.expand(2, -1), axis=1)
+    return pairs, torch.stack([torch.segment_reduce(weight, "sum", lengths=lengths) for weight in weights])
 
 
 def _entries_of_pairs(entries: Entries, pairs: Tensor) -> tuple[Tensor, Grouped]:
