@@ -78,9 +78,8 @@ def active_features(n_rows: int, l0: int, n_features: int, seed: int = 0) -> tup
 def scipy_pairs(indices: Tensor, values: Tensor, n_features: int, k: int) -> object:
     """The same selection from scipy's sparse product: both triangles, of which one is kept, then a partition."""
     n_rows, l0 = indices.shape
-    x = scipy.sparse.csr_array(
-        (values.numpy().ravel(), indices.numpy().ravel(), np.arange(n_rows + 1) * l0), shape=(n_rows, n_features)
-    )
+    entries = (values.numpy().ravel(), indices.numpy().ravel(), np.arange(n_rows + 1) * l0)
+    x = scipy.sparse.csr_array(entries, shape=(n_rows, n_features), copy=True)  # which scipy then sorts in place
     norms = scipy.sparse.linalg.norm(x, axis=0)
     x.data = x.data / norms[x.indices]
     gram = scipy.sparse.triu(x.T.tocsr() @ x, 1, format="coo")
