@@ -86,20 +86,21 @@ def coactivation_sums(keys: Tensor, products: Tensor, sums: Tensor) -> None:
 def _coactivation_spread_kernel(
     first_product_ptr,                      # [n] int64, -1 where there is none
     first_weights_ptr, second_weights_ptr,  # [products] floating x 2
-    begins_ptr, ends_ptr, values_ptr,       # [n] int64 x 2, [n] floating
+    begins_ptr, stops_ptr, ends_ptr,        # [n] int64 x 3
+    values_ptr,                             # [n] floating
     out_ptr,                                # [n] float64
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     entry = tl.program_id(0).to(tl.int64)
     begin = tl.load(begins_ptr + entry)
-    n_before = (entry - begin).to(tl.int32)
+    n_before = (tl.load(stops_ptr + entry) - begin).to(tl.int32)
+    last_before = (entry - begin - 1).to(tl.int32)
     total = tl.zeros((BLOCK,), tl.float64)
     for step in range(0, n_before, BLOCK):
         offs = step + tl.arange(0, BLOCK)
         mask = offs < n_before
-        start = tl.load(first_product_ptr + begin + offs, mask=mask, other=-1)
-        mask = start >= 0
-        weight = tl.load(second_weights_ptr + start + (n_before - 1 - offs), mask=mask, other=0.0)
+        start = tl.load(first_product_ptr + begin + offs, mask=mask, other=0)
+        weight = tl.load(second_weights_ptr + start + (last_before - offs), mask=mask, other=0.0)
         total += weight.to(tl.float64) * tl.load(values_ptr + begin + offs, mask=mask, other=0.0)
     start = tl.load(first_product_ptr + entry)
     n_after = (tl.load(ends_ptr + entry) - entry - 1).to(tl.int32)
@@ -113,16 +114,17 @@ def _coactivation_spread_kernel(
 
 
 def coactivation_spread(
-    first_product: Tensor, first_weights: Tensor, second_weights: Tensor, begins: Tensor, ends: Tensor, values: Tensor,
-    out: Tensor,
+    first_product: Tensor, first_weights: Tensor, second_weights: Tensor, begins: Tensor, stops: Tensor, ends: Tensor,
+    values: Tensor, out: Tensor,
 ) -> None:  # fmt: skip
     """Add to out [n] for each entry the weighted values of those that it meets in its group.
 
     `first_product` is where the products of an entry start, -1 if it has none among the weights. In a product the first
-    entry sees its first weight times the value of the second, and the other way round. `begins` and `ends` are the
-    bounds of each entry's group.
+    entry sees its first weight times the value of the second, and the other way round. Of the entries before it in its
+    group, those from `begins` up to `stops`, at most itself, have products among the weights; the group is over at
+    `ends`.
     """
     _coactivation_spread_kernel[(values.numel(),)](
-        first_product, first_weights, second_weights, begins, ends, values, out, BLOCK=_BLOCK_ENTRY, num_warps=1,
-        enable_fp_fusion=True,
+        first_product, first_weights, second_weights, begins, stops, ends, values, out, BLOCK=_BLOCK_ENTRY,
+        num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip

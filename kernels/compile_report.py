@@ -371,7 +371,9 @@ def _sparse_variants() -> Iterator[_Variant]:
         values, products = _empty(n_entries, dtype=dtype), _empty(n_products, dtype=dtype)
         yield _Variant(label, bind(coactivation_products, places, starts, places, values, _N, keys, products))
         yield _Variant(label, bind(coactivation_sums, keys, products, products))
-        yield _Variant(label, bind(coactivation_spread, places, products, products, places, places, values, out))
+        yield _Variant(
+            label, bind(coactivation_spread, places, products, products, places, places, places, values, out)
+        )
 
 
 @functools.cache

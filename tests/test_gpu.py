@@ -184,6 +184,23 @@ class TestSparse:
         check_sparse = to_cpu(topk_pairs(x.cuda(), k=3000, backend="sparse"))
         assert_selection(check_sparse, x, k=3000)
 
+    def test_structural_zeros(self):
+        x = self.features().to_dense()
+        on_device = x.cuda().requires_grad_()
+        for backend in ("sparse", "triton"):
+            loss = topk_ortho_loss(on_device, k=3000, backend=backend, structural_zeros=True)
+            (gradient,) = torch.autograd.grad(loss, on_device)
+            assert not gradient[on_device == 0].any()
+            x.requires_grad_()
+            (expected,) = torch.autograd.grad(topk_ortho_loss(x, k=3000, structural_zeros=True), x)
+            torch.testing.assert_close(gradient.cpu(), expected, rtol=1e-3, atol=1e-6)
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
+    def test_on_a_device_that_is_not_the_current_one(self):
+        features = self.features()
+        device = features._replace(indices=features.indices.to("cuda:1"), values=features.values.detach().to("cuda:1"))
+        torch.testing.assert_close(topk_ortho_loss(device, k=3000).cpu(), topk_ortho_loss(features, k=3000).detach())
+
     @pytest.mark.parametrize("fraction", [0.01, 1.0], ids=["some_pairs", "all_pairs"])
     def test_deterministic(self, fraction):
         features = self.on_gpu(self.features())

@@ -364,6 +364,13 @@ class TestStructuralZeros:
         assert not masked[x == 0].any()
         torch.testing.assert_close(masked, torch.where(x != 0, full, 0), rtol=1e-4, atol=1e-7)
 
+    @pytest.mark.parametrize("name", ["naive", "tiled", "sparse"])
+    def test_a_gradient_that_overflows_where_x_is_0(self, name):
+        x = torch.eye(4, dtype=torch.float16)
+        x[0, 0], x[0, 1], x[1, 2], x[3, 3] = 6e-8, 1, 1, 0
+        _, gradient = loss_and_gradient(topk_ortho_loss, lambda x: x, x, k=2, structural_zeros=True, backend=name)
+        assert not gradient[x == 0].any()
+
     def test_module(self):
         x = activations(16, 43, seed=20)
         _, expected = loss_and_gradient(topk_ortho_loss, lambda x: x, x, k=90, structural_zeros=True)
@@ -487,6 +494,13 @@ class TestConversions:
         assert torch.equal(features.to_dense(), torch.zeros(3, 5))
 
 
+def test_numpy_integers_are_integers():
+    features = SparseFeatures.from_dense(activations(16, 43, seed=27))
+    for n_features in (np.int32(2**20), np.int64(2**20)):
+        assert topk_pairs(features._replace(n_features=n_features)).k == int(2**20 * (2**20 - 1) * 1e-3) // 2
+    assert topk_pairs(features._replace(n_features=np.uint8(50)), 0.5).k == 50 * 49 // 4
+
+
 class TestSize:
     """The cost follows the non-zeros, not N."""
 
@@ -543,6 +557,19 @@ class TestSize:
         n_selected = n_listed if tau is not None or "similarity" in arguments else pairs.k
         assert loss.item() == pytest.approx((best**2).sum() / n_selected, rel=1e-5)
         assert (values.grad != 0).any()
+
+    def test_padding_costs_nothing(self):
+        """One wide row must not make room for pairs in all others."""
+        indices = torch.rand(64, 2**12, generator=seeded(28)).topk(100).indices
+        values = torch.rand(64, 100, generator=seeded(29))
+        values[1:, 2:] = 0
+        features = SparseFeatures(indices, values.requires_grad_(), 2**12)
+        n_products = 100 * 99 // 2 + 63
+        k = 64 * n_products
+        with self.Largest() as largest:
+            topk_pairs(features, k=k)
+            topk_ortho_loss(features, k=k, tau=0.0).backward()
+        assert largest.n_elements <= max(n_products, 64 * 100) + 1
 
     def test_equal_calls_give_equal_bits(self):
         x = activations(60, 43, seed=26)

@@ -114,9 +114,9 @@ def test_outputs_are_fresh():
 
 
 def test_vmap_is_refused():
-    indices = torch.tensor([[0, 1], [1, 2]])
+    x, _ = coordinates(requires_grad=False)
     with pytest.raises(NotImplementedError, match=r"topk_ortho ops do not support torch\.func\.vmap"):
-        torch.func.vmap(lambda values: topk_ortho_loss(SparseFeatures(indices, values, 3), k=1))(torch.ones(4, 2, 2))
+        torch.func.vmap(lambda values: sparse_ops.sum_of_squares(*x._replace(values=values)))(x.values.expand(4, -1))
 
 
 class TestCompile:
@@ -157,6 +157,14 @@ class TestCompile:
         actual, expected = self.value_and_gradient(compiled, values), self.value_and_gradient(step, values)
         for a, e in zip(actual, expected, strict=True):
             assert torch.equal(a, e)
+
+    @pytest.mark.parametrize("k", [60, 903])
+    @pytest.mark.parametrize("form", [FORMS["csr"], FORMS["coo"]], ids=["csr", "coo"])
+    def test_layouts_of_torch(self, form, k):
+        """Not in one graph: how many entries there are is data."""
+        x = form(activations(8, 43, seed=7))
+        for loss in (lambda x: topk_ortho_loss(x, k=k), max_cosine_loss):
+            assert torch.equal(torch.compile(loss, backend="eager")(x), loss(x))
 
     def test_pairs(self):
         features = SparseFeatures.from_dense(activations(8, 43, seed=6))

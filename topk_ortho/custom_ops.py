@@ -99,7 +99,7 @@ def pair_gradient(
     if structural_zeros and chosen is sparse:
         return sparse.structural_gradient(x, rows, cols, grad_rows, grad_cols)
     grad = chosen.pair_gradient(x, norms, rows, cols, values, grad_rows, grad_cols)
-    return grad.mul_(x != 0) if structural_zeros else grad
+    return grad.masked_fill_(x == 0, 0) if structural_zeros else grad
 
 
 @pair_gradient.register_fake

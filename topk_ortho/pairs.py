@@ -34,7 +34,8 @@ def pair_jaccard(a: TopKPairs, b: TopKPairs) -> float:
     Parameters
     ----------
     a, b : TopKPairs
-        Selections among the same number of features, on one device.
+        Selections among the same number of features, on one device. Only pairs that are listed count, so two of a
+        sparse x, or two of a dense one, compare best.
 
     Returns
     -------

@@ -38,7 +38,8 @@ class SparseFeatures(NamedTuple):
     @property
     def shape(self) -> torch.Size:
         """[B, n_features], as of the matrix."""
-        return torch.Size((self.values.shape[0], self.n_features))
+        is_int = isinstance(self.n_features, (int, torch.SymInt))
+        return torch.Size((self.values.shape[0], self.n_features if is_int else int(self.n_features)))
 
     @property
     def device(self) -> torch.device:
@@ -102,14 +103,20 @@ def coordinates_of(x: SparseFeatures | Tensor) -> tuple[Coordinates, int]:
     if isinstance(x, SparseFeatures):
         n_rows, n_active = x.indices.shape
         rows = torch.arange(n_rows, device=x.device).repeat_interleave(n_active)
-        coordinates = Coordinates(rows, x.indices.long().flatten(), x.values.flatten(), n_rows, int(x.n_features))
-        return coordinates, n_rows * (n_active * (n_active - 1) // 2)
+        coordinates = Coordinates(rows, x.indices.long().flatten(), x.values.flatten(), *x.shape)
+        if torch.compiler.is_compiling():  # shapes may not follow from data: padding counts
+            return coordinates, n_rows * (n_active * (n_active - 1) // 2)
+        return coordinates, _n_products((x.values != 0).sum(dim=1))
+    # copies: torch.compile does not take views of a sparse tensor
     if x.layout == torch.sparse_coo:
         x = x.coalesce()
-        rows, features = x.indices()
+        rows, features = x.indices().clone()
     else:
         rows = torch.repeat_interleave(x.crow_indices().long().diff())
-        features = x.col_indices().long()
-    n_active_of_rows = torch.bincount(rows)
-    n_products = int((n_active_of_rows * (n_active_of_rows - 1) // 2).sum())
-    return Coordinates(rows, features, x.values(), *x.shape), n_products
+        features = x.col_indices().long().clone()
+    return Coordinates(rows, features, x.values().clone(), *x.shape), _n_products(torch.bincount(rows))
+
+
+def _n_products(n_active: Tensor) -> int:
+    """One for every two features of a row, of which so many are active."""
+    return int((n_active * (n_active - 1) // 2).sum())

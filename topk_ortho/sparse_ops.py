@@ -33,7 +33,7 @@ def select_sparse_pairs(
     similarity: str,
     priority: Tensor | None,
     is_ordered: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `topk_ortho.backends.sparse.SparseSelection` for the outputs."""
     refuse_nan(priority)
     query = Query(k=k, tau=tau, n_std=n_std, similarity=similarity)  # type: ignore[arg-type]
@@ -55,13 +55,13 @@ def _(
     similarity: str,
     priority: Tensor | None,
     is_ordered: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(values)
-    cosines, norms = values.new_empty(size, dtype=dtype), values.new_empty(n_features, dtype=dtype)
+    cosines = values.new_empty(size, dtype=dtype)
     rows, cols = (values.new_empty(size, dtype=torch.int64) for _ in range(2))
     n_listed, n_selected = (values.new_empty((), dtype=torch.int64) for _ in range(2))
     threshold, tau_used = cosines.new_empty(()), cosines.new_empty(())
-    return cosines, rows, cols, n_listed, n_selected, threshold, tau_used, norms
+    return cosines, rows, cols, n_listed, n_selected, threshold, tau_used
 
 
 @torch.library.custom_op("topk_ortho::sparse_row_max", mutates_args=(), tags=MAY_READ_ON_THE_HOST)
@@ -73,10 +73,10 @@ def sparse_row_max(
     n_features: int,
     permutation: Tensor | None,
     n_chunks: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `topk_ortho.backends.base.RowMax`; chunks are `n_chunks` nearly equal parts of `permutation`."""
+) -> tuple[Tensor, Tensor]:
+    """Values and partners of `topk_ortho.backends.base.RowMax`; chunks are nearly equal parts of `permutation`."""
     chunks = None if permutation is None else permutation.tensor_split(n_chunks)
-    return sparse.sparse_row_max(Coordinates(samples, features, values, n_samples, n_features), chunks)
+    return sparse.sparse_row_max(Coordinates(samples, features, values, n_samples, n_features), chunks)[:2]
 
 
 @sparse_row_max.register_fake
@@ -88,9 +88,9 @@ def _(
     n_features: int,
     permutation: Tensor | None,
     n_chunks: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     highest = values.new_empty(n_features, dtype=accumulation_dtype(values))
-    return highest, torch.empty_like(highest, dtype=torch.int64), torch.empty_like(highest)
+    return highest, torch.empty_like(highest, dtype=torch.int64)
 
 
 @torch.library.custom_op("topk_ortho::sparse_pair_gradient", mutates_args=(), tags=MAY_READ_ON_THE_HOST)
@@ -151,8 +151,8 @@ def _(samples: Tensor, features: Tensor, values: Tensor, n_samples: int, n_featu
 
 def _setup_select(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     samples, features, values, n_samples, n_features, *_, priority, _is_ordered = inputs
-    _cosines, rows, cols, _n_listed, _n_selected, threshold, tau, norms = output
-    ctx.mark_non_differentiable(threshold, tau, norms)
+    _cosines, rows, cols, _n_listed, _n_selected, threshold, tau = output
+    ctx.mark_non_differentiable(threshold, tau)
     ctx.save_for_backward(samples, features, values, rows, cols, priority)
     ctx.shape = n_samples, n_features
 
@@ -166,8 +166,7 @@ def _backward_select(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 
 def _setup_row_max(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     samples, features, values, n_samples, n_features, *_ = inputs
-    _highest, partners, norms = output
-    ctx.mark_non_differentiable(norms)
+    _highest, partners = output
     ctx.save_for_backward(samples, features, values, partners)
     ctx.shape = n_samples, n_features
 

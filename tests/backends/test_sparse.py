@@ -12,6 +12,7 @@ from tests.tolerances import assert_within, cosine_bound, float64
 from topk_ortho import topk_pairs
 from topk_ortho.backends import coactivation, registry, sparse, tiled
 from topk_ortho.backends.base import Query
+from topk_ortho.backends.coactivation import Grouped, slabs
 from topk_ortho.backends.entries import Coordinates, coordinates_of_dense, entries_of
 from topk_ortho.kernels import tiles
 
@@ -48,6 +49,14 @@ class TestCost:
     def test_rows_are_sampled_from_all_of_x(self):
         x = torch.zeros(4096, 4096)
         x[2048:] = 1
+        assert not sparse.is_cheaper(x)
+
+    @pytest.mark.parametrize("period", [2, 8, 16, 64, 128, 512])
+    @pytest.mark.parametrize("value", [0.0, 1.0], ids=["the_others_are_dense", "they_are_dense"])
+    def test_rows_in_step_with_sequences_do_not_mislead(self, value, period):
+        """The first token of every sequence is unlike all others; dense rows make products enough however few."""
+        x = torch.full((4096, 2048), 1 - value)
+        x[::period] = value
         assert not sparse.is_cheaper(x)
 
     def test_an_explicit_choice_is_kept(self):
@@ -167,36 +176,48 @@ class TestSumOfSquares:
         bound = 3 * cosine_bound(x) * shape[1] * (shape[1] - 1) / 2
         assert_within(actual=sparse.sum_of_squares(coordinates_of_dense(x)), expected=expected, bound=bound)
 
-    def test_the_way_with_fewer_products_is_taken(self):
-        for shape, is_turned in (((5, 60), True), ((60, 5), False)):
-            grouped, turned = sparse._cheaper(entries_of(coordinates_of_dense(activations(*shape))))
-            assert turned == is_turned
-            other = min(sum(n * (n - 1) // 2 for n in (activations(*shape) != 0).sum(dim=d).tolist()) for d in (0, 1))
-            assert grouped.n_products() == other
+    @pytest.mark.parametrize(("shape", "is_turned"), [((5, 60), True), ((60, 5), False)])
+    def test_the_way_with_fewer_products_is_taken(self, shape, is_turned, monkeypatch):
+        n_members = []
+        monkeypatch.setattr(sparse, "slabs", lambda grouped: n_members.append(grouped.n_members) or slabs(grouped))
+        sparse.sum_of_squares(coordinates_of_dense(activations(*shape)))
+        assert n_members == [shape[0] if is_turned else shape[1]]
 
+    @pytest.mark.parametrize("way", ["by_sample", "by_feature"])
     @pytest.mark.parametrize("x", EDGES.values(), ids=EDGES)
-    def test_edges(self, x):
+    def test_edges(self, x, way, monkeypatch):
         """Either way gives the same, dead and tiny columns included."""
+        monkeypatch.setattr(
+            Grouped, "n_products", lambda grouped: int((grouped.n_members == x.shape[0]) != (way == "by_feature"))
+        )
         coordinates = coordinates_of_dense(x)
-        results = []
-        for is_turned in (False, True):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(
-                    sparse,
-                    "_cheaper",
-                    lambda entries, t=is_turned: (entries.by_feature()[0] if t else entries.by_sample(), t),
-                )
-                total = sparse.sum_of_squares(coordinates)
-                results.append((total, sparse.sum_of_squares_gradient(coordinates, torch.ones(()))))
-        n_pairs = x.shape[1] * (x.shape[1] - 1) / 2
+        total = sparse.sum_of_squares(coordinates)
+        grad = sparse.sum_of_squares_gradient(coordinates, torch.ones(()))
         expected = (oracle.cosines(float64(x)) ** 2).sum()
         rows, cols = oracle.all_pairs(x.shape[1])
         gradient = oracle.loss_gradient(float64(x), rows, cols, "sum")[x.numpy() != 0]
         norms = np.maximum(np.sqrt((float64(x) ** 2).sum(axis=0)), oracle.EPS)
         bound = 6 * cosine_bound(x) * x.shape[1] / np.broadcast_to(norms, x.shape)[x.numpy() != 0]
-        for total, grad in results:
-            assert_within(actual=total, expected=expected, bound=3 * cosine_bound(x) * n_pairs)
-            assert_within(actual=grad, expected=gradient, bound=bound + 2.0**-24 * np.abs(gradient))
+        assert_within(actual=total, expected=expected, bound=3 * cosine_bound(x) * len(rows))
+        assert_within(actual=grad, expected=gradient, bound=bound + 2.0**-24 * np.abs(gradient))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("shared", [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
+    def test_small_sums_are_no_difference_of_large_ones(self, shared, dtype):
+        """100 columns, each with two entries of its own and a small one that all have: cosines of about shared**2."""
+        x = torch.zeros(201, 100, dtype=dtype)
+        x[torch.arange(200), torch.arange(200) // 2] = torch.rand(200, generator=seeded(4), dtype=dtype) + 0.5
+        x[200] = shared * (torch.rand(100, generator=seeded(5), dtype=dtype) + 0.5)
+        coordinates = coordinates_of_dense(x)
+        entries = entries_of(coordinates)
+        assert entries.by_feature()[0].n_products() < entries.by_sample().n_products()
+        expected = (oracle.cosines(float64(x)) ** 2).sum()
+        tolerance = 64 * torch.finfo(dtype).eps
+        assert sparse.sum_of_squares(coordinates).item() == pytest.approx(expected, rel=tolerance)
+        gradient = sparse.sum_of_squares_gradient(coordinates, torch.ones(()))
+        rows, cols = oracle.all_pairs(100)
+        wanted = oracle.loss_gradient(float64(x), rows, cols, "sum")[x.numpy() != 0]
+        assert_within(actual=gradient, expected=wanted, bound=tolerance * np.abs(wanted).max())
 
 
 @needs_interpreter

@@ -25,7 +25,7 @@ POINTERS = {
     "plan": "i64", "histogram": "i64", "n_survivors": "i64", "n_certified": "i64", "n_ordered": "i64", "offsets": "i64",
     "best": "i64", "row_ties": "i32", "flags": "i32", "rows": "i32", "cols": "i32", "partners": "i32",
     "moments": "fp64", "rounded": "bf16", "keys": "i64", "entries": "i64", "starts": "i64", "members": "i64",
-    "first_product": "i64", "begins": "i64", "ends": "i64", "out": "fp64",
+    "first_product": "i64", "begins": "i64", "stops": "i64", "ends": "i64", "out": "fp64",
 }
 FLOATS = {"floor", "eps", "margin_start", "margin_least", "margin_most"}
 CONSTANTS = {

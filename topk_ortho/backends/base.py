@@ -5,6 +5,7 @@ write a module with the functions of `Backend` and name it in `topk_ortho.backen
 returns has a shape that follows from its arguments, so that the ops above it can be traced without running it.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -97,6 +98,11 @@ def may_wait(device: torch.device, state: Tensor | None) -> bool:
     Not in a training loop on an accelerator, which passes a warm-start state: there the result is NaN instead.
     """
     return device.type == "cpu" or state is None
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one, on which Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from topk_ortho.backends import triton
+from topk_ortho.backends.base import current
 
 if triton.IMPORT_ERROR is None:
     from topk_ortho.kernels.coactivation import coactivation_products, coactivation_spread, coactivation_sums
@@ -67,25 +68,38 @@ class Slab(NamedTuple):
         runs = is_first.cumsum(0).sub_(1)
         products = products[order]
         pairs = keys[is_first]
-        if self._has_kernels:
+        if self.has_kernels:
             at_first = torch.empty_like(products)
-            coactivation_sums(keys, products, at_first)
+            with current(keys.device):
+                coactivation_sums(keys, products, at_first)
             return Sums(self, pairs, at_first[is_first], order, runs)
         sums = torch.zeros(pairs.numel(), dtype=torch.float64, device=keys.device)
         sums.index_add_(0, runs, products.double())
         return Sums(self, pairs, sums.to(products.dtype), order, runs)
 
     @property
-    def _has_kernels(self) -> bool:
+    def has_kernels(self) -> bool:
+        """Whether kernels make it."""
         return self.entries.device.type in _KERNEL_DEVICES
+
+    def bounds(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For each entry: where those of the slab that precede it in its group begin and stop; where the group ends."""
+        groups, members, _, n_members = self.grouped
+        first_keys, keys = groups * n_members, groups * n_members + members
+        begins, ends = (
+            torch.searchsorted(keys, first_keys + member) for member in (self.first_member, self.last_member + 1)
+        )
+        places = torch.arange(groups.numel(), device=groups.device)
+        return begins, torch.minimum(ends, places), torch.searchsorted(groups, groups, right=True)
 
     def _products(self) -> tuple[Tensor, Tensor]:
         """(first * n_members + second, product) [n_products]."""
         members, values, n_members = self.grouped.members, self.grouped.values, self.grouped.n_members
-        if self._has_kernels:
+        if self.has_kernels:
             keys = members.new_empty(self.n_products)
             products = values.new_empty(self.n_products)
-            coactivation_products(self.entries, self.starts, members, values, n_members, keys, products)
+            with current(keys.device):
+                coactivation_products(self.entries, self.starts, members, values, n_members, keys, products)
             return keys, products
         places, second = self._partners()
         keys = (members[self.entries] * n_members)[places].add_(members[second])
@@ -118,14 +132,14 @@ class Sums(NamedTuple):
         """
         groups, values = self.slab.grouped.groups, self.slab.grouped.values
         entries, starts = self.slab.entries, self.slab.starts
-        if self.slab._has_kernels:
+        if self.slab.has_kernels:
             weights = values.new_empty(2, self.slab.n_products)
             for of_products, of_pairs in zip(weights, (first_weights, second_weights), strict=True):
                 of_products[self.order] = of_pairs.to(values.dtype)[self.runs]
             first_product = torch.full_like(groups, -1)
             first_product[entries] = starts[:-1]
-            begins, ends = (torch.searchsorted(groups, groups, right=right) for right in (False, True))
-            coactivation_spread(first_product, *weights, begins, ends, values, out)
+            with current(groups.device):
+                coactivation_spread(first_product, *weights, *self.slab.bounds(), values, out)
             return
         is_weighted = (first_weights != 0) | (second_weights != 0)
         chosen = is_weighted[self.runs].nonzero().squeeze(1)

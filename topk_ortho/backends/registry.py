@@ -33,12 +33,12 @@ def resolve_backend(name: str, device: torch.device, *, is_sparse: bool = False)
 
     An explicit choice never falls back to another.
     """
-    if is_sparse and name in ("auto", "naive", "tiled", "triton"):
-        if name != "auto":
-            raise ValueError(
-                f'backend must be "auto" or "sparse" where x is sparse, got {name!r}; or convert x with x.to_dense()'
-            )
+    if is_sparse and name == "auto":
         name = "sparse"
+    if is_sparse and name != "sparse":
+        raise ValueError(
+            f'backend must be "auto" or "sparse" where x is sparse, got {name!r}; or convert x with x.to_dense()'
+        )
     if name == "auto":
         is_accelerated = device.type == "cuda" and BACKENDS["triton"].unavailable_reason(device) is None
         return "triton" if is_accelerated else "auto" if device.type == "cpu" else "tiled"

@@ -27,10 +27,11 @@ from topk_ortho.selection import Moments, Survivors, first_of, floor_of, n_pairs
 # these. Measured by `python -m bench.sparse`, see bench/results/sparse.json.
 _PER_PRODUCT, _PER_CELL, _PER_CALL = 2000, 1, 1e8
 _SAMPLED_ROWS = 64
+_LEAST_DIFFERENCE = 1e-3  # of two float64 sums, which leaves 1e-13 of its digits right
 
 
 class SparseSelection(NamedTuple):
-    """As `Selection`, of a sparse x: pairs of cosine 0 are counted and not listed, and there is no state."""
+    """As `Selection`, of a sparse x: pairs of cosine 0 are counted and not listed; neither norms nor a state."""
 
     values: Tensor
     """[size] signed cosines, none 0 but for the padding"""
@@ -44,7 +45,6 @@ class SparseSelection(NamedTuple):
     """int64 [], how many pairs are selected, those of cosine 0 among them"""
     threshold: Tensor
     tau: Tensor
-    norms: Tensor
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -60,16 +60,23 @@ def is_cheaper(x: Tensor) -> bool:
         tiled    M N**2 / 2 multiply-adds
         sparse   a * products + b * M N (to find the non-zeros) + c (a call's overhead), in multiply-adds
 
-    Products are counted in a sample of the rows.
+    Products are counted in a sample of the rows, and, if it says that they are few, in all.
     """
     n_rows, n_features = x.shape
     affordable = n_rows * n_features**2 / 2 / torch.get_num_threads()
     affordable -= _PER_CALL + _PER_CELL * n_rows * n_features
     if affordable <= 0:
         return False
-    n_active = torch.count_nonzero(x[:: max(1, n_rows // _SAMPLED_ROWS)], dim=1).double()
-    n_products = n_rows * (n_active * (n_active - 1) / 2).mean().item()
-    return _PER_PRODUCT * n_products < affordable
+    # multiples of the golden ratio: everywhere in x, and in step with no period that its rows may have
+    sample = (torch.arange(min(n_rows, _SAMPLED_ROWS), dtype=torch.float64) * 0.6180339887498949 % 1 * n_rows).long()
+    if _PER_PRODUCT * n_rows / sample.numel() * _n_products(x[sample.to(x.device)]) > affordable:
+        return False
+    return _PER_PRODUCT * sum(_n_products(rows) for rows in x.split(_SAMPLED_ROWS)) < affordable
+
+
+def _n_products(x: Tensor) -> int:
+    n_active = (x != 0).sum(dim=1)
+    return int((n_active * (n_active - 1) // 2).sum())
 
 
 def select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
@@ -141,7 +148,6 @@ def select_sparse_pairs(x: Coordinates, size: int, query: Query, is_ordered: boo
         n_selected=torch.tensor(found.n_selected(n_listed), device=device),
         threshold=found.threshold(values),
         tau=values.new_tensor(-1.0 if found.tau is None else found.tau),
-        norms=entries.norms,
     )
 
 
@@ -156,6 +162,7 @@ def sparse_row_max(x: Coordinates, chunks: tuple[Tensor, ...] | None) -> RowMax:
     number = torch.empty_like(members)
     number[members] = torch.arange(x.n_features, device=device)
     numbers = number[entries.features]
+    # below 2**63: there are no more chunks than half the features, nor more samples than non-zeros that fit memory
     groups, order = ((entries.samples * len(chunks) + chunk[numbers]) * x.n_features + numbers).sort()
     grouped = entries.by_sample()._replace(
         groups=groups.div(x.n_features, rounding_mode="floor"), members=numbers[order], values=entries.x_hat[order]
@@ -196,34 +203,50 @@ def sum_of_squares(x: Coordinates) -> Tensor:
     """Sum of cosine**2 over all pairs, [] in the accumulation dtype.
 
     With the gram of the samples, G = x_hat @ x_hat.T, it is (||G||_F**2 - sum_j gram[j, j]**2) / 2: samples that share
-    features take the place of features that share samples, whichever makes fewer products.
+    features take the place of features that share samples, if that makes fewer products and the difference is not so
+    small that it would be rounding.
     """
     entries = entries_of(x)
-    grouped, is_turned = _cheaper(entries)
-    total = torch.zeros((), dtype=torch.float64, device=x.values.device)
-    for slab in slabs(grouped):
-        total += slab.sums().sums.double().square().sum()
-    if is_turned:
-        samples, features = _diagonals(entries)
-        total += (samples.square().sum() - features.square().sum()) / 2
+    total, _ = _sum_of_squares(entries, with_gradient=False)
     return total.to(entries.norms.dtype)
 
 
 def sum_of_squares_gradient(x: Coordinates, weight: Tensor) -> Tensor:
     """Gradient of weight [] * `sum_of_squares` in the values of x."""
     entries = entries_of(x)
-    grouped, is_turned = _cheaper(entries)
-    grad = torch.zeros(grouped.groups.numel(), dtype=torch.float64, device=x.values.device)
+    _, grad = _sum_of_squares(entries, with_gradient=True)
+    return _to_values(x, entries, grad * weight)
+
+
+def _sum_of_squares(entries: Entries, *, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Both, float64; the gradient in x_hat, if it is wanted."""
+    by_sample, (by_feature, order) = entries.by_sample(), entries.by_feature()
+    if by_feature.n_products() < by_sample.n_products():
+        # what is subtracted below leaves little: float64 throughout
+        total, grad = _sum_over_slabs(by_feature._replace(values=by_feature.values.double()), with_gradient)
+        of_samples, of_features = _diagonals(entries)
+        to_subtract = of_features.square().sum()
+        total += (of_samples.square().sum() - to_subtract) / 2
+        if total > _LEAST_DIFFERENCE * to_subtract:
+            if with_gradient:
+                grad = torch.empty_like(grad).index_put_((order,), grad)
+                diagonals = of_samples[entries.samples] - of_features[entries.features]
+                grad += 2 * entries.x_hat.double() * diagonals
+            return total, grad
+    return _sum_over_slabs(by_sample, with_gradient)
+
+
+def _sum_over_slabs(grouped: Grouped, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Sum of squares over all pairs of members that meet, and its gradient in the values."""
+    total = torch.zeros((), dtype=torch.float64, device=grouped.values.device)
+    grad = torch.zeros_like(grouped.values, dtype=torch.float64)
     for slab in slabs(grouped):
         sums = slab.sums()
-        weights = 2 * sums.sums
-        sums.spread(weights, weights, grad)
-    if is_turned:
-        _, order = entries.by_feature()
-        grad = torch.empty_like(grad).index_put_((order,), grad)
-        samples, features = _diagonals(entries)
-        grad += 2 * entries.x_hat.double() * (samples[entries.samples] - features[entries.features])
-    return _to_values(x, entries, grad * weight)
+        total += sums.sums.double().square().sum()
+        if with_gradient:
+            weights = 2 * sums.sums
+            sums.spread(weights, weights, grad)
+    return total, grad
 
 
 class _Found(NamedTuple):
@@ -371,13 +394,6 @@ def _entries_of_pairs(entries: Entries, pairs: Tensor) -> tuple[Tensor, Grouped]
     needed = is_needed[entries.features].nonzero().squeeze(1)
     grouped = Grouped(entries.samples[needed], entries.features[needed], entries.x_hat[needed], entries.n_features)
     return needed, grouped
-
-
-def _cheaper(entries: Entries) -> tuple[Grouped, bool]:
-    """Features that meet in samples, or samples that meet in features (then True): what makes fewer products."""
-    by_sample, (by_feature, _) = entries.by_sample(), entries.by_feature()
-    is_turned = by_feature.n_products() < by_sample.n_products()
-    return (by_feature if is_turned else by_sample), is_turned
 
 
 def _diagonals(entries: Entries) -> tuple[Tensor, Tensor]:

@@ -10,14 +10,13 @@ precision an fp16 copy.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from topk_ortho.backends import tiled
-from topk_ortho.backends.base import EPS, Precision, Query, RowMax, Selection, may_wait
+from topk_ortho.backends.base import EPS, Precision, Query, RowMax, Selection, current, may_wait
 from topk_ortho.backends.norms import column_norms as refuse_what_is_not_finite
 from topk_ortho.selection import (
     MARGIN_LEAST,
@@ -81,7 +80,7 @@ def select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
     """One pass from a guess, then an exact search for the cut that returns at once if the pass was certified."""
     if x.dtype == torch.float64:
         return tiled.select_pairs(x, query, state)
-    with _on(x.device):
+    with current(x.device):
         return _select_pairs(x, query, state)
 
 
@@ -89,7 +88,7 @@ def row_max(x: Tensor, chunks: tuple[Tensor, ...] | None, precision: Precision) 
     """Maxima of tiles for their rows and their columns, joined by atomic maxima of (value, partner)."""
     if x.dtype == torch.float64:
         return tiled.row_max(x, chunks, precision)
-    with _on(x.device):
+    with current(x.device):
         norms = column_norms(x, EPS)
         _check_finite(x, norms)
         if chunks is None:
@@ -119,7 +118,7 @@ def pair_gradient(
     weights, values = weights[order], torch.cat([values, values])[order]
     inverse = torch.where(norms > 0, 1.0 / norms.clamp_min(EPS), 0.0)
     grad = torch.empty_like(x)
-    with _on(x.device):
+    with current(x.device):
         for x_slab, grad_slab in zip(_feature_major(x), grad.split(_slab_rows(x)), strict=True):
             is_direct = grad_slab.stride(0) == 1
             lines = grad_slab.T if is_direct else torch.empty_like(x_slab, memory_format=torch.contiguous_format)
@@ -350,8 +349,3 @@ def _feature_major(x: Tensor) -> Iterator[Tensor]:
 def _check_finite(x: Tensor, norms: "Norms") -> None:
     if norms.flags.item() & NOT_FINITE.value:
         refuse_what_is_not_finite(x)
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
