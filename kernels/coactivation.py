@@ -21,15 +21,15 @@ _BLOCK_PRODUCT = 128
 def _coactivation_products_kernel(
     entries_ptr, starts_ptr,    # [e] int64, [e + 1] int64
     members_ptr, values_ptr,    # [n] int64, [n] floating
-    keys_ptr, products_ptr,     # [products] int64, [products] floating
-    n_members,
+    keys_ptr, products_ptr,     # [products] int32 or int64, [products] floating
+    first_member, n_members,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0)
     entry = tl.load(entries_ptr + place)
     start = tl.load(starts_ptr + place)
     n_partners = (tl.load(starts_ptr + place + 1) - start).to(tl.int32)
-    first_key = tl.load(members_ptr + entry) * n_members
+    first_key = (tl.load(members_ptr + entry) - first_member) * n_members
     value = tl.load(values_ptr + entry)
     for step in range(0, n_partners, BLOCK):
         offs = step + tl.arange(0, BLOCK)
@@ -37,26 +37,29 @@ def _coactivation_products_kernel(
         partner = entry + 1 + offs
         member = tl.load(members_ptr + partner, mask=mask, other=0)
         product = value * tl.load(values_ptr + partner, mask=mask, other=0.0)
-        tl.store(keys_ptr + start + offs, first_key + member, mask=mask)
+        tl.store(keys_ptr + start + offs, (first_key + member).to(keys_ptr.dtype.element_ty), mask=mask)
         tl.store(products_ptr + start + offs, product, mask=mask)
 
 
 def coactivation_products(
-    entries: Tensor, starts: Tensor, members: Tensor, values: Tensor, n_members: int, keys: Tensor, products: Tensor
-) -> None:
-    """Write keys, ``first * n_members + second``, and products of the given entries with those that follow them.
+    entries: Tensor, starts: Tensor, members: Tensor, values: Tensor, first_member: int, n_members: int, keys: Tensor,
+    products: Tensor,
+) -> None:  # fmt: skip
+    """Write products of the given entries with those that follow them, and keys of their pairs.
+
+    A key is ``(first - first_member) * n_members + second``, which the dtype of `keys` must hold.
 
     The products of ``entries[i]`` are at ``starts[i]`` up to ``starts[i + 1]``, which must be as many as follow it.
     """
     _coactivation_products_kernel[(entries.numel(),)](
-        entries, starts, members, values, keys, products, n_members, BLOCK=_BLOCK_ENTRY, num_warps=1,
+        entries, starts, members, values, keys, products, first_member, n_members, BLOCK=_BLOCK_ENTRY, num_warps=1,
         enable_fp_fusion=True,
     )  # fmt: skip
 
 
 @triton.jit
 def _coactivation_sums_kernel(
-    keys_ptr, products_ptr,     # [n] int64 >= 0, sorted; [n] floating
+    keys_ptr, products_ptr,     # [n] int32 or int64 >= 0, sorted; [n] floating
     sums_ptr,                   # [n] floating
     n,
     BLOCK: tl.constexpr,

@@ -365,12 +365,14 @@ def _sparse_variants() -> Iterator[_Variant]:
     """2**18 entries of which every one meets 32 others that follow it, in float32 and float64."""
     n_entries, n_products = 2**18, 2**23
     places, starts = _empty(n_entries, dtype=torch.int64), _empty(n_entries + 1, dtype=torch.int64)
-    keys, out = _empty(n_products, dtype=torch.int64), _empty(n_entries, dtype=torch.float64)
+    out = _empty(n_entries, dtype=torch.float64)
     bind = functools.partial
     for dtype, label in ((torch.float32, "fp32"), (torch.float64, "fp64")):
         values, products = _empty(n_entries, dtype=dtype), _empty(n_products, dtype=dtype)
-        yield _Variant(label, bind(coactivation_products, places, starts, places, values, _N, keys, products))
-        yield _Variant(label, bind(coactivation_sums, keys, products, products))
+        for key_dtype in (torch.int32, torch.int64):
+            keys, keyed = _empty(n_products, dtype=key_dtype), f"{label}, {str(key_dtype).removeprefix('torch.')} keys"
+            yield _Variant(keyed, bind(coactivation_products, places, starts, places, values, 7, _N, keys, products))
+            yield _Variant(keyed, bind(coactivation_sums, keys, products, products))
         yield _Variant(
             label, bind(coactivation_spread, places, products, products, places, places, places, values, out)
         )

@@ -105,7 +105,7 @@ def topk_pairs(
     make M L0 (L0 - 1) / 2 products, whatever N is. Products are rounded to float32 (float64 for float64 input) and
     summed in float64, so `precision` makes no difference. Extra memory is O(k), about 100 bytes a non-zero, and about
     60 a product of a slab: of those there are at most 2**19 (2**24 on a GPU), or what one feature takes. On the CPU
-    "auto" takes this route for a dense x if ``threads * (2000 * products + M N + 1e8) < M N**2 / 2``.
+    "auto" takes this route for a dense x if ``threads * (1500 * products + M N + 1e8) < M N**2 / 2``.
 
     If `tau` is given, `similarity` is "positive" or x is sparse, the number of pairs depends on the data, which
     ``torch.compile(fullgraph=True)`` may refuse where a gradient is needed, or without

@@ -47,7 +47,7 @@ def first_of(values: Tensor, index: Tensor, similarity: Similarity, count: int) 
         values, index = values[by_index], index[by_index]
     rank = _integers_in_order(similarity_of(values, similarity))
     order = rank.bitwise_not().argsort(stable=True)  # ~rank descends and cannot overflow
-    return values[order], index[order]
+    return values.index_select(0, order), index.index_select(0, order)
 
 
 def first_set(values: Tensor, index: Tensor, similarity: Similarity, count: int) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,8 @@ def first_set(values: Tensor, index: Tensor, similarity: Similarity, count: int)
     if ties.numel() > n_ties:
         ties = ties[index[ties].argsort()[:n_ties]]
     is_first[ties] = True
-    return values[is_first], index[is_first]
+    first = is_first.nonzero().squeeze(1)
+    return values.index_select(0, first), index.index_select(0, first)
 
 
 def _integers_in_order(numbers: Tensor) -> Tensor:
@@ -207,7 +208,8 @@ class Survivors:
         """Record those of the given pairs that survive."""
         similarity = similarity_of(values, self.query.similarity)
         keep = (similarity > self.cut) | ((similarity == self.cut) & (index < self.cut_index))
-        values, index = values[keep], index[keep]
+        kept = keep.nonzero().squeeze(1)  # an index_select is a third of the time of indexing
+        values, index = values.index_select(0, kept), index.index_select(0, kept)
         self._values.append(values)
         self._index.append(index)
         self._n_records += index.numel()

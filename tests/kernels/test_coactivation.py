@@ -52,24 +52,23 @@ sizes_of_groups = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 
 
 class TestProducts:
-    def run(self, groups, entries, dtype):
+    def run(self, groups, entries, dtype, key_dtype=INT, first_member=0):
         n = len(groups.products(entries))
-        keys = torch.full((n + 2,), POISON, dtype=INT, device=DEVICE)
+        keys = torch.full((n + 2,), POISON, dtype=key_dtype, device=DEVICE)
         products = torch.full((n + 2,), float(POISON), dtype=dtype, device=DEVICE)
         coactivation_products(
             numbers(entries, INT), numbers(groups.starts(entries), INT), numbers(groups.members, INT),
-            numbers(groups.values, dtype), groups.n_members, keys[1:-1], products[1:-1],
+            numbers(groups.values, dtype), first_member, groups.n_members, keys[1:-1], products[1:-1],
         )  # fmt: skip
         for written in (keys, products):
             assert written[[0, -1]].tolist() == [POISON] * 2, "written outside"
         return keys[1:-1].cpu(), products[1:-1].cpu()
 
-    def check(self, groups, entries, dtype):
-        keys, products = self.run(groups, entries, dtype)
+    def check(self, groups, entries, dtype, key_dtype=INT, first_member=0):
+        keys, products = self.run(groups, entries, dtype, key_dtype, first_member)
         expected = groups.products(entries)
-        assert keys.tolist() == [
-            int(groups.members[i]) * groups.n_members + int(groups.members[j]) for i, j in expected
-        ]
+        members = groups.members.tolist()
+        assert keys.tolist() == [(members[i] - first_member) * groups.n_members + members[j] for i, j in expected]
         assert products.tolist() == [groups.values[i] * groups.values[j] for i, j in expected]
 
     @DTYPES
@@ -81,6 +80,11 @@ class TestProducts:
     def test_some_entries_in_another_order(self):
         self.check(Groups([3, 1, 7, 2], 20), [4, 11, 0, 3, 8, 9], torch.float32)
 
+    @pytest.mark.parametrize("key_dtype", [torch.int32, torch.int64], ids=str)
+    @pytest.mark.parametrize("first_member", [1, 3])
+    def test_keys_from_a_first_member_on(self, first_member, key_dtype):
+        self.check(Groups([3, 1, 7, 2], 20), [4, 5, 6, 7, 8, 9], torch.float32, key_dtype, first_member)
+
     def test_keys_past_int32(self):
         groups = Groups([4], 2**20)
         keys, _ = self.run(groups, [0, 1, 2, 3], torch.float32)
@@ -89,12 +93,12 @@ class TestProducts:
 
 
 class TestSums:
-    def run(self, keys, products, dtype):
+    def run(self, keys, products, dtype, key_dtype=INT):
         n = len(keys)
         # what lies around the runs has the keys of the first and the last
         around = [keys[0], *keys, keys[-1]]
         sums = torch.full((n + 2,), float(POISON), dtype=dtype, device=DEVICE)
-        coactivation_sums(numbers(around, INT)[1:-1], numbers([7.0, *products, 7.0], dtype)[1:-1], sums[1:-1])
+        coactivation_sums(numbers(around, key_dtype)[1:-1], numbers([7.0, *products, 7.0], dtype)[1:-1], sums[1:-1])
         assert sums[[0, -1]].tolist() == [POISON] * 2, "written outside"
         return sums[1:-1].cpu().tolist()
 
@@ -127,8 +131,9 @@ class TestSums:
         products = (generator.integers(-64, 65, len(keys)) / 8).tolist()
         assert self.run(keys, products, dtype) == self.expected(keys, products)
 
-    def test_key_zero(self):
-        assert self.run([0, 0, 1], [0.5, 0.25, 2.0], torch.float32) == [0.75, 0.0, 2.0]
+    @pytest.mark.parametrize("key_dtype", [torch.int32, torch.int64], ids=str)
+    def test_key_zero(self, key_dtype):
+        assert self.run([0, 0, 1], [0.5, 0.25, 2.0], torch.float32, key_dtype) == [0.75, 0.0, 2.0]
 
     def test_sums_are_float64(self):
         """Float32 would lose every 1 beside 2**24."""

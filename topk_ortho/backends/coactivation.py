@@ -65,14 +65,14 @@ class Slab(NamedTuple):
         keys, order = keys.sort(stable=True)
         is_first = torch.ones_like(keys, dtype=torch.bool)
         torch.ne(keys[1:], keys[:-1], out=is_first[1:])
-        runs = is_first.cumsum(0).sub_(1)
-        products = products[order]
-        pairs = keys[is_first]
+        firsts, runs = is_first.nonzero().squeeze(1), is_first.cumsum(0).sub_(1)
+        pairs = keys.index_select(0, firsts).long().add_(self.first_member * self.grouped.n_members)
+        products = products.index_select(0, order)
         if self.has_kernels:
             at_first = torch.empty_like(products)
             with current(keys.device):
                 coactivation_sums(keys, products, at_first)
-            return Sums(self, pairs, at_first[is_first], order, runs)
+            return Sums(self, pairs, at_first.index_select(0, firsts), order, runs)
         sums = torch.zeros(pairs.numel(), dtype=torch.float64, device=keys.device)
         sums.index_add_(0, runs, products.double())
         return Sums(self, pairs, sums.to(products.dtype), order, runs)
@@ -93,23 +93,29 @@ class Slab(NamedTuple):
         return begins, torch.minimum(ends, places), torch.searchsorted(groups, groups, right=True)
 
     def _products(self) -> tuple[Tensor, Tensor]:
-        """(first * n_members + second, product) [n_products]."""
-        members, values, n_members = self.grouped.members, self.grouped.values, self.grouped.n_members
+        """((first - first_member) * n_members + second, product) [n_products]."""
+        _, members, values, n_members = self.grouped
+        # keys of 32 bits take half the time to sort
+        fits = (self.last_member + 1 - self.first_member) * n_members < 2**31
+        dtype = torch.int32 if fits else torch.int64
         if self.has_kernels:
-            keys = members.new_empty(self.n_products)
-            products = values.new_empty(self.n_products)
+            keys, products = members.new_empty(self.n_products, dtype=dtype), values.new_empty(self.n_products)
             with current(keys.device):
-                coactivation_products(self.entries, self.starts, members, values, n_members, keys, products)
+                coactivation_products(
+                    self.entries, self.starts, members, values, self.first_member, n_members, keys, products
+                )
             return keys, products
         places, second = self._partners()
-        keys = (members[self.entries] * n_members)[places].add_(members[second])
-        return keys, values[self.entries][places].mul_(values[second])
+        # index_select: a third of the time of indexing
+        keys = ((members[self.entries] - self.first_member) * n_members).to(dtype).index_select(0, places)
+        keys += members.index_select(0, second)
+        return keys, values[self.entries].index_select(0, places).mul_(values.index_select(0, second))
 
     def _partners(self) -> tuple[Tensor, Tensor]:
         """For each product, where its first entry is in `entries` and its second in `grouped`, int64 [n_products]."""
         places = torch.repeat_interleave(self.starts.diff(), output_size=self.n_products)
         offsets = self.entries + 1 - self.starts[:-1]
-        return places, torch.arange(self.n_products, device=places.device).add_(offsets[places])
+        return places, torch.arange(self.n_products, device=places.device).add_(offsets.index_select(0, places))
 
 
 class Sums(NamedTuple):
@@ -142,12 +148,14 @@ class Sums(NamedTuple):
                 coactivation_spread(first_product, *weights, *self.slab.bounds(), values, out)
             return
         is_weighted = (first_weights != 0) | (second_weights != 0)
-        chosen = is_weighted[self.runs].nonzero().squeeze(1)
-        products, runs = self.order[chosen], self.runs[chosen]
+        chosen = is_weighted.index_select(0, self.runs).nonzero().squeeze(1)
+        products, runs = self.order.index_select(0, chosen), self.runs.index_select(0, chosen)
         places, partners = self.slab._partners()
-        entry, partner = entries[places[products]], partners[products]
-        out.index_add_(0, entry, first_weights.double()[runs].mul_(values[partner]))
-        out.index_add_(0, partner, second_weights.double()[runs].mul_(values[entry]))
+        entry = entries.index_select(0, places.index_select(0, products))
+        partner = partners.index_select(0, products)
+        for of_pairs, target, source in ((first_weights, entry, partner), (second_weights, partner, entry)):
+            weights = of_pairs.double().index_select(0, runs)
+            out.index_add_(0, target, weights.mul_(values.index_select(0, source)))
 
 
 def slabs(grouped: Grouped) -> Iterator[Slab]:

@@ -25,7 +25,7 @@ from topk_ortho.selection import Moments, Survivors, first_of, floor_of, n_pairs
 
 # The cost model of `is_cheaper`, in multiply-adds of the dense route for each thread, which shares those out and not
 # these. Measured by `python -m bench.sparse`, see bench/results/sparse.json.
-_PER_PRODUCT, _PER_CELL, _PER_CALL = 2000, 1, 1e8
+_PER_PRODUCT, _PER_CELL, _PER_CALL = 1500, 1, 1e8
 _SAMPLED_ROWS = 64
 _LEAST_DIFFERENCE = 1e-3  # of two float64 sums, which leaves 1e-13 of its digits right
 
@@ -295,8 +295,9 @@ def _find(entries: Entries, query: Query) -> _Found:
 
 def _not_zero(sums: Sums) -> tuple[Tensor, Tensor]:
     """Pairs whose cosine is not 0, and it; products may cancel."""
-    is_not_zero = sums.sums != 0
-    return sums.pairs[is_not_zero], sums.sums[is_not_zero].clamp_(-1, 1)
+    pairs, values = sums.pairs, sums.sums.clamp(-1, 1)
+    is_not_zero = values != 0
+    return (pairs, values) if is_not_zero.all() else (pairs[is_not_zero], values[is_not_zero])
 
 
 def _add_moments(moments: Moments, values: Tensor) -> None:
