@@ -93,17 +93,22 @@ def plot(results: dict[str, Any], path: Path) -> None:
     _curves(by_l0, sweep["L0"], "L0", "time_s", "time against L0, seconds")
     by_n.set_xlabel("N features, L0 = 64")
     memory.set_xlabel("N features, L0 = 64")
-    by_l0.set_xlabel("active features of each of 4,096 rows, N = 65,536")
+    by_l0.set_xlabel("L0 of 4,096 rows, N = 65,536")
     for n, color in ((16384, _BLUE), (4096, _LIGHT)):
         _density(by_density, sweep["density"], n, color)
     by_density.set_title("dense x, 1,024 rows: forward, seconds", fontsize=9, loc="left")
-    by_density.set_xlabel('density (filled: what "auto" takes)')
-    by_density.set_xscale("log")
-    by_density.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=1))
-    by_density.legend(fontsize=7, frameon=False)
+    by_density.set_xlabel('density (dots: what "auto" does)')
+    by_density.set_xscale("log", base=2)
+    densities = sorted({row["L0"] / row["N"] for row in sweep["density"] if row["provider"] != "dense"})
+    by_density.set_xticks(densities, [f"{density:.1%}" for density in densities])
+    by_density.legend(fontsize=7, frameon=False, loc="upper left")
     for axes in (by_n, memory, by_l0, by_density):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.grid(alpha=0.25)
+    by_density.set_ylim(top=8 * by_density.get_ylim()[1])  # room for the legend
     curves = {curve.get_label(): curve for axes in (by_n, by_l0) for curve in axes.get_lines()}
     figure.legend(curves.values(), curves.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
