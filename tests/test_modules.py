@@ -160,12 +160,12 @@ def test_max_cosine_has_no_state():
         (
             TopKOrthoLoss(),
             "TopKOrthoLoss(fraction=0.001, tau=None, n_std=1.0, similarity='abs', reduction='mean', "
-            "backend='auto', precision='highest')",
+            "backend='auto', precision='highest', structural_zeros=False)",
         ),
         (
             TopKOrthoLoss(k=7, tau="adaptive", similarity="positive", reduction="sum"),
             "TopKOrthoLoss(k=7, tau='adaptive', n_std=1.0, similarity='positive', reduction='sum', "
-            "backend='auto', precision='highest')",
+            "backend='auto', precision='highest', structural_zeros=False)",
         ),
         (MaxCosineLoss(3), "MaxCosineLoss(n_chunks=3, backend='auto', precision='highest')"),
     ],
