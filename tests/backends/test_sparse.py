@@ -10,7 +10,7 @@ from tests import oracle
 from tests.inputs import EDGES, activations, dyadic, normal, seeded
 from tests.tolerances import assert_within, cosine_bound, float64
 from topk_ortho import topk_pairs
-from topk_ortho.backends import coactivation, registry, sparse, tiled
+from topk_ortho.backends import coactivation, naive, registry, sparse, tiled
 from topk_ortho.backends.base import Query
 from topk_ortho.backends.coactivation import Grouped, slabs
 from topk_ortho.backends.entries import Coordinates, coordinates_of_dense, entries_of
@@ -58,6 +58,12 @@ class TestCost:
         x = torch.full((4096, 2048), 1 - value)
         x[::period] = value
         assert not sparse.is_cheaper(x)
+
+    def test_a_sample_in_step_with_sequences_would_mislead(self):
+        """Every 64th row has all the non-zeros: few, but a sample of every 64th row would see nothing else."""
+        x = torch.zeros(4096, 2048)
+        x[::64, :200] = 1
+        assert sparse.is_cheaper(x)
 
     def test_an_explicit_choice_is_kept(self):
         for name in ("tiled", "sparse", "naive"):
@@ -206,18 +212,45 @@ class TestSumOfSquares:
     def test_small_sums_are_no_difference_of_large_ones(self, shared, dtype):
         """100 columns, each with two entries of its own and a small one that all have: cosines of about shared**2."""
         x = torch.zeros(201, 100, dtype=dtype)
-        x[torch.arange(200), torch.arange(200) // 2] = torch.rand(200, generator=seeded(4), dtype=dtype) + 0.5
+        x[torch.arange(200), torch.arange(200) // 2] = 1.0  # all alike, so that their rounding does not cancel
         x[200] = shared * (torch.rand(100, generator=seeded(5), dtype=dtype) + 0.5)
         coordinates = coordinates_of_dense(x)
         entries = entries_of(coordinates)
         assert entries.by_feature()[0].n_products() < entries.by_sample().n_products()
         expected = (oracle.cosines(float64(x)) ** 2).sum()
-        tolerance = 64 * torch.finfo(dtype).eps
+        tolerance = 16 * torch.finfo(dtype).eps
         assert sparse.sum_of_squares(coordinates).item() == pytest.approx(expected, rel=tolerance)
         gradient = sparse.sum_of_squares_gradient(coordinates, torch.ones(()))
         rows, cols = oracle.all_pairs(100)
         wanted = oracle.loss_gradient(float64(x), rows, cols, "sum")[x.numpy() != 0]
         assert_within(actual=gradient, expected=wanted, bound=tolerance * np.abs(wanted).max())
+
+
+class TestPairGradient:
+    def test_pairs_either_way_round_weighted_apart(self):
+        """As the reference has it, where x is not 0."""
+        x = activations(12, 43, seed=5, dtype=torch.float64)
+        rows, cols = torch.randint(0, 43, (2, 300), generator=seeded(6))
+        rows, cols = rows[rows != cols], cols[rows != cols]  # some twice
+        of_rows, of_cols = torch.randn(2, rows.numel(), generator=seeded(7), dtype=torch.float64)
+        x_hat = torch.nn.functional.normalize(x, dim=0)
+        values = (x_hat[:, rows] * x_hat[:, cols]).sum(dim=0)
+        norms = torch.linalg.vector_norm(x, dim=0)
+        expected = naive.pair_gradient(x, norms, rows, cols, values, of_rows, of_cols) * (x != 0)
+        actual = sparse.structural_gradient(x, rows, cols, of_rows, of_cols)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+    def test_columns_just_below_eps(self):
+        """x_hat = x / eps there: no part of the gradient is removed."""
+        x = activations(12, 20, seed=8, dtype=torch.float64)
+        x[:, 3] *= 0.9e-12 / x[:, 3].norm()
+        coordinates = coordinates_of_dense(x)
+        rows, cols = map(torch.from_numpy, oracle.all_pairs(20))
+        values = topk_pairs(x, fraction=1.0, backend="naive")
+        expected = oracle.loss_gradient(float64(x), values.rows.numpy(), values.cols.numpy(), "sum")[x.numpy() != 0]
+        cosine = torch.from_numpy(oracle.cosines(float64(x)))
+        actual = sparse.sparse_pair_gradient(coordinates, rows, cols, 2 * cosine, 2 * cosine)
+        np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
 
 
 @needs_interpreter
