@@ -7,7 +7,7 @@ from torch import Tensor
 
 from topk_ortho.backends.base import EPS, accumulation_dtype
 from topk_ortho.backends.coactivation import Grouped
-from topk_ortho.backends.norms import refuse_not_finite, refuse_too_large
+from topk_ortho.backends.norms import first_ten, refuse_not_finite, refuse_too_large
 
 
 class Coordinates(NamedTuple):
@@ -95,7 +95,7 @@ def _column_norms(features: Tensor, values: Tensor, n_features: int) -> Tensor:
 def _refuse_out_of_range(features: Tensor, n_features: int) -> None:
     outside = features[(features < 0) | (features >= n_features)]
     if outside.numel():
-        shown = ", ".join(map(str, outside[:10].tolist())) + (", ..." if outside.numel() > 10 else "")
+        shown = first_ten(outside[:11].tolist())
         count = f"{outside.numel()} feature ind{'ices' if outside.numel() > 1 else 'ex'}"
         raise ValueError(f"x has {count} out of [0, {n_features}), where the value is not 0: {shown}")
 
@@ -103,8 +103,6 @@ def _refuse_out_of_range(features: Tensor, n_features: int) -> None:
 def _refuse_repeated(keys: Tensor, n_features: int) -> None:
     repeated = keys[1:][keys[1:] == keys[:-1]].unique()
     if repeated.numel():
-        cells = [(key // n_features, key % n_features) for key in repeated[:10].tolist()]
-        shown = ", ".join(f"row {row} feature {feature}" for row, feature in cells)
-        shown += ", ..." if repeated.numel() > 10 else ""
+        shown = first_ten([f"row {key // n_features} feature {key % n_features}" for key in repeated[:11].tolist()])
         plural = "s" if repeated.numel() > 1 else ""
         raise ValueError(f"x names {repeated.numel()} feature{plural} more than once in a row: {shown}")

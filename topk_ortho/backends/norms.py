@@ -1,5 +1,7 @@
 """Column norms that neither overflow nor let a bad value through."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,5 +58,10 @@ def refuse_too_large(columns: Tensor, dtype: torch.dtype) -> None:
 def _refuse(columns: Tensor, message: str) -> None:
     n_columns = columns.numel()
     if n_columns:
-        shown = ", ".join(map(str, columns[:10].tolist())) + (", ..." if n_columns > 10 else "")
+        shown = first_ten(columns[:11].tolist())
         raise ValueError(message.format(f"{n_columns} column{'s' if n_columns > 1 else ''}", shown))
+
+
+def first_ten(items: list[Any]) -> str:
+    """What an error shows of a list that may be long; of more than ten it need only be given eleven."""
+    return ", ".join(map(str, items[:10])) + (", ..." if len(items) > 10 else "")

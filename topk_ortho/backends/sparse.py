@@ -301,11 +301,12 @@ def _not_zero(sums: Sums) -> tuple[Tensor, Tensor]:
 
 
 def _add_moments(moments: Moments, values: Tensor) -> None:
+    if values.numel() == 0:
+        return
     magnitude = values.double().abs().unsqueeze(0)
-    if moments.count == 0 and values.numel():
+    if moments.count == 0:
         moments.mean = magnitude.mean().item()
-    if values.numel():
-        moments.add(magnitude - moments.mean, values.numel())
+    moments.add(magnitude - moments.mean, values.numel())
 
 
 def _first_others(index: Tensor, count: int, n_features: int) -> Tensor:
