@@ -1,25 +1,66 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import sae_lens
 
 import train
-from topk_ortho.training.config import PRESETS
+from tests.training.models import save_tiny_gemma
+from topk_ortho.training.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def run(arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    train.main()
+
+
 def test_no_arguments_is_the_minilm_preset():
-    assert train.parse([]) == PRESETS["minilm"]
+    assert train.parse([]) == (PRESETS["minilm"], False)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name):
+    assert train.parse(["--preset", name]) == (PRESETS[name], False)
 
 
 def test_every_level_can_be_overridden():
-    sae = ["--sae.n-features", "64"]
+    sae = ["--sae.n-features", "64", "--sae.widths", "8", "64"]
     penalty = ["--penalty.tau", "adaptive", "--penalty.target", "none"]
-    config = train.parse(["--preset", "minilm", *sae, *penalty, "--steps", "60", "--out_dir", "x"])
-    assert (config.sae.n_features, config.penalty.tau, config.penalty.target) == (64, "adaptive", "none")
-    assert (config.steps, config.out_dir) == (60, Path("x"))
+    config, _ = train.parse(["--preset", "minilm", *sae, *penalty, "--steps", "60", "--out_dir", "x", "--seed", "3"])
+    assert (config.sae.n_features, config.sae.widths) == (64, (8, 64))
+    assert (config.penalty.tau, config.penalty.target) == ("adaptive", "none")
+    assert (config.steps, config.out_dir, config.seed) == (60, Path("x"), 3)
+
+
+def test_a_file_is_put_over_the_preset_and_the_command_line_over_both(tmp_path):
+    path = tmp_path / "my.toml"
+    path.write_text(
+        'steps = 77\nlr = 0.01\ncompile = true\nloggers = ["tensorboard"]\n'
+        '[sae]\nn_features = 64\nwidths = [16, 64]\n[penalty]\ntau = "adaptive"\n'
+    )
+    config, _ = train.parse(["--config", str(path), "--preset", "toy-hierarchy", "--steps", "78", "--no-compile"])
+    assert (config.steps, config.lr, config.compile, config.loggers) == (78, 0.01, False, ("tensorboard",))
+    assert (config.sae.n_features, config.sae.widths, config.penalty.tau) == (64, (16, 64), "adaptive")
+    assert config.source == "synthetic"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_run_can_be_repeated_from_its_config(name, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(PRESETS[name].as_json()))
+    assert train.parse(["--config", str(path)]) == (PRESETS[name], False)
+
+
+def test_a_resumed_run_has_its_own_settings(tmp_path):
+    arguments = ["--out-dir", str(tmp_path), "--sae.n-features", "64", "--penalty.tau", "0.2", "--clip-norm", "None"]
+    config, _ = train.parse(arguments)
+    (tmp_path / "config.json").write_text(json.dumps(config.as_json()))
+    assert train.parse(["--out-dir", str(tmp_path), "--resume"]) == (config, True)
+    assert train.parse([*arguments, "--preset", "minilm", "--resume"]) == (config, True)
 
 
 @pytest.mark.parametrize(
@@ -32,20 +73,52 @@ def test_every_level_can_be_overridden():
         (["--model.name", "./absent"], "model.name './absent' is not a directory"),
         (["--text.source", "absent.jsonl"], "text.source 'absent.jsonl' is not a file"),
         (["--device", "abacus"], "device 'abacus' cannot be used here"),
+        (["--config", "absent.toml"], "absent.toml"),
     ],
-    ids=["unknown_key", "not_a_number", "out_of_range", "unknown_preset", "no_model", "no_text", "no_device"],
+    ids=[
+        "unknown_key",
+        "not_a_number",
+        "out_of_range",
+        "unknown_preset",
+        "no_model",
+        "no_text",
+        "no_device",
+        "no_file",
+    ],
 )
-def test_bad_input_ends_in_a_line_that_names_it(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+def test_bad_input_ends_in_a_line_that_names_it(arguments, message, capsys, monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        train.main()
+        run([*arguments, "--cache-dir", tmp_path], monkeypatch)
     assert message in str(stop.value) + "".join(capsys.readouterr())
     assert stop.value.code != 0
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[sae]\nn_feature = 64\n", "--sae.n-feature"),
+        ("[sae\n", "cannot be read"),
+        ("steps = 0\n", "steps must be at least 1"),
+    ],
+    ids=["unknown_key", "no_toml", "impossible_value"],
+)
+def test_a_bad_file_ends_in_a_line_that_names_it(content, message, capsys, monkeypatch, tmp_path):
+    (tmp_path / "my.toml").write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        run(["--config", tmp_path / "my.toml"], monkeypatch)
+    assert message in str(stop.value) + "".join(capsys.readouterr())
+
+
+def test_help_explains():
+    process = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for word in (*PRESETS, "--resume", "--config", "--preset", "--penalty.tau", "Size of the dictionary"):
+        assert word in process.stdout
+
+
 def test_whole_run(tmp_path):
-    arguments = ["--steps=6", "--warmup-steps=2", "--log-every=3", "--batch-size=256"]
-    arguments += ["--text.n-tokens=1500", "--sae.n-features=128"]
+    arguments = ["--steps=6", "--log-every=3", "--batch-size=256", "--text.n-tokens=1500", "--sae.n-features=128"]
     arguments += ["--out-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
     for message in ("transformer", "sae"):  # the second run reads the cache
         process = subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -53,9 +126,20 @@ def test_whole_run(tmp_path):
         assert f"{message}: 100%" in process.stderr
         assert "explained variance" in process.stdout
     assert "transformer: " not in process.stderr
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "config.json",
-        "metrics.jsonl",
-        "summary.json",
-        "sae.safetensors",
-    }
+
+
+@pytest.mark.parametrize("preset", ["gemma-2-2b", "seed-baseline"])
+def test_the_hub_presets_with_a_small_local_model(preset, tmp_path, monkeypatch, capsys):
+    directory = save_tiny_gemma(tmp_path / "model")
+    (tmp_path / "corpus.jsonl").write_text(
+        "".join(json.dumps({"text": "the quick brown fox jumps over the lazy dog"}) + "\n" for _ in range(400))
+    )
+    small = ["--model.name", directory, "--model.hook", "blocks.0.hook_resid_post", "--text.context-size", 32]
+    small += ["--text.source", tmp_path / "corpus.jsonl", "--text.subset", "None", "--text.n-tokens", 9000]
+    small += ["--steps", 8, "--batch-size", 128, "--sae.n-features", 64, "--sae.l0", 8, "--held-out-tokens", 500]
+    run(["--preset", preset, *small, "--out-dir", tmp_path / "run", "--cache-dir", tmp_path / "cache"], monkeypatch)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 8
+    assert {"ce_loss_clean", "ce_loss_reconstructed", "ce_loss_ablated", "ce_loss_recovered"} <= set(summary)
+    assert sae_lens.SAE.load_from_disk(tmp_path / "run" / "sae").cfg.metadata.context_size == 32
+    assert "cross-entropy loss recovered" in capsys.readouterr().out

@@ -1,9 +1,9 @@
-import dataclasses
 import json
 
 import pytest
 
-from topk_ortho.training.config import PRESETS, ModelConfig, PenaltyConfig, SAEConfig, TextConfig, TrainConfig
+from topk_ortho.training.config import ModelConfig, PenaltyConfig, SAEConfig, SyntheticConfig, TextConfig, TrainConfig
+from topk_ortho.training.presets import PRESETS
 
 
 @pytest.mark.parametrize(
@@ -12,23 +12,56 @@ from topk_ortho.training.config import PRESETS, ModelConfig, PenaltyConfig, SAEC
         (lambda: TrainConfig(steps=0), "steps must be at least 1, got 0"),
         (lambda: TrainConfig(batch_size=0), "batch_size must be at least 1, got 0"),
         (lambda: TrainConfig(lr=0.0), "lr must be above 0, got 0.0"),
-        (lambda: TrainConfig(steps=10, warmup_steps=10), r"warmup_steps must be in \[0, steps = 10\), got 10"),
-        (lambda: TrainConfig(held_out_fraction=1.0), r"held_out_fraction must be in \(0, 1\), got 1.0"),
-        (lambda: ModelConfig(batch_size=0), "model.batch_size must be at least 1"),
-        (lambda: TextConfig(context_size=4), "text.context_size must be at least 8"),
-        (lambda: TextConfig(n_tokens=0), "text.n_tokens must be at least 1"),
-        (lambda: SAEConfig(n_features=1), "sae.n_features must be at least 2"),
-        (lambda: SAEConfig(l1_weight=-1.0), "sae.l1_weight must be 0"),
-        (lambda: PenaltyConfig(weight=-1.0), "penalty.weight must be 0 or more"),
-        (lambda: PenaltyConfig(fraction=0.0), r"penalty.fraction must be in \(0, 1\], got 0.0"),
-        (lambda: PenaltyConfig(weight=float("inf")), "penalty.weight must be 0 or more, got inf"),
-        (lambda: PenaltyConfig(n_std=float("nan")), "penalty.n_std must be finite, got nan"),
         (lambda: TrainConfig(lr=float("inf")), "lr must be above 0, got inf"),
         (lambda: TrainConfig(seed=2**63), "seed must be in"),
+        (lambda: TrainConfig(warmup_fraction=1.5), r"warmup_fraction must be in \[0, 1\], got 1.5"),
+        (lambda: TrainConfig(decay_fraction=-0.1), r"decay_fraction must be in \[0, 1\], got -0.1"),
+        (lambda: TrainConfig(clip_norm=0.0), "clip_norm must be above 0, or None, got 0.0"),
+        (lambda: TrainConfig(held_out_tokens=0), "held_out_tokens must be at least 1, got 0"),
+        (lambda: TrainConfig(checkpoint_every=-1), r"checkpoint_every must be 0 \(off\) or more, got -1"),
+        (lambda: TrainConfig(keep_checkpoints=0), "keep_checkpoints must be at least 1, got 0"),
+        (lambda: TrainConfig(source="web"), r"source must be one of \('transformer', 'synthetic'\), got web"),
+        (lambda: TrainConfig(autocast="fp8"), "autocast must be one of .*, got fp8"),
+        (lambda: TrainConfig(cache="int8"), "cache must be one of .*, got int8"),
+        (lambda: TrainConfig(loggers=("paper",)), r"loggers must be of tensorboard, wandb, got \('paper',\)"),
+        (lambda: ModelConfig(batch_size=0), "model.batch_size must be at least 1"),
+        (lambda: ModelConfig(dtype="int8"), "model.dtype must be one of .*, got int8"),
+        (lambda: TextConfig(context_size=4), "text.context_size must be at least 8"),
+        (lambda: TextConfig(n_tokens=0), "text.n_tokens must be at least 1"),
+        (lambda: SyntheticConfig(d_in=0), "synthetic.d_in must be at least 1"),
+        (lambda: SyntheticConfig(n_children=-1), "synthetic.n_children must be 0 or more, got -1"),
+        (
+            lambda: SyntheticConfig(n_parents=0, n_independent=1),
+            "number of true features of synthetic must be at least 2",
+        ),
+        (lambda: SAEConfig(n_features=1), "sae.n_features must be at least 2"),
+        (lambda: SAEConfig(l0=0), r"sae.l0 must be in \[1, n_features = 4096\], got 0"),
+        (lambda: SAEConfig(n_features=8, l0=9), r"sae.l0 must be in \[1, n_features = 8\], got 9"),
+        (lambda: SAEConfig(architecture="gated"), r"sae.architecture must be one of .*, got gated"),
+        (lambda: SAEConfig(decoder_norm="l1"), "sae.decoder_norm must be one of .*, got l1"),
+        (lambda: SAEConfig(dead_features="pray"), "sae.dead_features must be one of .*, got pray"),
+        (lambda: SAEConfig(normalize_activations="max"), "sae.normalize_activations must be one of .*, got max"),
+        (lambda: SAEConfig(sparsity_weight=-1.0), "sae.sparsity_weight must be 0"),
+        (lambda: SAEConfig(auxk_weight=float("nan")), "sae.auxk_weight must be 0"),
+        (lambda: SAEConfig(auxk=0), "sae.auxk must be at least 1, or None, got 0"),
+        (lambda: SAEConfig(resample_every=0), "sae.resample_every must be at least 1"),
+        (lambda: SAEConfig(bandwidth=0.0), "sae.bandwidth must be above 0"),
+        (lambda: SAEConfig(initial_threshold=-1.0), "sae.initial_threshold must be 0 or more"),
+        (lambda: SAEConfig(widths=(64, 32, 4096)), "sae.widths must be ascending and end with n_features = 4096"),
+        (lambda: SAEConfig(widths=(32, 64)), "sae.widths must be ascending and end with n_features = 4096"),
+        (lambda: SAEConfig(widths=()), "sae.widths must be ascending"),
+        (lambda: PenaltyConfig(weight=-1.0), "penalty.weight must be 0 or more"),
+        (lambda: PenaltyConfig(weight=float("inf")), "penalty.weight must be 0 or more, got inf"),
+        (lambda: PenaltyConfig(warmup_fraction=2.0), r"penalty.warmup_fraction must be in \[0, 1\], got 2.0"),
+        (lambda: PenaltyConfig(every=0), "penalty.every must be at least 1"),
+        (lambda: PenaltyConfig(n_chunks=0), "penalty.n_chunks must be at least 1"),
+        (lambda: PenaltyConfig(fraction=0.0), r"penalty.fraction must be in \(0, 1\], got 0.0"),
+        (lambda: PenaltyConfig(n_std=float("nan")), "penalty.n_std must be finite, got nan"),
         (lambda: PenaltyConfig(tau=1.0), "penalty.tau must be"),
         (lambda: PenaltyConfig(tau=1), "penalty.tau must be .* got 1"),
         (lambda: PenaltyConfig(tau="adaptative"), "penalty.tau must be .* got adaptative"),
         (lambda: PenaltyConfig(target="encoder"), r"penalty.target must be one of \('decoder', .* got encoder"),
+        (lambda: PenaltyConfig(op="min_cosine"), "penalty.op must be one of"),
         (lambda: PenaltyConfig(similarity="cosine"), "penalty.similarity must be one of"),
     ],
 )
@@ -37,8 +70,36 @@ def test_nonsense_is_refused_by_name(build, message):
         build()
 
 
-def test_config_survives_json():
-    config = PRESETS["minilm"]
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_survives_json(name):
+    config = PRESETS[name]
     stored = json.loads(json.dumps(config.as_json()))
-    assert stored["penalty"] == dataclasses.asdict(config.penalty)
+    assert stored == config.as_json()
+    assert stored["penalty"]["weight"] == config.penalty.weight
     assert stored["out_dir"] == str(config.out_dir)
+
+
+def test_nested_widths():
+    assert SAEConfig(n_features=64).nested_widths == (4, 8, 16, 32, 64)
+    assert SAEConfig(n_features=3, l0=1).nested_widths == (1, 3)
+    assert SAEConfig(n_features=64, widths=(10, 64)).nested_widths == (10, 64)
+
+
+def test_the_seed_baseline_is_the_experiment_it_is_named_for():
+    config = PRESETS["seed-baseline"]
+    assert (config.model.name, config.model.hook) == ("google/gemma-2-2b", "blocks.19.hook_resid_post")
+    assert (config.sae.architecture, config.sae.n_features, config.sae.sparsity_weight) == ("standard", 2304, 0.04)
+    assert (config.lr, config.sae.decoder_norm) == (3e-4, "l2-hook")
+    penalty = config.penalty
+    assert (penalty.target, penalty.fraction, penalty.similarity, penalty.priority) == (
+        "activations",
+        1e-3,
+        "abs",
+        "none",
+    )
+
+
+def test_the_gemma_preset():
+    config = PRESETS["gemma-2-2b"]
+    assert (config.model.name, config.model.hook) == ("google/gemma-2-2b", "blocks.12.hook_resid_post")
+    assert config.sae.n_features == 16_384

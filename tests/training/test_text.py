@@ -1,11 +1,12 @@
 import json
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
-from topk_ortho.training.activations import resolve_model
 from topk_ortho.training.config import ModelConfig, TextConfig
-from topk_ortho.training.text import load_text, python_documentation, token_windows
+from topk_ortho.training.text import fingerprint, load_text, python_documentation, token_windows
+from topk_ortho.training.transformer import resolve_model
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +16,8 @@ def tokenizer():
 
 def test_windows_hold_the_joined_documents_between_special_tokens(tokenizer):
     documents = ["a dictionary of features", "one two three four five six", "seven"]
-    windows = token_windows(documents, tokenizer, TextConfig(context_size=8, n_tokens=12))
+    windows = torch.cat(list(token_windows(documents, tokenizer, TextConfig(context_size=8, n_tokens=12))))
+    assert windows.dtype == torch.int32
     assert windows.shape == (2, 8)
     assert (windows[:, 0] == tokenizer.cls_token_id).all()
     assert (windows[:, -1] == tokenizer.sep_token_id).all()
@@ -28,12 +30,31 @@ def test_tokens_are_rounded_up_to_whole_windows(tokenizer):
         while True:
             yield "word " * 50
 
-    assert token_windows(endless(), tokenizer, TextConfig(context_size=10, n_tokens=100)).shape == (13, 10)
+    (block,) = token_windows(endless(), tokenizer, TextConfig(context_size=10, n_tokens=100))
+    assert block.shape == (13, 10)
 
 
-def test_too_little_text_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="text has 2 tokens; at least two windows of 6 are needed"):
-        token_windows(["word"], tokenizer, TextConfig(context_size=8))
+def test_long_texts_come_in_blocks_that_make_one_text(tokenizer):
+    """A window that begins in one block of documents and ends in the next loses nothing."""
+    documents = [f"word {number} of many" for number in range(2500)]
+    config = TextConfig(context_size=10, n_tokens=100_000)
+    blocks = list(token_windows(documents, tokenizer, config))
+    assert len(blocks) == 3
+    body = torch.cat(blocks)[:, 1:-1].flatten().tolist()
+    ids = [i for text in documents for i in [*tokenizer(text, add_special_tokens=False)["input_ids"], 102]]
+    assert body == ids[: len(body)]
+    assert len(ids) - len(body) < 8
+
+
+def test_fingerprints_tell_texts_apart(tmp_path):
+    path = tmp_path / "corpus.txt"
+    seen = {fingerprint(TextConfig()), fingerprint(TextConfig(source="owner/data")),
+            fingerprint(TextConfig(source="owner/data", subset="small")),
+            fingerprint(TextConfig(source="owner/data", split="test"))}  # fmt: skip
+    for content in ("one", "two"):
+        path.write_text(content)
+        seen.add(fingerprint(TextConfig(source=str(path))))
+    assert len(seen) == 6
 
 
 def test_python_documentation_is_ample_and_in_a_fixed_order():
@@ -85,10 +106,14 @@ def test_file_of_unknown_kind_is_refused(tmp_path):
 def test_hub_data_set_is_streamed(monkeypatch):
     calls = []
 
-    def load_dataset(name, **arguments):
-        calls.append((name, arguments))
+    def load_dataset(*arguments, **keywords):
+        calls.append((arguments, keywords))
         return [{"text": "one"}, {"text": "two"}]
 
     monkeypatch.setattr("topk_ortho.training.text.datasets.load_dataset", load_dataset)
     assert list(load_text(TextConfig(source="owner/name"))) == ["one", "two"]
-    assert calls == [("owner/name", {"split": "train", "streaming": True})]
+    assert list(load_text(TextConfig(source="owner/name", subset="small", split="test"))) == ["one", "two"]
+    assert calls == [
+        (("owner/name", None), {"split": "train", "streaming": True}),
+        (("owner/name", "small"), {"split": "test", "streaming": True}),
+    ]

@@ -1,138 +1,436 @@
 import copy
 import json
+import math
+import os
+import signal
 
 import pytest
+import sae_lens
 import torch
-from safetensors.torch import load_file
 
+from tests.training.sources import MemorySource, sparse_mixtures
 from topk_ortho import topk_ortho_loss
-from topk_ortho.sae import StandardSAE
-from topk_ortho.training.activations import Activations
+from topk_ortho.sae import ActiveFeatures
+from topk_ortho.training.build import build_sae, resolve_device
+from topk_ortho.training.checkpoint import checkpoints, load_checkpoint
 from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig
-from topk_ortho.training.metrics import evaluate, mean_max_cosine
-from topk_ortho.training.penalty import Penalty
-from topk_ortho.training.trainer import Trainer, resolve_device
+from topk_ortho.training.interrupt import Interrupted
+from topk_ortho.training.trainer import Trainer
+
+ARCHITECTURES = ["standard", "topk", "batchtopk", "jumprelu", "matryoshka"]
 
 
 @pytest.fixture(scope="module")
-def activations():
-    """Sparse combinations of 24 directions in 16 dimensions, in 40 windows of 50 tokens."""
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.nn.functional.normalize(torch.randn(24, 16, generator=generator), dim=1)
-    coefficients = torch.rand(2000, 24, generator=generator) * (torch.rand(2000, 24, generator=generator) < 0.1)
-    noise = 0.01 * torch.randn(2000, 16, generator=generator)
-    return Activations(list((coefficients @ directions + noise + 0.5).half().split(50)), None)
+def source():
+    return sparse_mixtures()
 
 
-def config(tmp_path, **changes):
-    arguments = {"steps": 100, "batch_size": 100, "warmup_steps": 5, "log_every": 40, "out_dir": tmp_path / "run"}
-    arguments |= {"sae": SAEConfig(n_features=32, l1_weight=0.03), "penalty": PenaltyConfig(fraction=0.05)}
-    return TrainConfig(**(arguments | changes))
+@pytest.fixture(autouse=True)
+def no_report(request, monkeypatch):
+    """Figures take longer than these runs; one test makes them."""
+    if request.function is not test_what_a_run_leaves:
+        monkeypatch.setattr("topk_ortho.training.results.write_report", lambda out_dir: None)
 
 
-def test_fit_learns_and_saves_what_it_says(activations, tmp_path):
-    trainer = Trainer(config(tmp_path), activations)
-    before = trainer.summary()
+@pytest.fixture
+def out_dir(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def open_trainer(source, out_dir):
+    """Make a trainer of small sizes; its thread is ended after the test."""
+    opened = []
+
+    def open_(source=source, *, resume=False, **changes):
+        sae = {"architecture": "standard", "n_features": 32, "l0": 3, "sparsity_weight": 0.03}
+        arguments = {
+            "steps": 60, "batch_size": 100, "log_every": 40, "eval_every": 20, "held_out_tokens": 200,
+            "checkpoint_every": 0, "out_dir": out_dir,
+        } | changes  # fmt: skip
+        arguments["sae"] = SAEConfig(**(sae | changes.get("sae", {})))
+        arguments["penalty"] = PenaltyConfig(**({"fraction": 0.05} | changes.get("penalty", {})))
+        opened.append(Trainer(TrainConfig(**arguments), source, resume=resume))
+        return opened[-1]
+
+    yield open_
+    for trainer in opened:
+        trainer.batches.close()
+
+
+def lines(out_dir):
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.sae.state_dict().items()}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_learns_and_is_saved_for_saelens(architecture, open_trainer, source, out_dir):
+    trainer = open_trainer(sae={"architecture": architecture}, steps=120)
+    before = trainer.evaluation()["explained_variance"]
     summary = trainer.fit()
-    assert summary["explained_variance"] > 0.8
-    assert summary["explained_variance"] > before["explained_variance"] + 0.1
+    assert summary["explained_variance"] > max(0.6, before + 0.1)
 
-    out = tmp_path / "run"
-    assert json.loads((out / "summary.json").read_text()) == summary
-    assert json.loads((out / "config.json").read_text()) == trainer.config.as_json()
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [40, 80, 100]
-    assert set(lines[0]) == {"step", "tokens", "unexplained", "l1", "penalty", "l0", "dead"}
-    saved = load_file(out / "sae.safetensors")
-    assert all(torch.equal(saved[name], weights) for name, weights in trainer.sae.state_dict().items())
+    sae = sae_lens.SAE.load_from_disk(out_dir / "sae")
+    x = trainer.held_out.float()
+    reconstruction = sae(x)
+    unexplained = (x - reconstruction).square().sum() / (x - x.mean(dim=0)).square().sum()
+    assert 1 - unexplained.item() == pytest.approx(summary["explained_variance"], abs=1e-4)
+    assert (sae.encode(x) > 0).sum().item() / len(x) == pytest.approx(summary["l0"], abs=0.02)
 
 
-def test_same_seed_same_run(activations, tmp_path):
-    first, second = (Trainer(config(tmp_path, steps=20), activations) for _ in range(2))
-    first.fit()
-    second.fit()
-    assert all(torch.equal(a, b) for a, b in zip(first.sae.parameters(), second.sae.parameters(), strict=True))
+def test_what_a_run_leaves(open_trainer, out_dir):
+    trainer = open_trainer()
+    summary = trainer.fit()
+    assert {path.name for path in out_dir.iterdir()} == {
+        "config.json", "metrics.jsonl", "checkpoints", "sae", "summary.json", "figures", "report.html",
+    }  # fmt: skip
+    saved = json.loads((out_dir / "summary.json").read_text())
+    assert {name: saved[name] for name in summary} == summary
+    assert json.loads((out_dir / "config.json").read_text()) == trainer.config.as_json()
+    log = lines(out_dir)
+    assert [line["step"] for line in log] == [20, 40, 60]
+    assert set(log[0]) == {
+        "step", "tokens", "lr", "loss", "unexplained", "sparsity", "auxiliary", "penalty", "penalty_weight", "l0",
+        "dead_fraction", "gradient_norm", "tokens_per_second", "data_ms", "sae_ms", "penalty_ms", "memory_bytes",
+        "explained_variance", "normalized_mse", "held_out_l0", "mean_max_decoder_cosine", "pair_threshold",
+        "pair_jaccard", "tau", "density_histogram",
+    }  # fmt: skip
+    assert [line["pair_jaccard"] is None for line in log] == [True, False, False]
+    assert all(0 <= line["pair_jaccard"] <= 1 for line in log[1:])
+    assert [line["tokens"] for line in log] == [2000, 4000, 6000]
+    assert summary["explained_variance"] == log[-1]["explained_variance"]
 
 
-def test_step_descends_the_documented_loss(activations, tmp_path):
-    penalty = PenaltyConfig(fraction=0.05, weight=0.7)
-    trainer = Trainer(config(tmp_path, warmup_steps=1, penalty=penalty), activations)
-    sae = copy.deepcopy(trainer.sae)
-    x = next(trainer.activations)
+def test_lines_without_an_evaluation_are_short(open_trainer, out_dir):
+    open_trainer(log_every=7, eval_every=21, steps=21).fit()
+    assert ["explained_variance" in line for line in lines(out_dir)] == [False, False, True]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("target", ["decoder", "activations"])
+def test_step_descends_the_documented_loss(architecture, target, open_trainer, source):
+    """Gradients of the loss written out densely with autograd; half-way through the warm-up."""
+    trainer = open_trainer(
+        sae={"architecture": architecture, "decoder_norm": "none", "widths": (8, 32)},
+        penalty={"target": target, "weight": 0.7},
+        steps=10,
+        warmup_fraction=0.1,
+        clip_norm=None,
+    )
+    config, sae = trainer.config, copy.deepcopy(trainer.sae)
+    sae.requires_grad_(True)
+    x = next(trainer.batches)
     trainer.train_step(x)
 
-    reconstruction, features = sae(x)
-    unexplained = (x - reconstruction).square().sum(dim=1).mean() / trainer.variance
-    l1 = features.sum(dim=1).mean() / trainer.variance**0.5
-    penalty = topk_ortho_loss(sae.W_dec.T, 0.05, similarity="positive", priority=trainer.firing_rate)
-    (unexplained + 0.5 * 0.03 * l1 + 0.7 * penalty).backward()  # half-way through the warm-up
+    x = x * trainer.scale
+    output = sae(x)
+    dense = output.features.to_dense() if isinstance(output.features, ActiveFeatures) else output.features
+    errors = [(x - r).square().sum(dim=1).mean() / trainer.variance for r in (output.reconstruction, *output.inner)]
+    penalised = sae.W_dec.T if target == "decoder" else dense
+    penalty = topk_ortho_loss(penalised, 0.05, similarity="positive", priority=trainer.firing_rate)
+    loss = sum(errors) / len(errors) + 0.5 * config.sae.sparsity_weight * sae.sparsity(output, trainer.variance)
+    (loss + 0.7 * penalty).backward()
+    assert penalty > 0
     for (name, actual), expected in zip(trainer.sae.named_parameters(), sae.parameters(), strict=True):
-        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_learning_rate_and_l1_weight_warm_up_and_the_rate_falls_to_zero(activations, tmp_path):
-    trainer = Trainer(config(tmp_path, steps=50, warmup_steps=4, lr=0.5), activations)
+def test_dead_features_get_the_auxiliary_loss(open_trainer):
+    trainer = open_trainer(
+        sae={"architecture": "topk", "auxk": 4, "decoder_norm": "none"}, clip_norm=None, penalty={"target": "none"}
+    )
+    trainer.tokens_since_fired[:5] = 10**9
+    trainer.sae.b_enc.data[:5] = -3.0  # none of them fires
+    result = trainer.train_step(next(trainer.batches))
+    assert result.auxiliary > 0
+    assert trainer.sae.W_enc.grad[:5].any()
+    assert result.loss == pytest.approx((result.unexplained + result.auxiliary / 32).item(), rel=1e-5)
+
+
+def test_resampling_brings_dead_features_back(open_trainer):
+    trainer = open_trainer(
+        sae={"dead_features": "resample", "resample_every": 5},
+        penalty={"target": "none"},
+        steps=30,
+        dead_after_tokens=400,
+    )
+    trainer.sae.b_enc.data[:6] = -100.0
+    for _ in range(5):
+        trainer.train_step(next(trainer.batches))
+    assert trainer.n_dead() == 0
+    assert trainer.sae.b_enc[:6].abs().max() < 1
+    features = trainer.sae(next(trainer.batches) * trainer.scale).features
+    assert (features[:, :6] > 0).any(dim=0).sum() >= 4
+
+
+def test_no_resampling_in_the_last_fifth(open_trainer):
+    trainer = open_trainer(sae={"dead_features": "resample", "resample_every": 5}, steps=30)
+    due = []
+    for trainer.step in range(1, 31):
+        due.append(trainer.step) if trainer._resamples() else None
+    assert due == [5, 10, 15, 20]
+
+
+def test_penalty_every_few_steps_with_its_weight_scaled(open_trainer):
+    trainer = open_trainer(penalty={"every": 3, "weight": 0.1})
+    results = [trainer.train_step(next(trainer.batches)) for _ in range(6)]
+    assert [r.penalty_weight for r in results] == pytest.approx([0.3, 0, 0, 0.3, 0, 0])
+    assert [r.penalty.item() > 0 for r in results] == [True, False, False, True, False, False]
+
+
+def test_learning_rate_warms_up_and_falls(open_trainer):
+    trainer = open_trainer(steps=50, warmup_fraction=0.08, decay_fraction=0.2, lr=0.5)
     rates = []
     for _ in range(50):
+        trainer.train_step(next(trainer.batches))
         rates.append(trainer.optimizer.param_groups[0]["lr"])
-        trainer.optimizer.step()
-        trainer.schedule.step()
-    expected = [0.1, 0.2, 0.3, 0.4, *[0.5] * 37, *(0.05 * n for n in range(9, 0, -1))]
-    assert rates == pytest.approx(expected)
-    assert [trainer._warmup(step) for step in (0, 3, 4, 49)] == pytest.approx([0.2, 0.8, 1, 1])
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, *[0.5] * 37, *(0.05 * n for n in range(9, 0, -1))])
 
 
-def test_firing_rate_is_an_average_over_batches(activations, tmp_path):
-    trainer = Trainer(config(tmp_path), activations)
+def test_gradient_is_clipped(open_trainer):
+    for clip_norm, expected in ((0.01, 0.01), (None, None)):
+        trainer = open_trainer(clip_norm=clip_norm, sae={"decoder_norm": "none"})
+        result = trainer.train_step(next(trainer.batches))
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in trainer.sae.parameters()))
+        assert norm == pytest.approx(expected or result.gradient_norm.item(), rel=1e-3)
+        assert result.gradient_norm > 0.011
+
+
+@pytest.mark.parametrize("normalize", ["none", "rms"])
+def test_mean_scale_and_variance_are_those_of_the_training_tokens(normalize, open_trainer, source):
+    trainer = open_trainer(sae={"normalize_activations": normalize})
+    training = set(range(20)) - set(trainer.held_out_shards)
+    x = torch.cat([source.shards[n] for n in training]).double()
+    scale = 1.0 if normalize == "none" else (16 / x.square().sum(dim=1).mean().item()) ** 0.5
+    assert trainer.scale == pytest.approx(scale)
+    x = x * scale
+    assert trainer.variance == pytest.approx((x - x.mean(dim=0)).square().sum(dim=1).mean().item())
+    torch.testing.assert_close(trainer.sae.b_dec.detach(), x.mean(dim=0).float())
+
+
+def test_firing_rate_is_an_average_over_batches(open_trainer):
+    trainer = open_trainer()
     expected = torch.zeros(32)
     for _ in range(3):
-        x = next(trainer.activations)
-        fired = (trainer.sae(x).features > 0).float().mean(dim=0)
-        expected = 0.99 * expected + 0.01 * fired
+        x = next(trainer.batches)
+        expected = 0.99 * expected + 0.01 * (trainer.sae(x * trainer.scale).features > 0).float().mean(dim=0)
         trainer.train_step(x)
     torch.testing.assert_close(trainer.firing_rate, expected)
 
 
-def test_variance_is_that_of_the_training_tokens(activations, tmp_path):
-    trainer = Trainer(config(tmp_path), activations)
-    seen = torch.cat([next(trainer.activations) for _ in range(19)]).double()
-    expected = (seen - seen.mean(dim=0)).square().sum(dim=1).mean()
-    assert trainer.variance == pytest.approx(expected.item(), rel=1e-3)
-    torch.testing.assert_close(trainer.mean, seen.mean(dim=0).float(), rtol=1e-3, atol=1e-3)
+def test_held_out_shards_are_not_trained_on(open_trainer, source):
+    trainer = open_trainer(held_out_tokens=450)
+    assert len(trainer.held_out_shards) == 5
+    assert torch.equal(trainer.held_out, torch.cat([source.shards[n] for n in trainer.held_out_shards]))
+    assert not set(trainer.held_out_shards) & set(trainer.batches.shards)
+    assert sorted(trainer.held_out_shards + trainer.batches.shards) == list(range(20))
 
 
-def test_seed_decides_weights_split_and_order(activations, tmp_path):
-    one, other = (Trainer(config(tmp_path, seed=seed), activations) for seed in (0, 1))
-    assert not torch.equal(one.sae.W_dec, other.sae.W_dec)
-    assert not torch.equal(one.held_out, other.held_out)
-    assert not torch.equal(next(one.activations), next(other.activations))
+def test_at_most_half_is_held_out(open_trainer):
+    assert len(open_trainer(held_out_tokens=10**9).held_out_shards) == 10
 
 
-@pytest.mark.parametrize("fraction", [0.001, 0.999])
-def test_some_windows_are_held_out_and_some_are_not(activations, tmp_path, fraction):
-    few = Activations(activations.windows[:2], None)
-    trainer = Trainer(config(tmp_path, held_out_fraction=fraction, batch_size=50), few)
-    assert trainer.held_out.shape == next(trainer.activations).shape == (50, 16)
+def test_one_shard_is_refused(open_trainer):
+    with pytest.raises(ValueError, match="memory fill one shard"):
+        open_trainer(MemorySource([torch.randn(500, 16)]))
 
 
-def test_activations_without_variance_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"all activations at blocks.3.hook_resid_post are equal"):
-        Trainer(config(tmp_path), Activations([torch.ones(50, 16).half()] * 4, None))
+def test_seed_decides_everything(open_trainer, out_dir):
+    runs = []
+    for seed in (0, 0, 1):
+        trainer = open_trainer(seed=seed, steps=5)
+        shards = trainer.held_out_shards
+        trainer.fit()
+        runs.append((shards, weights(trainer)))
+    assert runs[0][0] == runs[1][0] != runs[2][0]
+    assert all(torch.equal(tensor, runs[1][1][name]) for name, tensor in runs[0][1].items())
+    assert not torch.equal(runs[0][1]["W_dec"], runs[2][1]["W_dec"])
 
 
-def test_diverged_run_leaves_no_result_of_an_earlier_one(activations, tmp_path):
-    Trainer(config(tmp_path, steps=6), activations).fit()
-    with pytest.raises(FloatingPointError):
-        Trainer(config(tmp_path, lr=1e30), activations).fit()
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl"}
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_resumed_run_equals_an_uninterrupted_one(architecture, open_trainer, tmp_path):
+    """Bit by bit, with every kind of state: moments, thresholds, firing, random chunks, warm start, pairs."""
+    settings = {
+        "sae": {"architecture": architecture, "dead_features": "resample", "resample_every": 7},
+        "penalty": {"op": "max_cosine", "n_chunks": 2} if architecture == "topk" else {"every": 2},
+        "steps": 40, "eval_every": 10, "log_every": 5, "dead_after_tokens": 500, "buffer_tokens": 700,
+    }  # fmt: skip
+    whole = open_trainer(**settings, out_dir=tmp_path / "whole")
+    whole.fit()
+    first = open_trainer(**settings, out_dir=tmp_path / "parts")
+    step = first.train_step
+
+    def interrupted(x):
+        if first.step == 22:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(x)
+
+    first.train_step = interrupted
+    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 23"):
+        first.fit()
+    second = open_trainer(**settings, out_dir=tmp_path / "parts", resume=True)
+    assert second.step == 23
+    second.fit()
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(second).items())
+
+    def comparable(out_dir):
+        noise = {"tokens_per_second", "data_ms", "sae_ms", "penalty_ms", "memory_bytes"}
+        by_step = {line["step"]: line for line in lines(out_dir)}
+        return {
+            step: {name: value for name, value in by_step[step].items() if name not in noise}
+            for step in range(5, 41, 5)
+        }
+
+    assert comparable(tmp_path / "parts") == comparable(tmp_path / "whole")
 
 
-def test_penalty_separates_the_decoder(activations, tmp_path):
+def test_a_signal_saves_and_the_previous_handler_is_back(open_trainer, out_dir):
+    trainer = open_trainer(steps=10**6)
+    step = trainer.train_step
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupted(x):
+        if trainer.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(x)
+
+    trainer.train_step = interrupted
+    with pytest.raises(Interrupted) as stop:
+        trainer.fit()
+    assert stop.value.exit_code == 130
+    assert [load_checkpoint(path).step for path in checkpoints(out_dir / "checkpoints")] == [5]
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not (out_dir / "summary.json").exists()
+
+
+def test_an_unfinished_run_is_not_overwritten_unasked(open_trainer, out_dir):
+    trainer = open_trainer()
+    trainer.save()
+    with pytest.raises(ValueError, match=r"holds checkpoints of an unfinished run: go on with --resume"):
+        open_trainer()
+    assert checkpoints(out_dir / "checkpoints")
+
+
+def test_a_finished_run_is_replaced(open_trainer, out_dir):
+    open_trainer(steps=8).fit()
+    open_trainer(steps=6).fit()
+    assert [path.name for path in checkpoints(out_dir / "checkpoints")] == ["step-00000006"]
+    assert [line["step"] for line in lines(out_dir)] == [6]
+
+
+def test_resuming_a_finished_run_changes_nothing(open_trainer, out_dir):
+    trainer = open_trainer(steps=6)
+    summary = trainer.fit()
+    again = open_trainer(steps=6, resume=True)
+    assert again.fit()["explained_variance"] == summary["explained_variance"]
+    assert all(torch.equal(tensor, weights(trainer)[name]) for name, tensor in weights(again).items())
+    assert [line["step"] for line in lines(out_dir)] == [6]
+
+
+def test_resuming_where_nothing_is_starts_and_says_so(open_trainer, capsys):
+    assert open_trainer(resume=True).step == 0
+    assert "no checkpoint yet, starting at step 0" in capsys.readouterr().err
+
+
+def test_a_run_with_other_settings_is_not_resumed(open_trainer, capsys):
+    open_trainer(steps=6).fit()
+    with pytest.raises(ValueError, match=r"of another run: lr was 0.003, is 0.1; sae.n_features was 32, is 40"):
+        open_trainer(steps=6, lr=0.1, sae={"n_features": 40}, resume=True)
+    assert open_trainer(steps=6, log_every=1, keep_checkpoints=9, resume=True).step == 6
+
+
+def test_a_torn_checkpoint_is_passed_over_aloud(open_trainer, out_dir, capsys):
+    trainer = open_trainer(checkpoint_every=4, steps=10)
+    trainer.fit()
+    (out_dir / "checkpoints" / "step-00000010" / "state.safetensors").write_bytes(b"torn")
+    resumed = open_trainer(checkpoint_every=4, steps=10, resume=True)
+    assert resumed.step == 8
+    error = capsys.readouterr().err
+    assert "passed over" in error
+    assert "step-00000010 is damaged" in error
+    resumed.fit()
+    assert all(torch.equal(tensor, weights(trainer)[name]) for name, tensor in weights(resumed).items())
+
+
+def test_the_best_checkpoint_stays(open_trainer, out_dir, monkeypatch):
+    trainer = open_trainer(checkpoint_every=2, keep_checkpoints=1, steps=8)
+    values = iter([0.1, 0.9, 0.5, 0.9])
+    evaluation = trainer.evaluation
+    monkeypatch.setattr(trainer, "evaluation", lambda: evaluation() | {"explained_variance": next(values)})
+    trainer.fit()
+    assert [path.name for path in checkpoints(out_dir / "checkpoints")] == ["step-00000008", "step-00000004"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_and_the_run_goes_on(open_trainer, out_dir, monkeypatch, capsys):
+    def full(folder, checkpoint):
+        raise OSError("no space left on device")
+
+    trainer = open_trainer(checkpoint_every=2, steps=4)
+    monkeypatch.setattr("topk_ortho.training.trainer.save_checkpoint", full)
+    trainer.fit()
+    assert "no space left on device; earlier checkpoints are as they were" in capsys.readouterr().err
+    assert (out_dir / "summary.json").exists()
+
+
+def test_activations_without_variance_are_refused(open_trainer):
+    with pytest.raises(ValueError, match=r"all activations at memory are equal"):
+        open_trainer(MemorySource([torch.ones(50, 16).half()] * 8))
+
+
+@pytest.mark.parametrize(
+    ("target", "what"), [("none", "'unexplained': (nan|inf)"), ("decoder", "x has .* columns with NaN or Inf")]
+)
+def test_divergence_is_loud_and_leaves_no_result(target, what, open_trainer, out_dir):
+    open_trainer(steps=6).fit()
+    trainer = open_trainer(lr=1e30, penalty={"target": target}, warmup_fraction=0.0, clip_norm=None)
+    with pytest.raises(FloatingPointError, match=f"training diverged by step .*{what}.* lower lr"):
+        trainer.fit()
+    assert {path.name for path in out_dir.iterdir()} == {"config.json", "metrics.jsonl"}
+
+
+def test_penalty_separates_the_decoder(open_trainer):
     summaries = {}
     for target in ("none", "decoder"):
-        penalty = PenaltyConfig(target=target, weight=3.0, fraction=0.05)
-        summaries[target] = Trainer(config(tmp_path, penalty=penalty), activations).fit()
+        summaries[target] = open_trainer(penalty={"target": target, "weight": 3.0}, steps=100).fit()
     assert summaries["decoder"]["mean_max_decoder_cosine"] < 0.9 * summaries["none"]["mean_max_decoder_cosine"]
+
+
+@pytest.mark.parametrize("decoder_norm", ["none", "l2", "l2-hook"])
+def test_decoder_norm_is_kept_as_named(decoder_norm, open_trainer):
+    trainer = open_trainer(sae={"decoder_norm": decoder_norm})
+    for _ in range(3):
+        trainer.train_step(next(trainer.batches))
+    is_unit = torch.allclose(trainer.sae.W_dec.norm(dim=1), torch.ones(32))
+    assert is_unit == (decoder_norm != "none")
+
+
+def test_dead_features_are_those_that_stopped_firing(open_trainer):
+    trainer = open_trainer(dead_after_tokens=250, sae={"dead_features": "none"})
+    trainer.sae.b_enc.data[:3] = -100.0
+    assert trainer.n_dead() == 0
+    counts = []
+    for _ in range(4):
+        trainer.train_step(next(trainer.batches))
+        counts.append(trainer.n_dead())
+    assert counts == [3, 3, 3, 3]
+    trainer.sae.b_enc.data[3:5] = -100.0
+    counts = []
+    for _ in range(3):
+        trainer.train_step(next(trainer.batches))
+        counts.append(trainer.n_dead())
+    assert counts == [3, 3, 5]
+
+
+def test_bfloat16_autocast_trains_float32_weights(open_trainer):
+    for architecture in ARCHITECTURES:
+        trainer = open_trainer(autocast="bfloat16", sae={"architecture": architecture})
+        first = trainer.train_step(next(trainer.batches))
+        assert first.loss.isfinite()
+        moments = [m for state in trainer.optimizer.state.values() for m in state.values()]
+        assert all(t.dtype == torch.float32 for t in [*trainer.sae.parameters(), *moments])
 
 
 def test_unknown_device_is_refused():
@@ -141,83 +439,22 @@ def test_unknown_device_is_refused():
             resolve_device(device)
 
 
-@pytest.mark.parametrize(
-    ("target", "what"), [("none", "'unexplained': (nan|inf)"), ("decoder", "x has .* columns with NaN or Inf")]
-)
-def test_divergence_is_loud(target, what, activations, tmp_path):
-    settings = config(tmp_path, lr=1e30, penalty=PenaltyConfig(target=target))
-    with pytest.raises(FloatingPointError, match=f"training diverged by step .*{what}.* lower lr"):
-        Trainer(settings, activations).fit()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_configuration_names_its_sae(architecture):
+    config = SAEConfig(architecture=architecture, n_features=32, l0=4, widths=(8, 32))
+    sae = build_sae(config, 16, torch.Generator())
+    assert type(sae).__name__.lower() == f"{architecture}sae"
+    assert sae.W_dec.shape == (32, 16)
+    assert architecture == "standard" or sae.l0 == 4
+    assert architecture != "matryoshka" or sae.widths == (8, 32)
 
 
-def test_decoder_keeps_unit_directions(activations, tmp_path):
-    trainer = Trainer(config(tmp_path), activations)
-    trainer.train_step(next(trainer.activations))
-    torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(32))
-
-
-def test_held_out_windows_are_not_trained_on(activations, tmp_path):
-    trainer = Trainer(config(tmp_path, held_out_fraction=0.25), activations)
-    assert trainer.held_out.shape == (500, 16)
-    seen = torch.cat([next(trainer.activations) for _ in range(15)])
-    assert seen.unique(dim=0).shape[0] == 1500
-    both = torch.cat([seen.half(), trainer.held_out]).unique(dim=0)
-    assert both.shape[0] == 2000
-
-
-def test_dead_features_are_those_that_stopped_firing(activations, tmp_path):
-    trainer = Trainer(config(tmp_path, dead_after_tokens=250), activations)
-    trainer.sae.b_enc.data[:3] = -100.0
-    assert trainer.n_dead() == 0
-    counts = []
-    for _ in range(4):
-        trainer.train_step(next(trainer.activations))
-        counts.append(trainer.n_dead())
-    assert counts == [3, 3, 3, 3]
-    trainer.sae.b_enc.data[3:5] = -100.0
-    counts = []
-    for _ in range(3):
-        trainer.train_step(next(trainer.activations))
-        counts.append(trainer.n_dead())
-    assert counts == [3, 3, 5]
-
-
-@pytest.mark.parametrize("target", ["decoder", "activations", "none"])
-@pytest.mark.parametrize("priority", ["firing-rate", "none"])
-def test_penalty_is_the_public_op_on_its_target(target, priority):
-    W_dec = torch.randn(12, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    features = torch.randn(20, 12, generator=torch.Generator().manual_seed(2)).relu().requires_grad_()
-    firing_rate = torch.arange(12.0)
-    settings = PenaltyConfig(target=target, priority=priority, fraction=0.2, tau=0.1, reduction="sum")
-    actual = Penalty(settings)(W_dec, features, firing_rate)
-    if target == "none":
-        assert actual.item() == 0
-        return
-    x = W_dec.T if target == "decoder" else features
-    expected = topk_ortho_loss(
-        x,
-        0.2,
-        tau=0.1,
-        similarity="positive",
-        reduction="sum",
-        priority=firing_rate if priority == "firing-rate" else None,
-    )
-    source = W_dec if target == "decoder" else features
-    gradients = [torch.autograd.grad(loss, source)[0] for loss in (actual, expected)]
-    assert torch.equal(actual, expected)
-    assert torch.equal(*gradients)
-
-
-def test_explained_variance_and_l0_against_their_definitions():
-    sae = StandardSAE(6, 10, generator=torch.Generator().manual_seed(0))
-    x = torch.randn(30, 6, generator=torch.Generator().manual_seed(1)) + 3
-    reconstruction, features = sae(x)
-    expected = 1 - (x - reconstruction).square().sum() / (x - x.mean(dim=0)).square().sum()
-    metrics = evaluate(sae, x.split(7))
-    assert metrics["explained_variance"] == pytest.approx(expected.item(), abs=1e-5)
-    assert metrics["l0"] == pytest.approx((features > 0).sum().item() / 30)
-
-
-def test_mean_max_cosine_leaves_out_the_feature_itself():
-    W_dec = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    assert mean_max_cosine(W_dec) == pytest.approx((1 + 1 + 0 + 0) / 4, abs=1e-6)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's, at a graph break
+@pytest.mark.parametrize("architecture", ["standard", "batchtopk"])
+def test_a_compiled_sae_takes_the_same_step(architecture, open_trainer):
+    results = []
+    for compiled in (False, True):
+        trainer = open_trainer(compile=compiled, sae={"architecture": architecture})
+        results.append((trainer.train_step(next(trainer.batches)).loss, weights(trainer)["W_enc"]))
+    torch.testing.assert_close(results[1][0], results[0][0])
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-4, atol=1e-6)

@@ -1,33 +1,88 @@
-"""The orthogonality penalty as a term of the training loss."""
+"""The orthogonality penalty as a term of the training loss, by the public ops."""
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from topk_ortho.modules import TopKOrthoLoss
+from topk_ortho import MaxCosineLoss, SparseFeatures, TopKOrthoLoss, TopKPairs, topk_pairs
+from topk_ortho.sae import ActiveFeatures, SparseAutoencoder
 from topk_ortho.training.config import PenaltyConfig
+from topk_ortho.training.schedules import warmup
+
+
+class PenaltyTerm(NamedTuple):
+    """The penalty of one step, unweighted, with its gradient."""
+
+    value: Tensor
+    """[]"""
+    target: Tensor
+    """What it is a function of, with its own graph: W_dec, or the features' values"""
+    gradient: Tensor
+    """Of the value, in the target's shape"""
 
 
 class Penalty(nn.Module):
-    """`topk_ortho_loss` of the configured target; unweighted, and 0 if there is no target."""
+    """`topk_ortho_loss` or `max_cosine_loss` of the configured target.
 
-    def __init__(self, config: PenaltyConfig):
+    Its gradient is computed on its own, so that it can be timed, and its memory is free before the SAE's backward pass.
+
+    Parameters
+    ----------
+    config : PenaltyConfig
+        Target, op and its arguments.
+    generator : torch.Generator
+        Draws the chunks of max_cosine.
+    """
+
+    def __init__(self, config: PenaltyConfig, generator: torch.Generator):
         super().__init__()
         self.config = config
-        self.op = TopKOrthoLoss(
-            config.fraction,
-            tau=config.tau,
-            n_std=config.n_std,
-            similarity=config.similarity,
-            reduction=config.reduction,
-        )
+        self.op: TopKOrthoLoss | MaxCosineLoss
+        if config.op == "max_cosine":
+            self.op = MaxCosineLoss(config.n_chunks, generator=generator)
+        else:
+            self.op = TopKOrthoLoss(config.fraction, reduction=config.reduction, **self._selection())
 
-    def forward(self, W_dec: Tensor, features: Tensor, firing_rate: Tensor) -> Tensor:
-        """Penalty of W_dec [n_features, d_in] or of features [batch, n_features].
+    def weight(self, step: int, steps: int) -> float:
+        """Weight in the loss of a step, counted from 0, of so many; 0 in those that go without."""
+        config = self.config
+        if config.target == "none" or step % config.every:
+            return 0.0
+        return config.weight * config.every * warmup(step, config.warmup_fraction * steps)
 
-        The priority is firing_rate [n_features].
+    def forward(self, sae: SparseAutoencoder, features: Tensor | ActiveFeatures, firing_rate: Tensor) -> PenaltyTerm:
+        """Value and gradient for an SAE and its features [batch, n_features].
+
+        In a pair, what fires more often by firing_rate [n_features] is held, if the configuration says so.
         """
-        if self.config.target == "none":
-            return torch.zeros((), device=W_dec.device)
-        x = W_dec.T if self.config.target == "decoder" else features
-        result: Tensor = self.op(x, firing_rate if self.config.priority == "firing-rate" else None)
-        return result
+        target = sae.W_dec if self.config.target == "decoder" else _values(features)
+        leaf = target.detach().requires_grad_()
+        x = leaf.T if self.config.target == "decoder" else _with_values(features, leaf)
+        if isinstance(self.op, TopKOrthoLoss):
+            value = self.op(x, firing_rate if self.config.priority == "firing-rate" else None)
+        else:
+            value = self.op(x)
+        (gradient,) = torch.autograd.grad(value, leaf)
+        return PenaltyTerm(value.detach(), target, gradient)
+
+    @torch.no_grad()
+    def select(self, sae: SparseAutoencoder, features: Tensor | ActiveFeatures) -> TopKPairs:
+        """The most similar pairs of the target (of the decoder if there is none), by fraction, tau and similarity."""
+        is_decoder = self.config.target != "activations"
+        x = sae.W_dec.detach().T if is_decoder else _with_values(features, _values(features).detach())
+        return topk_pairs(x, self.config.fraction, **self._selection())
+
+    def _selection(self) -> dict[str, Any]:
+        return {name: getattr(self.config, name) for name in ("tau", "n_std", "similarity")}
+
+
+def _values(features: Tensor | ActiveFeatures) -> Tensor:
+    return features.values if isinstance(features, ActiveFeatures) else features
+
+
+def _with_values(features: Tensor | ActiveFeatures, values: Tensor) -> Tensor | SparseFeatures:
+    """The same features with other values, as the public ops take them."""
+    if isinstance(features, ActiveFeatures):
+        return features._replace(values=values).to_sparse()
+    return values

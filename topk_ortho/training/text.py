@@ -1,12 +1,14 @@
 """Text as windows of token ids, through Hugging Face `datasets`."""
 
 import ast
+import hashlib
 import importlib
 import inspect
 import sys
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ def load_text(config: TextConfig) -> Iterable[str]:
     elif path.exists():
         raise ValueError(f"text.source must be a {', '.join(_FILE_LOADERS)} file or a data set, got {config.source!r}")
     else:
-        documents = datasets.load_dataset(config.source, split="train", streaming=True)
+        documents = datasets.load_dataset(config.source, config.subset, split=config.split, streaming=True)
     for document in documents:
         if config.column not in document:
             raise ValueError(f"text.column {config.column!r} is not in {config.source!r}; it has {sorted(document)}")
@@ -49,28 +51,38 @@ def load_text(config: TextConfig) -> Iterable[str]:
             )
 
 
-def token_windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, config: TextConfig) -> Tensor:
-    """Token ids [n_windows, context_size], int64, every window full.
+def token_windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, config: TextConfig) -> Iterator[Tensor]:
+    """Blocks [n, context_size] of token ids, int32, every window full; together they hold config.n_tokens or more.
 
     Documents are joined by the tokenizer's separator and cut without regard to their ends. Each window opens with the
     classification or beginning-of-sequence token and closes with the separator, as far as the tokenizer has them.
     """
-    first, last = _special_ids(tokenizer)
+    first, last = (torch.tensor(ids, dtype=torch.int32) for ids in _special_ids(tokenizer))
     n_body = config.context_size - len(first) - len(last)
-    n_windows = -(-config.n_tokens // n_body)
-    separator = last or [i for i in [tokenizer.eos_token_id] if i is not None]
+    separator = last.tolist() or [i for i in [tokenizer.eos_token_id] if i is not None]
+    n_missing = -(-config.n_tokens // n_body)
     stream: list[int] = []
-    for document in documents:
-        ids = tokenizer(document, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-        stream += ids + separator
-        if len(stream) >= n_windows * n_body:
-            break
-    n_windows = min(n_windows, len(stream) // n_body)
-    if n_windows < 2:
-        raise ValueError(f"text has {len(stream)} tokens; at least two windows of {n_body} are needed")
-    body = torch.tensor(stream[: n_windows * n_body]).view(n_windows, n_body)
-    edges = [torch.tensor(ids, dtype=torch.int64).expand(n_windows, len(ids)) for ids in (first, last)]
-    return torch.cat([edges[0], body, edges[1]], dim=1)
+    for batch in _batched(documents, 1000):
+        for ids in tokenizer(batch, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]:
+            stream += ids + separator
+        n = min(n_missing, len(stream) // n_body)
+        body = torch.tensor(stream[: n * n_body], dtype=torch.int32).view(n, n_body)
+        yield torch.cat([first.expand(n, -1), body, last.expand(n, -1)], dim=1)
+        del stream[: n * n_body]
+        n_missing -= n
+        if n_missing == 0:
+            return
+
+
+def fingerprint(config: TextConfig) -> str:
+    """What tells two texts apart without reading them to their ends twice; a data set on the hub is known by name."""
+    path = Path(config.source)
+    if config.source == "python-docs":
+        return f"python-docs {sys.version}"
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return f"{config.source} {config.subset} {config.split}"
 
 
 def python_documentation() -> Iterator[str]:
@@ -101,6 +113,12 @@ def _docstrings(path: Path) -> Iterator[str]:
             docstring = ast.get_docstring(node)
             if docstring:
                 yield docstring
+
+
+def _batched(documents: Iterable[str], size: int) -> Iterator[list[str]]:
+    iterator = iter(documents)
+    while batch := list(islice(iterator, size)):
+        yield batch
 
 
 def _special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -1,0 +1,234 @@
+import dataclasses
+import json
+import shutil
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, BertModel, Gemma2ForCausalLM
+
+from tests.training.models import save_tiny_gemma
+from topk_ortho.sae import StandardSAE
+from topk_ortho.training import harvest
+from topk_ortho.training.config import ModelConfig, TextConfig, TrainConfig
+from topk_ortho.training.harvest import TransformerActivations
+from topk_ortho.training.text import load_text, token_windows
+from topk_ortho.training.transformer import Transformer, resolve_model
+
+CPU = torch.device("cpu")
+TEXT = TextConfig(context_size=16, n_tokens=14 * 150)
+MODEL = ModelConfig(batch_size=50)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_documents():
+    """Reading all of Python's documentation takes seconds; a few of its pages will do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("topk_ortho.training.text.python_documentation", lambda: list(topics.values())[:20])
+        yield
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("activations")
+
+
+def open_source(cache_dir, model=MODEL, text=TEXT, cache="float16"):
+    return TransformerActivations(TrainConfig(model=model, text=text, cache=cache, cache_dir=cache_dir), CPU)
+
+
+@pytest.fixture(scope="module")
+def source(cache_dir):
+    source = open_source(cache_dir)
+    for number in range(len(source.shard_sizes)):
+        source.shard(number)
+    return source
+
+
+def no_transformer(monkeypatch):
+    monkeypatch.setattr(Transformer, "activations", lambda *arguments: pytest.fail("the transformer ran"))
+
+
+def test_shards_are_the_model_without_special_tokens(source):
+    directory = resolve_model(MODEL)
+    tokens = torch.cat(list(token_windows(load_text(TEXT), AutoTokenizer.from_pretrained(directory), TEXT))).long()
+    model = BertModel.from_pretrained(directory, attn_implementation="eager")
+    with torch.no_grad():
+        expected = model(tokens, output_hidden_states=True).hidden_states[4]  # 0 is the embedding, 4 leaves block 3
+    special = torch.isin(tokens, torch.tensor([101, 102]))  # [CLS] and [SEP] of BERT's vocabulary
+    assert special.sum() >= 2 * tokens.shape[0]
+    assert len(source.shard_sizes) == 3  # 64 windows of 16 tokens each, the last ragged
+    actual = torch.cat([source.shard(number) for number in range(3)])
+    assert actual.dtype == torch.float16
+    assert source.shard_sizes == [len(source.shard(number)) for number in range(3)]
+    torch.testing.assert_close(actual, expected[~special].half(), rtol=2**-10, atol=2**-10)
+
+
+def test_a_second_source_reads_the_cache(source, cache_dir, monkeypatch):
+    no_transformer(monkeypatch)
+    monkeypatch.setattr(harvest, "token_windows", lambda *arguments: pytest.fail("tokenised again"))
+    again = open_source(cache_dir)
+    assert source.tokens_per_second > 0
+    assert again.tokens_per_second is None
+    assert all(torch.equal(again.shard(n), source.shard(n)) for n in range(3))
+
+
+def test_an_interrupted_harvest_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
+    first = open_source(tmp_path)  # has made shard 0, to know its width
+    save = harvest.save_file
+
+    def interrupted(tensors, path):
+        save(tensors, path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harvest, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        first.shard(1)
+    monkeypatch.undo()
+    (folder,) = tmp_path.iterdir()
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", "tokens.bin", "shard-00000.safetensors"}
+    again = open_source(tmp_path)
+    assert all(torch.equal(again.shard(n), source.shard(n)) for n in range(3))
+
+
+def test_two_that_tokenise_at_a_time_end_in_one_folder(tmp_path, monkeypatch):
+    read = harvest.load_text
+
+    def beside_another(config):
+        monkeypatch.setattr(harvest, "load_text", read)
+        open_source(tmp_path)  # starts later, finishes first
+        return read(config)
+
+    monkeypatch.setattr(harvest, "load_text", beside_another)
+    open_source(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_without_a_cache_shards_are_made_anew(source, tmp_path, monkeypatch):
+    uncached = open_source(tmp_path, cache="off")
+    for number in (1, 1):
+        torch.testing.assert_close(uncached.shard(number).half(), source.shard(number))
+    assert uncached.shard(1).dtype == torch.float32
+    (folder,) = tmp_path.iterdir()
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", "tokens.bin"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": dataclasses.replace(MODEL, hook="blocks.0.hook_resid_post")},
+        {"model": dataclasses.replace(MODEL, dtype="bfloat16")},
+        {"text": dataclasses.replace(TEXT, n_tokens=14 * 100)},
+        {"text": dataclasses.replace(TEXT, context_size=18)},
+        {"cache": "float32"},
+    ],
+    ids=["hook", "model_dtype", "n_tokens", "context_size", "cache"],
+)
+def test_another_hook_or_text_is_not_served_from_the_cache(source, cache_dir, change):
+    other = open_source(cache_dir, **change)
+    assert other.tokens_per_second is not None
+    first, before = other.shard(0), source.shard(0)
+    same = first.shape == before.shape and torch.equal(first, before) and first.dtype == before.dtype
+    assert not same or other.shard_sizes != source.shard_sizes
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hook", "blocks.9.hook_mlp_out"), ("text", "other"), ("model_version", "x")]
+)
+def test_a_manifest_that_does_not_match_is_refused_by_name(key, value, tmp_path):
+    open_source(tmp_path)
+    (folder,) = tmp_path.iterdir()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {key: value}))
+    with pytest.raises(ValueError, match=rf"{folder} is of {key} '{value}', not "):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["shard-00000.safetensors", "tokens.bin", "manifest.json"])
+def test_a_damaged_cache_is_named(file, tmp_path):
+    open_source(tmp_path)
+    (folder,) = tmp_path.iterdir()
+    (folder / file).write_bytes(b"torn")
+    with pytest.raises(ValueError, match=rf"{folder}.* is damaged, delete it"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["weights", "config"])
+def test_a_changed_model_is_not_served_from_the_cache(change, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(resolve_model(MODEL), directory)
+    model = dataclasses.replace(MODEL, name=str(directory))
+    before = open_source(tmp_path / "cache", model)
+    if change == "weights":
+        weights = load_file(directory / "model.safetensors")
+        save_file({n: 0.5 * w for n, w in weights.items()}, directory / "model.safetensors", metadata={"format": "pt"})
+    else:
+        settings = json.loads((directory / "config.json").read_text()) | {"hidden_act": "relu"}
+        (directory / "config.json").write_text(json.dumps(settings))
+    after = open_source(tmp_path / "cache", model)
+    assert not torch.equal(before.shard(0), after.shard(0))
+
+
+def test_a_changed_text_file_is_not_served_from_the_cache(tmp_path):
+    text, shapes = tmp_path / "corpus.txt", []
+    for words in ("one two three ", "four five "):
+        text.write_text(words * 200)
+        source = open_source(tmp_path / "cache", text=dataclasses.replace(TEXT, source=str(text)))
+        shapes.append(source.shard_sizes)
+    assert shapes[0] != shapes[1]
+
+
+def test_overflow_of_the_cache_dtype_is_refused(tmp_path, monkeypatch):
+    activations = Transformer.activations
+    monkeypatch.setattr(Transformer, "activations", lambda *arguments: 1e6 * activations(*arguments))
+    with pytest.raises(ValueError, match=r"blocks.3.hook_resid_post of minilm exceed torch.float16 \(cache can be"):
+        open_source(tmp_path)
+    assert not list(tmp_path.glob("*/shard-*"))
+    assert open_source(tmp_path, cache="float32").d_in == 384
+
+
+def test_too_little_text_is_refused(tmp_path):
+    (tmp_path / "corpus.txt").write_text("word")
+    text = dataclasses.replace(TEXT, source=str(tmp_path / "corpus.txt"))
+    with pytest.raises(ValueError, match=r"corpus.txt fills 0 windows of 16 tokens; at least 2 are needed"):
+        open_source(tmp_path / "cache", text=text)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_cross_entropy_recovered_is_its_definition(tmp_path):
+    directory = save_tiny_gemma(tmp_path / "model")
+    (tmp_path / "corpus.txt").write_text("\n\n".join(["the quick brown fox jumps over the lazy dog"] * 80))
+    model = ModelConfig(name=str(directory), hook="blocks.0.hook_resid_post", batch_size=5)
+    text = TextConfig(source=str(tmp_path / "corpus.txt"), context_size=16, n_tokens=1500)
+    source = open_source(tmp_path / "cache", model, text, cache="float32")
+    sae = StandardSAE(16, 64, generator=torch.Generator().manual_seed(0))
+    measured = source.measure(sae, [1])
+
+    tokens = source._tokens(1)[:16].long()
+    reference = Gemma2ForCausalLM.from_pretrained(directory, attn_implementation="eager")
+
+    def loss(replace):
+        handle = reference.model.layers[0].register_forward_hook(
+            lambda module, inputs, output: (
+                replace(output) if isinstance(output, torch.Tensor) else (replace(output[0]), *output[1:])
+            )
+        )
+        with torch.no_grad():
+            # windows in the batches of the model's configuration: the ablation is their mean
+            losses = [reference(part, labels=part).loss.item() * len(part) for part in tokens.split(5)]
+        handle.remove()
+        return sum(losses) / len(tokens)
+
+    clean = loss(lambda x: x)
+    reconstructed = loss(lambda x: sae(x.flatten(0, 1)).reconstruction.view_as(x))
+    ablated = loss(lambda x: x.mean(dim=(0, 1)).expand_as(x))
+    assert measured["ce_loss_clean"] == pytest.approx(clean, rel=1e-5)
+    assert measured["ce_loss_reconstructed"] == pytest.approx(reconstructed, rel=1e-5)
+    assert measured["ce_loss_ablated"] == pytest.approx(ablated, rel=1e-5)
+    assert measured["ce_loss_recovered"] == pytest.approx((ablated - reconstructed) / (ablated - clean), rel=1e-2)
+    assert len({clean, reconstructed, ablated}) == 3
+
+
+def test_a_model_without_logits_has_no_cross_entropy(source):
+    assert source.measure(StandardSAE(384, 8), [0]) == {}

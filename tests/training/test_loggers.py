@@ -1,0 +1,73 @@
+import json
+
+import pytest
+
+from topk_ortho.training.config import TrainConfig
+from topk_ortho.training.loggers import JSONLines, TensorBoard, open_loggers
+
+METRICS = [{"step": step, "loss": 1 / step, "tau": None, "density_histogram": {"counts": [1, 2]}} for step in (1, 2, 3)]
+
+
+def test_json_lines_keep_what_was_before_a_step_and_cut_the_rest(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    logger = JSONLines(path, 0)
+    for metrics in METRICS:
+        logger.log(metrics)
+    logger.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == METRICS
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    logger = JSONLines(path, 2)
+    logger.log({"step": 3})
+    logger.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    assert "loss" not in json.loads(path.read_text().splitlines()[-1])
+    JSONLines(path, 0).close()
+    assert path.read_text() == ""
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoard(tmp_path, 0)
+    for metrics in METRICS:
+        logger.log(metrics)
+    logger.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"step", "loss"}
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([1.0, 0.5, 1 / 3])
+
+
+def test_wandb_gets_the_numbers_and_keeps_its_identity(tmp_path, monkeypatch):
+    """wandb itself starts a process and a network; what it is asked to do is enough."""
+    calls = []
+
+    class Run:
+        def log(self, metrics, step):
+            calls.append((step, metrics))
+
+        def finish(self):
+            calls.append("finish")
+
+    def init(**arguments):
+        calls.append(arguments["id"])
+        assert arguments["config"]["steps"] == 600
+        return Run()
+
+    monkeypatch.setattr("wandb.init", init)
+    config = TrainConfig(out_dir=tmp_path, loggers=("wandb",))
+    for step in (0, 2):
+        loggers = open_loggers(config, step)
+        for logger in loggers:
+            logger.log(METRICS[0])
+            logger.close()
+    assert calls[0] == calls[3]
+    assert calls[1:3] == [(1, {"step": 1, "loss": 1.0}), "finish"]
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(ValueError, match="loggers needs the package wandb: pip install wandb"):
+        open_loggers(TrainConfig(out_dir=tmp_path, loggers=("wandb",)), 0)

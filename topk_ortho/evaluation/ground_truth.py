@@ -1,0 +1,75 @@
+"""How well a dictionary recovers true features that are known, and where it absorbs a parent into its children."""
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from topk_ortho.evaluation.hierarchy import HierarchicalFeatures
+
+
+@torch.no_grad()
+def ground_truth_metrics(
+    W_dec: Tensor, features: Tensor, truth: HierarchicalFeatures, coefficients: Tensor, *, min_samples: int = 10
+) -> dict[str, float]:
+    """Agreement of a dictionary with the true features, and absorption.
+
+    Features are matched to true ones one to one, so that the sum of the cosines of their directions is largest. A true
+    feature that is left without one has cosine 0 and a feature that never fires.
+
+    Parameters
+    ----------
+    W_dec : Tensor, shape [n_features, d_in]
+        Decoder directions, of any length.
+    features : Tensor, shape [n, n_features]
+        Feature activations of n samples; above 0 is firing.
+    truth : HierarchicalFeatures
+        The true features.
+    coefficients : Tensor, shape [n, n_true]
+        Of the true features in the same samples; above 0 is on.
+    min_samples : int, default 10
+        A parent and its child count for absorption only if the child is on, and the parent alone, in so many samples.
+
+    Returns
+    -------
+    dict of str to float
+        - ``mcc``, ``mcc_parent``, ``mcc_child``: mean matched cosine of all true features, of parents, of children;
+        - ``f1``: mean over true features of the F1 score of firing against being on;
+        - ``parent_recall``: mean over parents of P(feature fires | parent on);
+        - ``absorption_rate``: mean over pairs of parent and child of P(parent's feature is silent | child on);
+        - ``excess_absorption``: that minus P(parent's feature is silent | parent on without a child), over the same
+          pairs: the plain rate counts ordinary misses too.
+
+        True features that are never on are left out of f1 and parent_recall, and a mean over nothing (no parents, too
+        few samples) is left out of the result.
+    """
+    on = coefficients > 0
+    cosine = normalize(truth.directions, dim=1) @ normalize(W_dec.float(), dim=1).T
+    matched, own = (torch.from_numpy(numbers) for numbers in linear_sum_assignment(cosine.numpy(), maximize=True))
+    matched_cosine = torch.zeros(on.shape[1]).index_copy(0, matched, cosine[matched, own])
+    fires = torch.zeros_like(on).index_copy(1, matched, features[:, own] > 0)
+
+    n_on, n_both = on.sum(dim=0), (fires & on).sum(dim=0)
+    f1 = 2 * n_both / (n_on + fires.sum(dim=0))
+    recall = n_both / n_on
+
+    children = truth.is_child.nonzero().squeeze(1)
+    parents = truth.parent[children]
+    has_child = torch.zeros(on.shape, dtype=torch.int32).index_add(1, parents, on[:, children].int()) > 0
+    alone = (on & ~has_child)[:, parents]
+    child_on, silent = on[:, children], ~fires[:, parents]
+    n_child_on, n_alone = child_on.sum(dim=0), alone.sum(dim=0)
+    absorption = (child_on & silent).sum(dim=0) / n_child_on
+    missed = (alone & silent).sum(dim=0) / n_alone
+    enough = (n_child_on >= min_samples) & (n_alone >= min_samples)
+
+    parts = {
+        "mcc": matched_cosine,
+        "mcc_parent": matched_cosine[truth.is_parent],
+        "mcc_child": matched_cosine[truth.is_child],
+        "f1": f1[n_on > 0],
+        "parent_recall": recall[truth.is_parent & (n_on > 0)],
+        "absorption_rate": absorption[enough],
+        "excess_absorption": (absorption - missed)[enough],
+    }
+    return {name: part.mean().item() for name, part in parts.items() if part.numel()}

@@ -1,0 +1,105 @@
+"""What all sparse autoencoders share: parameters, initialisation, and the contract with the trainer.
+
+    features = activation(W_enc (x - b_dec) + b_enc)     [batch, n_features]
+    reconstruction = features @ W_dec + b_dec            [batch, d_in]
+
+Row i of W_enc and of W_dec belongs to feature i.
+"""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from topk_ortho.sae.active import ActiveFeatures, decode_active
+from topk_ortho.sae.decoder import normalize_decoder
+
+
+class SAEOutput(NamedTuple):
+    """What a forward pass of any SAE returns."""
+
+    reconstruction: Tensor
+    """[batch, d_in]"""
+    features: Tensor | ActiveFeatures
+    """[batch, n_features], non-negative, mostly zero"""
+    pre_activations: Tensor | None
+    """[batch, n_features], of the architectures whose sparsity term needs them"""
+    inner: tuple[Tensor, ...]
+    """Reconstructions [batch, d_in] by the first features alone (Matryoshka), else empty"""
+
+
+class SparseAutoencoder(nn.Module, ABC):
+    """Encoder and decoder of a dictionary; a subclass adds the activation.
+
+    Parameters
+    ----------
+    d_in : int
+        Width of the activations.
+    n_features : int
+        Size of the dictionary.
+    encoder_scale : float, default 1.0
+        The encoder starts as the decoder times this, tied [1]_.
+    generator : torch.Generator, optional
+        Draws the decoder's random directions, of unit length.
+
+    References
+    ----------
+    .. [1] Gao et al., "Scaling and evaluating sparse autoencoders", arXiv:2406.04093, section 2.
+    """
+
+    def __init__(
+        self, d_in: int, n_features: int, *, encoder_scale: float = 1.0, generator: torch.Generator | None = None
+    ):
+        super().__init__()
+        self.W_dec = nn.Parameter(torch.randn(n_features, d_in, generator=generator))
+        normalize_decoder(self.W_dec)
+        self.W_enc = nn.Parameter(self.W_dec.detach() * encoder_scale)
+        self.b_enc = nn.Parameter(torch.zeros(n_features))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    @property
+    def n_features(self) -> int:
+        """Size of the dictionary."""
+        return self.W_dec.shape[0]
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """Inputs of the activation, [batch, n_features], of x [batch, d_in]."""
+        return linear(x - self.b_dec, self.W_enc, self.b_enc)
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor | ActiveFeatures:
+        """Feature activations [batch, n_features] of x [batch, d_in]."""
+
+    def decode(self, features: Tensor | ActiveFeatures) -> Tensor:
+        """Reconstruction [batch, d_in] of features [batch, n_features]."""
+        if isinstance(features, ActiveFeatures):
+            return decode_active(features, self.W_dec) + self.b_dec
+        return features @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> SAEOutput:
+        """Encode and decode x [batch, d_in]."""
+        features = self.encode(x)
+        return SAEOutput(self.decode(features), features, None, ())
+
+    def sparsity(self, output: SAEOutput, variance: float) -> Tensor:
+        """The sparsity term of the loss, unweighted, []; 0 if the activation alone makes features sparse.
+
+        `variance` is the activations' total variance, by which a term is made free of their scale.
+        """
+        return output.reconstruction.new_zeros(())
+
+    @torch.no_grad()
+    def observe(self, features: Tensor | ActiveFeatures) -> None:
+        """Learn from the features of a training step what inference needs; nothing for most."""
+
+    @torch.no_grad()
+    def divide_scale(self, factor: float) -> None:
+        """Turn an SAE of activations times `factor` into the same SAE of the activations, in place."""
+        self.b_enc.div_(factor)
+        self.b_dec.div_(factor)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring parameters back into their range after a step of the optimizer; nothing for most."""

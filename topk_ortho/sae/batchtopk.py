@@ -1,0 +1,80 @@
+"""The BatchTopK sparse autoencoder: the k largest pre-activations a token, on average over a batch [1].
+
+In training the batch * k largest are kept, wherever they are. At inference, where a token should not depend on its
+neighbours, those above a threshold are: the average over training steps of the smallest value that was kept.
+
+[1] Bussmann, Leask and Nanda, "BatchTopK sparse autoencoders", arXiv:2412.06410.
+"""
+
+import torch
+from torch import Tensor
+
+from topk_ortho.sae.active import ActiveFeatures, encode_selected
+from topk_ortho.sae.base import SparseAutoencoder
+
+_THRESHOLD_DECAY = 0.95  # per step: the cut of a batch is nearly free of noise, and moves with the weights
+_GUESS = 0.9  # of the threshold: a little below the next batch's cut
+
+
+class BatchTopKSAE(SparseAutoencoder):
+    """The ``batch * l0`` largest pre-activations of a batch in training mode, those above `threshold` in eval mode.
+
+    Parameters
+    ----------
+    d_in, n_features, generator
+        As in `SparseAutoencoder`.
+    l0 : int
+        Active features of a token, on average.
+
+    Attributes
+    ----------
+    threshold : Tensor, float32 []
+        What a pre-activation must exceed at inference; 0 before the first training step.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, d_in: int, n_features: int, l0: int, *, generator: torch.Generator | None = None):
+        super().__init__(d_in, n_features, generator=generator)
+        self.l0 = l0
+        self.register_buffer("threshold", torch.zeros(()))
+
+    def encode(self, x: Tensor) -> ActiveFeatures:
+        """Feature activations [batch, n_features] of x [batch, d_in], by their active entries."""
+        select = self._select_largest if self.training else self._select_above
+        features: ActiveFeatures = encode_selected(x - self.b_dec, self.W_enc, self.b_enc, select)
+        return features
+
+    @torch.no_grad()
+    def observe(self, features: Tensor | ActiveFeatures) -> None:
+        """Move the threshold towards the smallest value that was kept in a training step."""
+        assert isinstance(features, ActiveFeatures)
+        active = features.values[features.values > 0]
+        if active.numel():
+            smallest = active.min()
+            self.threshold.lerp_(smallest, torch.where(self.threshold == 0, 1.0, 1 - _THRESHOLD_DECAY))
+
+    @torch.no_grad()
+    def divide_scale(self, factor: float) -> None:
+        """Turn an SAE of activations times `factor` into the same SAE of the activations, in place."""
+        super().divide_scale(factor)
+        self.threshold.div_(factor)
+
+    def _select_above(self, pre_activations: Tensor) -> Tensor:
+        return (pre_activations.flatten() > self.threshold).nonzero().squeeze(1)
+
+    def _select_largest(self, pre_activations: Tensor) -> Tensor:
+        """Positions of the batch * l0 largest, if as many are above 0.
+
+        Sorting a whole batch costs more than encoding it. What is above a guess is few, and holds the largest if it
+        is enough.
+        """
+        flat = pre_activations.flatten()
+        n_kept = pre_activations.shape[0] * self.l0
+        positions = (flat > _GUESS * self.threshold).nonzero().squeeze(1)
+        if positions.numel() < n_kept:
+            positions = (flat > 0).nonzero().squeeze(1)
+        if positions.numel() > n_kept:
+            largest = flat[positions].topk(n_kept, sorted=False).indices
+            positions = positions[largest].sort().values
+        return positions

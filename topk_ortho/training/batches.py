@@ -1,0 +1,145 @@
+"""Batches of tokens in random order, with a bounded buffer, filled ahead, that can start at any position.
+
+An epoch deals the shards out to pools of about `buffer_tokens` tokens, at random; the tokens of a pool are shuffled
+together. So a batch mixes as many shards as fit a buffer, and which tokens are in the n-th batch follows from the
+seed and n alone: to resume is to count. A thread prepares the next pool while this one is used.
+"""
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from topk_ortho.training.activations import ActivationSource, generator_of
+
+
+class Stopped(Exception):
+    """Waiting for a batch was cut short by `Batches.stop`."""
+
+
+class _Pool(NamedTuple):
+    epoch: int
+    number: int
+    shards: list[int]
+    """Ascending"""
+    n_batches: int
+
+
+class Batches:
+    """Iterator over batches [batch_size, d_in], float32, without end; every token at most once an epoch.
+
+    Parameters
+    ----------
+    source : ActivationSource
+        The shards.
+    shards : list of int
+        Those to draw from.
+    batch_size : int
+        Tokens in a batch; what is left of a pool at its end is not used in that epoch.
+    buffer_tokens : int
+        About how many tokens a pool holds. Two pools are in memory.
+    seed : int
+        Decides the order.
+    position : int
+        Batches to leave out at the beginning.
+    """
+
+    def __init__(
+        self,
+        source: ActivationSource,
+        shards: list[int],
+        batch_size: int,
+        buffer_tokens: int,
+        seed: int,
+        position: int = 0,
+    ):
+        self.source = source
+        self.shards = shards
+        self.batch_size = batch_size
+        self.seed = seed
+        self.position = position
+        total = sum(source.shard_sizes[shard] for shard in shards)
+        if batch_size > total:
+            raise ValueError(f"batch_size must be at most the {total} training tokens, got {batch_size}")
+        # with at least two batches in a pool on average, an epoch cannot be empty
+        self.n_pools = max(1, min(len(shards), total // max(buffer_tokens, 2 * batch_size)))
+        self._stopping = threading.Event()
+        self._executor = ThreadPoolExecutor(1, "activations")
+        self._last: tuple[list[int], Tensor] | None = None
+        self._pool, self._used = self._find(position)
+        self._tokens, self._order = Tensor(), Tensor()
+        self._next: Future[tuple[Tensor, Tensor]] = self._executor.submit(self._load, self._pool)
+        self._is_loaded = False
+
+    def __iter__(self) -> "Batches":
+        """Itself."""
+        return self
+
+    def __next__(self) -> Tensor:
+        """The next batch; waits for a pool if it is not there yet."""
+        if self._is_loaded and self._used == self._pool.n_batches:
+            self._pool, self._used, self._is_loaded = self._after(self._pool), 0, False
+        if not self._is_loaded:
+            self._tokens, self._order = self._wait()
+            self._is_loaded = True
+            self._next = self._executor.submit(self._load, self._after(self._pool))
+        rows = self._order[self._used * self.batch_size : (self._used + 1) * self.batch_size]
+        self._used += 1
+        self.position += 1
+        return self._tokens[rows].float()
+
+    @property
+    def pool(self) -> Tensor:
+        """All tokens [n, d_in] that are shuffled together for the next batch; waits for them."""
+        if not self._is_loaded:
+            return self._wait()[0]
+        return self._tokens
+
+    def stop(self) -> None:
+        """Make whoever waits for a batch raise `Stopped`; safe in a signal handler."""
+        self._stopping.set()
+
+    def close(self) -> None:
+        """End the thread."""
+        self.stop()
+        self._executor.shutdown(cancel_futures=True)
+
+    def _wait(self) -> tuple[Tensor, Tensor]:
+        while not wait([self._next], timeout=0.1).done:
+            if self._stopping.is_set():
+                raise Stopped
+        return self._next.result()
+
+    def _load(self, pool: _Pool) -> tuple[Tensor, Tensor]:
+        """The tokens of a pool and the order in which they are used."""
+        if self._last is None or self._last[0] != pool.shards:  # else there is one pool: only its order is new
+            parts = []
+            for shard in pool.shards:
+                if self._stopping.is_set():
+                    raise Stopped
+                parts.append(self.source.shard(shard))
+            self._last = (pool.shards, torch.cat(parts))
+        tokens = self._last[1]
+        generator = generator_of(self.seed, pool.epoch, pool.number)
+        return tokens, torch.randperm(tokens.shape[0], generator=generator)
+
+    def _pools(self, epoch: int) -> list[_Pool]:
+        """The pools of an epoch."""
+        order = torch.randperm(len(self.shards), generator=generator_of(self.seed, epoch))
+        dealt = (sorted(self.shards[i] for i in part) for part in torch.tensor_split(order, self.n_pools))
+        sizes = self.source.shard_sizes
+        return [_Pool(epoch, n, part, sum(sizes[i] for i in part) // self.batch_size) for n, part in enumerate(dealt)]
+
+    def _after(self, pool: _Pool) -> _Pool:
+        later = [p for p in self._pools(pool.epoch)[pool.number + 1 :] if p.n_batches]
+        return later[0] if later else next(p for p in self._pools(pool.epoch + 1) if p.n_batches)
+
+    def _find(self, position: int) -> tuple[_Pool, int]:
+        """The pool of the batch at a position, and how many of its batches come before."""
+        pool = next(p for p in self._pools(0) if p.n_batches)
+        while position >= pool.n_batches:
+            position -= pool.n_batches
+            pool = self._after(pool)
+        return pool, position

@@ -1,0 +1,40 @@
+"""What the words of a configuration stand for: the SAE, and the device."""
+
+import torch
+
+from topk_ortho.sae import BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE, SparseAutoencoder, StandardSAE, TopKSAE
+from topk_ortho.training.config import SAEConfig
+
+
+def build_sae(config: SAEConfig, d_in: int, generator: torch.Generator) -> SparseAutoencoder:
+    """The SAE of a configuration, for activations of width d_in."""
+    sizes = (d_in, config.n_features)
+    match config.architecture:
+        case "standard":
+            return StandardSAE(*sizes, generator=generator)
+        case "topk":
+            return TopKSAE(*sizes, config.l0, generator=generator)
+        case "batchtopk":
+            return BatchTopKSAE(*sizes, config.l0, generator=generator)
+        case "matryoshka":
+            return MatryoshkaSAE(*sizes, config.l0, config.nested_widths, generator=generator)
+        case "jumprelu":
+            return JumpReLUSAE(
+                *sizes,
+                config.l0,
+                initial_threshold=config.initial_threshold,
+                bandwidth=config.bandwidth,
+                generator=generator,
+            )
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that the word "auto" or a torch device string means."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        probe = torch.zeros(1, device=device)
+        probe.item()  # "meta" has no data
+        return probe.device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error

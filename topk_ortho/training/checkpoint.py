@@ -1,0 +1,138 @@
+"""Checkpoints: whole or not there, checked when read.
+
+A checkpoint is a folder `step-00000200` with `state.safetensors` (all tensors) and `manifest.json` (numbers, the
+configuration, and the sha256 of the state). It is written under another name, synced to disk and renamed, so that a
+process killed at any moment, or a full disk, leaves the earlier ones as they were.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, and why."""
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds."""
+
+    step: int
+    """Optimizer steps done"""
+    tensors: dict[str, Tensor]
+    """On the CPU"""
+    values: dict[str, Any]
+    """What else decides the rest of the run, as JSON"""
+    config: dict[str, Any]
+    """The run's configuration, as JSON"""
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint into a folder of checkpoints; returns its path. An error leaves the folder as it was."""
+    path = folder / _name(checkpoint.step)
+    unfinished = folder / f".unfinished-{path.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove(unfinished)  # of a killed process
+    try:
+        unfinished.mkdir()
+        state = unfinished / "state.safetensors"
+        # contiguous: as safetensors wants them
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}, state)
+        manifest = {
+            "format": _FORMAT,
+            "step": checkpoint.step,
+            "sha256": _sha256(state),
+            "values": checkpoint.values,
+            "config": checkpoint.config,
+        }
+        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        for file in (state, unfinished / "manifest.json", unfinished):
+            _sync(file)
+        _remove(path)  # of the same step, from before a resumption
+        unfinished.rename(path)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        _remove(unfinished)
+        raise OSError(f"checkpoint {path} could not be written: {error}") from error
+    return path
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint; raises `CheckpointError` if it is torn or not one of ours."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+            raise CheckpointError(f"{path} is not a checkpoint of this version")
+        if _sha256(path / "state.safetensors") != manifest["sha256"]:
+            raise CheckpointError(f"{path} is damaged: the sha256 of state.safetensors is not the one in its manifest")
+        tensors = load_file(path / "state.safetensors")
+        return Checkpoint(manifest["step"], tensors, manifest["values"], manifest["config"])
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is not a readable checkpoint: {error}") from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Paths of the checkpoints in a folder, the latest first."""
+    return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def latest_checkpoint(folder: Path, check: Callable[[Checkpoint], None]) -> tuple[Checkpoint | None, list[str]]:
+    """The latest checkpoint of a folder that can be read and passes `check`, and what is wrong with those after it.
+
+    `check` raises `CheckpointError` for one that belongs to another run. Raises it too if there are checkpoints, but
+    none is good: a run should not begin anew unasked.
+    """
+    problems: list[str] = []
+    for path in checkpoints(folder):
+        try:
+            checkpoint = load_checkpoint(path)
+            check(checkpoint)
+            return checkpoint, problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    return None, []
+
+
+def prune_checkpoints(folder: Path, step: int, keep_last: int, best_step: int | None) -> None:
+    """Remove the checkpoints up to a step but the latest few and the best."""
+    ours = [path for path in checkpoints(folder) if path.name <= _name(step)]
+    for path in ours[keep_last:]:
+        if best_step is None or path.name != _name(best_step):
+            _remove(path)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08}"
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

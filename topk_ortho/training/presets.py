@@ -1,0 +1,65 @@
+"""Named configurations of a run."""
+
+from pathlib import Path
+
+from topk_ortho.training.config import ModelConfig, PenaltyConfig, SAEConfig, SyntheticConfig, TextConfig, TrainConfig
+
+PRESETS: dict[str, TrainConfig] = {
+    # a real transformer, offline, minutes on two CPU cores
+    "minilm": TrainConfig(),
+    # true features in superposition; without the penalty children absorb their parents
+    "toy-hierarchy": TrainConfig(
+        source="synthetic",
+        synthetic=SyntheticConfig(),
+        sae=SAEConfig(n_features=288, l0=5),
+        penalty=PenaltyConfig(weight=0.3, fraction=1e-2),
+        steps=1_500,
+        held_out_tokens=50_000,
+        dead_after_tokens=100_000,
+        checkpoint_every=500,
+        out_dir=Path("runs/toy-hierarchy"),
+    ),
+    # needs a GPU, and the hub or a local copy of the model
+    "gemma-2-2b": TrainConfig(
+        model=ModelConfig(name="google/gemma-2-2b", hook="blocks.12.hook_resid_post", dtype="bfloat16", batch_size=16),
+        text=TextConfig(source="HuggingFaceFW/fineweb", subset="sample-10BT", context_size=1024, n_tokens=100_000_000),
+        sae=SAEConfig(n_features=16_384, l0=64),
+        steps=24_000,
+        batch_size=4_096,
+        lr=3e-4,
+        warmup_fraction=0.04,
+        cache="bfloat16",
+        held_out_tokens=100_000,
+        dead_after_tokens=10_000_000,
+        log_every=100,
+        eval_every=1_000,
+        checkpoint_every=1_000,
+        out_dir=Path("runs/gemma-2-2b"),
+    ),
+    # the experiment that this package grew from: the most similar pairs of activations, decoder kept by a hook
+    "seed-baseline": TrainConfig(
+        model=ModelConfig(name="google/gemma-2-2b", hook="blocks.19.hook_resid_post", dtype="bfloat16", batch_size=16),
+        text=TextConfig(source="HuggingFaceFW/fineweb", subset="sample-10BT", context_size=1024, n_tokens=20_000_000),
+        sae=SAEConfig(
+            architecture="standard",
+            n_features=2_304,
+            sparsity_weight=0.04,
+            decoder_norm="l2-hook",
+            dead_features="none",
+        ),
+        penalty=PenaltyConfig(target="activations", similarity="abs", priority="none"),
+        steps=4_800,
+        batch_size=4_096,
+        lr=3e-4,
+        warmup_fraction=0.0,
+        decay_fraction=0.0,
+        clip_norm=None,
+        cache="bfloat16",
+        held_out_tokens=100_000,
+        dead_after_tokens=10_000_000,
+        log_every=100,
+        eval_every=1_000,
+        checkpoint_every=1_000,
+        out_dir=Path("runs/seed-baseline"),
+    ),
+}

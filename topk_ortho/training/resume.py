@@ -1,0 +1,63 @@
+"""Where a run goes on: the latest checkpoint in its folder that is whole and its own."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from topk_ortho.training.checkpoint import Checkpoint, CheckpointError, checkpoints, latest_checkpoint
+from topk_ortho.training.config import TrainConfig
+
+_FREE = {
+    "out_dir", "cache_dir", "device", "log_every", "eval_every", "loggers", "checkpoint_every", "keep_checkpoints",
+}  # fmt: skip
+"""Settings that a resumed run may change: none of them decides the weights."""
+
+
+def find_checkpoint(config: TrainConfig, resume: bool) -> Checkpoint | None:
+    """The checkpoint to go on from, None to start anew; says what is wrong with those that are passed over.
+
+    Raises
+    ------
+    ValueError
+        If the run is not to be resumed, and would destroy an unfinished one; or if there are checkpoints and none can
+        be used.
+    """
+    folder = config.out_dir / "checkpoints"
+    if not resume:
+        if checkpoints(folder) and not (config.out_dir / "summary.json").exists():
+            raise ValueError(
+                f"{config.out_dir} holds checkpoints of an unfinished run: go on with --resume, "
+                "choose another --out-dir, or delete it"
+            )
+        return None
+
+    def refuse_foreign(checkpoint: Checkpoint) -> None:
+        changes = _changes(config.as_json(), checkpoint.config)
+        if changes:
+            raise CheckpointError(f"the checkpoint of step {checkpoint.step} is of another run: {'; '.join(changes)}")
+
+    checkpoint, problems = latest_checkpoint(folder, refuse_foreign)
+    for problem in problems:
+        tqdm.write(f"passed over: {problem}", file=sys.stderr)
+    where = "no checkpoint yet, starting at step 0" if checkpoint is None else f"going on at step {checkpoint.step}"
+    tqdm.write(f"{config.out_dir}: {where}", file=sys.stderr)
+    return checkpoint
+
+
+def _changes(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Settings that differ, but for those that may."""
+    mine, other = _flatten(ours), _flatten(theirs)
+    differ = (name for name in sorted(mine.keys() | other.keys()) if mine.get(name) != other.get(name))
+    return [f"{name} was {other.get(name)}, is {mine.get(name)}" for name in differ if name not in _FREE]
+
+
+def _flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """{"sae": {"l0": 32}} as {"sae.l0": 32}."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": v for inner, v in value.items()}
+        else:
+            flat[name] = value
+    return flat

