@@ -139,7 +139,8 @@ def table(results: dict[str, Any]) -> str:
     lines += [f"| {name} | {1e3 * t:.0f} ms | {median['SAELens'] / t:.1f} |" for name, t in median.items()]
     setting = (
         f"Median of {results['steps']} alternating steps, d_in = {results['d_in']:,}, "
-        f"{results['n_features']:,} features, L0 = {results['l0']}, batch {results['batch_size']:,}, float32, SAELens {results['environment']['sae_lens']}."
+        f"{results['n_features']:,} features, L0 = {results['l0']}, batch {results['batch_size']:,}, float32, "
+        f"SAELens {results['environment']['sae_lens']}."
     )
     machine = machine_line(results["environment"])
     return "\n".join([*lines, "", f"{setting} {machine}", ""])

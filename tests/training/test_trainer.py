@@ -68,7 +68,7 @@ def weights(trainer):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_learns_and_is_saved_for_saelens(architecture, open_trainer, source, out_dir):
-    trainer = open_trainer(sae={"architecture": architecture}, steps=120)
+    trainer = open_trainer(sae={"architecture": architecture, "initial_threshold": 0.3}, steps=120)
     before = trainer.evaluation()["explained_variance"]
     summary = trainer.fit()
     assert summary["explained_variance"] > max(0.6, before + 0.1)
