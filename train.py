@@ -40,6 +40,9 @@ def main() -> None:
     except Interrupted as interruption:
         print(f"train.py: {interruption}; --resume goes on from there", file=sys.stderr)
         sys.exit(interruption.exit_code)
+    except KeyboardInterrupt:
+        print("train.py: interrupted; what was saved is kept", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
 

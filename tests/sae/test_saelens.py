@@ -39,13 +39,7 @@ CASES = {
 every_case = pytest.mark.parametrize("case", CASES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """A second one only waits, at these sizes: for the first, or for other processes."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def classes(case, *, base=False):

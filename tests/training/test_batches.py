@@ -124,3 +124,28 @@ def test_the_pool_is_what_the_next_batches_are_of(open_batches):
     pool = batches.pool.squeeze(1).tolist()
     assert sorted(tokens(take(batches, 4))) == sorted(pool)
     assert sorted(batches.pool.squeeze(1).tolist()) == sorted(pool)
+
+
+def test_close_ends_filling_at_the_next_shard(open_batches):
+    source, begun, release = numbered([10] * 40), threading.Event(), threading.Event()
+    shard = source.shard
+
+    def slow(number):
+        result = shard(number)
+        begun.set()
+        release.wait()
+        return result
+
+    source.shard = slow
+    batches = open_batches(source, list(range(40)), 5, 1000, seed=0)
+    begun.wait()
+    batches.stop()
+    release.set()
+    batches.close()
+    assert len(source.asked) == 1
+
+
+def test_shards_of_a_buffer_lie_in_it_whole(open_batches):
+    source = numbered([3, 1, 4, 1, 5])
+    batches = open_batches(source, [0, 2, 3, 4], 2, 1000, seed=0)
+    assert batches.pool.squeeze(1).tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import signal
+import threading
 
 import pytest
 import sae_lens
@@ -11,6 +12,7 @@ import torch
 from tests.training.sources import MemorySource, sparse_mixtures
 from topk_ortho import topk_ortho_loss
 from topk_ortho.sae import ActiveFeatures
+from topk_ortho.training.batches import Batches
 from topk_ortho.training.build import build_sae, resolve_device
 from topk_ortho.training.checkpoint import checkpoints, load_checkpoint
 from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig
@@ -378,6 +380,18 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_the_run_goes_on(open_tr
 def test_activations_without_variance_are_refused(open_trainer):
     with pytest.raises(ValueError, match=r"all activations at memory are equal"):
         open_trainer(MemorySource([torch.ones(50, 16).half()] * 8))
+
+
+def test_ctrl_c_while_activations_are_made_ends_their_thread(open_trainer, monkeypatch):
+    """Else the process would not end before the buffer is full."""
+
+    def ctrl_c(batches):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Batches, "pool", property(ctrl_c))
+    with pytest.raises(KeyboardInterrupt):
+        open_trainer()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("activations")]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from topk_ortho.sae.base import SparseAutoencoder
@@ -28,6 +29,11 @@ def save_saelens(sae: SparseAutoencoder, folder: Path, metadata: dict[str, Any])
         Made if need be.
     metadata : dict
         What to know about it (model_name, hook_name, context_size, ...), as JSON.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be written.
     """
     weights = {
         "W_enc": sae.W_enc.detach().T,  # [d_in, n_features]
@@ -53,5 +59,9 @@ def save_saelens(sae: SparseAutoencoder, folder: Path, metadata: dict[str, Any])
         "metadata": {"sae_lens_version": _FORMAT_VERSION} | metadata,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, folder / "sae_weights.safetensors")
+    path = folder / "sae_weights.safetensors"
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
     (folder / "cfg.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -47,7 +47,7 @@ def open_source(config: TrainConfig, device: torch.device) -> ActivationSource:
     return TransformerActivations(config, device)
 
 
-def generator_of(*numbers: int) -> torch.Generator:
-    """A random generator that these numbers decide."""
-    digest = hashlib.sha256(repr(numbers).encode()).digest()
+def generator_of(purpose: str, *numbers: int) -> torch.Generator:
+    """A random generator that these decide; another purpose gets other random numbers."""
+    digest = hashlib.sha256(repr((purpose, *numbers)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

@@ -7,6 +7,7 @@ seed and n alone: to resume is to count. A thread prepares the next pool while t
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -115,19 +116,27 @@ class Batches:
     def _load(self, pool: _Pool) -> tuple[Tensor, Tensor]:
         """The tokens of a pool and the order in which they are used."""
         if self._last is None or self._last[0] != pool.shards:  # else there is one pool: only its order is new
-            parts = []
-            for shard in pool.shards:
-                if self._stopping.is_set():
-                    raise Stopped
-                parts.append(self.source.shard(shard))
-            self._last = (pool.shards, torch.cat(parts))
+            self._last = (pool.shards, self._read(pool.shards))
         tokens = self._last[1]
-        generator = generator_of(self.seed, pool.epoch, pool.number)
+        generator = generator_of("order of tokens", self.seed, pool.epoch, pool.number)
         return tokens, torch.randperm(tokens.shape[0], generator=generator)
+
+    def _read(self, shards: list[int]) -> Tensor:
+        """The tokens of shards, one after another."""
+        sizes = [self.source.shard_sizes[shard] for shard in shards]
+        tokens = Tensor()
+        for shard, start, size in zip(shards, accumulate(sizes, initial=0), sizes, strict=False):
+            if self._stopping.is_set():
+                raise Stopped
+            part = self.source.shard(shard)
+            if start == 0:  # no list of parts: with their sum they would take twice the buffer
+                tokens = part.new_empty(sum(sizes), part.shape[1])
+            tokens[start : start + size] = part
+        return tokens
 
     def _pools(self, epoch: int) -> list[_Pool]:
         """The pools of an epoch."""
-        order = torch.randperm(len(self.shards), generator=generator_of(self.seed, epoch))
+        order = torch.randperm(len(self.shards), generator=generator_of("order of shards", self.seed, epoch))
         dealt = (sorted(self.shards[i] for i in part) for part in torch.tensor_split(order, self.n_pools))
         sizes = self.source.shard_sizes
         return [_Pool(epoch, n, part, sum(sizes[i] for i in part) // self.batch_size) for n, part in enumerate(dealt)]

@@ -3,11 +3,9 @@
 import contextlib
 import hashlib
 import json
-import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from tqdm import tqdm
 
 from topk_ortho.sae import SparseAutoencoder
 from topk_ortho.training.config import TrainConfig
+from topk_ortho.training.files import finished_as
 from topk_ortho.training.text import fingerprint, load_text, token_windows
 from topk_ortho.training.transformer import Transformer
 
@@ -76,7 +75,7 @@ class TransformerActivations:
         with self._lock:
             activations = self._compute(number)
         if self._cache_dtype is not None:
-            with _finished_as(path) as unfinished:
+            with finished_as(path) as unfinished:
                 save_file({"activations": activations}, unfinished)
         return activations
 
@@ -194,16 +193,3 @@ class TransformerActivations:
         self._progress.update(n_tokens)
         if self._progress.n >= (self._progress.total or 0):
             self._progress.close()
-
-
-@contextlib.contextmanager
-def _finished_as(path: Path) -> Iterator[str]:
-    """A path to write to, which becomes `path` when the block ends without an error."""
-    descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix="unfinished-")
-    os.close(descriptor)
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise

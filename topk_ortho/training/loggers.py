@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from topk_ortho.training.config import TrainConfig
+from topk_ortho.training.files import write_whole
 
 
 class Logger(Protocol):
@@ -38,7 +39,7 @@ class JSONLines:
                     kept.append(line + "\n")
             except (ValueError, KeyError):  # torn when the process was killed
                 break
-        path.write_text("".join(kept))
+        write_whole(path, "".join(kept))
         self._file = path.open("a")
 
     def log(self, metrics: dict[str, Any]) -> None:

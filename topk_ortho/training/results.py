@@ -11,6 +11,7 @@ import torch
 from topk_ortho.sae import SparseAutoencoder
 from topk_ortho.sae.export import save_saelens
 from topk_ortho.training.config import TrainConfig
+from topk_ortho.training.files import write_whole
 from topk_ortho.training.report import write_report
 
 
@@ -29,7 +30,7 @@ def prepare_folder(config: TrainConfig, step: int) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    (config.out_dir / "config.json").write_text(json.dumps(config.as_json(), indent=2) + "\n")
+    write_whole(config.out_dir / "config.json", json.dumps(config.as_json(), indent=2) + "\n")
 
 
 def save_results(config: TrainConfig, sae: SparseAutoencoder, summary: dict[str, Any]) -> None:
@@ -48,5 +49,5 @@ def save_results(config: TrainConfig, sae: SparseAutoencoder, summary: dict[str,
         "torch": torch.__version__,
         "topk_ortho": version("topk-ortho"),
     }
-    (config.out_dir / "summary.json").write_text(json.dumps(summary | {"versions": versions}, indent=2) + "\n")
+    write_whole(config.out_dir / "summary.json", json.dumps(summary | {"versions": versions}, indent=2) + "\n")
     write_report(config.out_dir)

@@ -31,7 +31,7 @@ class SyntheticActivations:
             config.n_parents,
             config.n_children,
             config.n_independent,
-            generator=generator_of(seed),
+            generator=generator_of("true features", seed),
         )
         size = max(1, min(16_384, config.n_tokens // 2))
         self.shard_sizes = [size] * (config.n_tokens // size)
@@ -48,4 +48,4 @@ class SyntheticActivations:
         return ground_truth_metrics(sae.W_dec.detach().cpu(), dense.cpu(), self.truth, coefficients)
 
     def _sample(self, number: int) -> tuple[Tensor, Tensor]:
-        return self.truth.sample(self.shard_sizes[number], generator_of(self._seed, number))
+        return self.truth.sample(self.shard_sizes[number], generator_of("shard", self._seed, number))

@@ -75,7 +75,7 @@ def token_windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, 
 
 
 def fingerprint(config: TextConfig) -> str:
-    """What tells two texts apart without reading them to their ends twice; a data set on the hub is known by name."""
+    """What tells two texts apart without tokenising them: a file's hash; a data set on the hub is known by name."""
     path = Path(config.source)
     if config.source == "python-docs":
         return f"python-docs {sys.version}"

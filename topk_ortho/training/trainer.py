@@ -71,7 +71,7 @@ class Trainer:
         self.config = config
         self.source = source
         self.device = resolve_device(config.device)
-        self.generator = generator_of(config.seed, 1)
+        self.generator = generator_of("trainer", config.seed)
         checkpoint = find_checkpoint(config, resume)
 
         self.held_out_shards, training = self._split()
@@ -95,7 +95,11 @@ class Trainer:
         self.pairs: TopKPairs | None = None
         self.stopwatch = Stopwatch(self.device)
         if checkpoint is None:
-            self._measure_activations()
+            try:
+                self._measure_activations()
+            except BaseException:  # Ctrl-C too: the thread would go on to the end of its buffer
+                self.batches.close()
+                raise
         else:
             self._restore(checkpoint)
             self._step_of_last_line = self.step
@@ -113,12 +117,12 @@ class Trainer:
         config = self.config
         prepare_folder(config, self.step)
         loggers = open_loggers(config, self.step)
-        evaluation = self.evaluation() if self.step == config.steps else {}
         with (
             SignalGuard(self.batches.stop) as guard,
             tqdm(total=config.steps, initial=self.step, desc="sae", unit=" steps", mininterval=0.5) as progress,
         ):
             try:
+                evaluation = self.evaluation() if self.step == config.steps else {}
                 while self.step < config.steps:
                     with self.stopwatch.measure("data"):
                         x = next(self.batches).to(self.device, non_blocking=True)
@@ -141,6 +145,7 @@ class Trainer:
                         raise Stopped
             except Stopped as stopped:
                 assert guard.received
+                self.seconds += sum(self.stopwatch.read().values())
                 self.save()
                 raise Interrupted(guard.received, self.step) from stopped
             finally:
@@ -373,10 +378,10 @@ class Trainer:
     def _measure_activations(self) -> None:
         """Mean, scale and total variance of the first tokens that are shuffled together."""
         tokens = self.batches.pool
-        parts = [part.double() for part in tokens.split(65_536)]
-        mean = torch.stack([part.sum(dim=0) for part in parts]).sum(dim=0) / tokens.shape[0]
-        mean_square = sum(part.square().sum().item() for part in parts) / tokens.shape[0]
-        variance = sum((part - mean).square().sum().item() for part in parts) / tokens.shape[0]
+        # in float64, a few at a time: a buffer in float64 can be larger than memory
+        mean = torch.stack([part.double().sum(dim=0) for part in tokens.split(8_192)]).sum(dim=0) / len(tokens)
+        variance = sum((part.double() - mean).square().sum().item() for part in tokens.split(8_192)) / len(tokens)
+        mean_square = variance + mean.square().sum().item()
         if variance == 0:
             raise ValueError(f"all activations at {self.source.name} are equal: there is nothing to learn")
         if self.config.sae.normalize_activations == "rms":
@@ -391,7 +396,7 @@ class Trainer:
     def _split(self) -> tuple[list[int], list[int]]:
         """Numbers of the held-out shards and of those to train on."""
         sizes = self.source.shard_sizes
-        order = torch.randperm(len(sizes), generator=generator_of(self.config.seed, 0)).tolist()
+        order = torch.randperm(len(sizes), generator=generator_of("held out", self.config.seed)).tolist()
         if len(order) < 2:
             raise ValueError(f"{self.source.name} fill one shard; there must be two, to hold one out")
         n_held_out = n_tokens = 0
