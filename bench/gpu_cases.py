@@ -6,7 +6,7 @@ A provider is a way to compute the loss of `bench.providers`, or the products th
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from topk_ortho.selection import n_pairs
+from topk_ortho.definitions import n_pairs
 
 LABELS = {
     "triton": "topk_ortho, warm",

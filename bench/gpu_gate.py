@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.providers import FRACTION
 from topk_ortho import TopKPairs, initial_state, topk_ortho_loss, topk_pairs
-from topk_ortho.selection import k_from_fraction
+from topk_ortho.definitions import k_from_fraction
 
 
 class Check(NamedTuple):

@@ -17,7 +17,7 @@ from bench.gpu_cases import LABELS, Case
 from bench.gpu_log import ENVIRONMENT_FIELDS, Row, case_of
 from bench.providers import FRACTION
 from bench.roofline import forward_backward_floor, forward_floor, hardware_of
-from topk_ortho.selection import k_from_fraction
+from topk_ortho.definitions import k_from_fraction
 
 _TABLE = [  # title, field, unit, format
     ("ms", "time_ms", 1, ".3f"),

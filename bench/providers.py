@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from topk_ortho import topk_ortho_loss
-from topk_ortho.selection import k_from_fraction
+from topk_ortho.definitions import k_from_fraction
 
 FRACTION = 1e-3
 _CHUNK = 1024  # columns a block; 512 and 2,048 take the same time within 2%

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from topk_ortho.selection import k_from_fraction
+from topk_ortho.definitions import k_from_fraction
 
 _RESULTS = Path(__file__).resolve().parent / "results/gpu.json"
 

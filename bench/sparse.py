@@ -28,7 +28,7 @@ from bench.providers import FRACTION
 from bench.run import environment
 from bench.sparse_report import write_report
 from topk_ortho import SparseFeatures, topk_ortho_loss, topk_pairs
-from topk_ortho.selection import k_from_fraction
+from topk_ortho.definitions import k_from_fraction
 
 _ROOT = Path(__file__).resolve().parent.parent
 _N, _L0, _ROWS = 65536, 64, 4096
