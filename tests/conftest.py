@@ -3,16 +3,22 @@
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from tests.on_device import OnDevice
-from topk_ortho.backends import coactivation, registry, sparse, tiled, triton
+from topk_ortho.backends import registry
+from topk_ortho.backends.naive import NaiveBackend
+from topk_ortho.backends.sparse.backend import SparseBackend
+from topk_ortho.backends.sparse.products import Slabs
+from topk_ortho.backends.tiled import TiledBackend, TileShape
+from topk_ortho.backends.triton import TritonBackend
 from topk_ortho.kernels import tiles
+from topk_ortho.warm_start import SampleSizes
 
 _COMMON = {
     "deadline": None,
@@ -46,50 +52,21 @@ if tiles.INTERPRETED:
     interpreter._patch_builtin = _patch_builtin
 
 
-class _Case(NamedTuple):
-    backend: str
-    prepare: Callable[[pytest.MonkeyPatch], None]
-    """Cuts its work so that a small N has many pieces, ragged at both ends."""
+def _triton(least_screened_features: int) -> TritonBackend:
+    # without spare records, or all pairs of a small N would fit
+    sample = SampleSizes(least_features=16)
+    return TritonBackend(sample=sample, spare_records=0, least_screened_features=least_screened_features)
 
 
-def _tiled(*shape: int) -> _Case:
-    return _Case("tiled", lambda patch: patch.setattr(tiled, "_CPU_TILE", tiled._TileShape(*shape)))
-
-
-def _triton(*, block: int, smallest_screened: int) -> _Case:
-    def prepare(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(triton, "_SLACK", 0)  # or all pairs of a small N would fit
-        patch.setattr(triton, "_SMALLEST_SAMPLED", 16)
-        patch.setattr(triton, "_SMALLEST_SCREENED", smallest_screened)
-        if tiles.INTERPRETED:
-            config = tiles.TileConfig(block=block, block_m=32, group=2, num_warps=1, num_stages=1, programs_per_sm=2)
-            for kind in ("half", "tf32", "ieee"):
-                patch.setitem(tiles.TILE_CONFIGS, ("interpreter", kind), config)
-        else:
-            patch.setitem(registry.BACKENDS, "triton", OnDevice(triton, "cuda"))
-
-    return _Case("triton", prepare)
-
-
-def _sparse(*, slab: int, on_kernels: bool) -> _Case:
-    def prepare(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(coactivation, "_GPU_SLAB" if on_kernels else "_CPU_SLAB", slab)
-        if on_kernels and tiles.INTERPRETED:
-            patch.setattr(coactivation, "_KERNEL_DEVICES", ("cpu",))
-        elif on_kernels:
-            patch.setitem(registry.BACKENDS, "sparse", OnDevice(sparse, "cuda"))
-
-    return _Case("sparse", prepare)
-
-
-BACKEND_CASES = {
-    "naive": _Case("naive", lambda patch: None),
-    "tiled_16x32": _tiled(16, 32),
-    "tiled_11x15": _tiled(11, 15),
-    "triton": _triton(block=32, smallest_screened=2**30),
-    "triton_screened": _triton(block=64, smallest_screened=2),
-    "sparse": _sparse(slab=300, on_kernels=False),
-    "sparse_kernels": _sparse(slab=2000, on_kernels=True),
+# each with its work cut so that a small N has many pieces, ragged at both ends
+BACKEND_CASES: dict[str, tuple[str, Any]] = {
+    "naive": ("naive", NaiveBackend()),
+    "tiled_16x32": ("tiled", TiledBackend(tile=TileShape(16, 32))),
+    "tiled_11x15": ("tiled", TiledBackend(tile=TileShape(11, 15))),
+    "triton": ("triton", _triton(least_screened_features=2**30)),
+    "triton_screened": ("triton", _triton(least_screened_features=2)),
+    "sparse": ("sparse", SparseBackend(slabs=Slabs(n_products=300))),
+    "sparse_kernels": ("sparse", SparseBackend(slabs=Slabs(n_products=2000, on_kernels=True))),
 }
 """Where a new backend is added. Kernels run in the interpreter, or on a GPU where there is one."""
 _WITH_KERNELS = ("triton", "triton_screened", "sparse_kernels")
@@ -111,9 +88,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def use_case(name: str, patch: pytest.MonkeyPatch) -> str:
-    case = BACKEND_CASES[name]
-    case.prepare(patch)
-    return case.backend
+    """Put a backend of `BACKEND_CASES` in the place of the one that its name means."""
+    backend_name, backend = BACKEND_CASES[name]
+    if name in _WITH_KERNELS and not tiles.INTERPRETED:
+        backend = OnDevice(backend, "cuda")
+    elif backend_name == "triton":
+        block = 64 if name == "triton_screened" else 32
+        config = tiles.TileConfig(block=block, block_m=32, group=2, num_warps=1, num_stages=1, programs_per_sm=2)
+        for kind in ("half", "tf32", "ieee"):
+            patch.setitem(tiles.TILE_CONFIGS, ("interpreter", kind), config)
+    patch.setitem(registry.BACKENDS, backend_name, backend)
+    return backend_name
 
 
 @pytest.fixture(params=_parameters(*_SUITE))

@@ -16,17 +16,21 @@ class OnDevice:
     def unavailable_reason(self, device: torch.device) -> str | None:
         return self._backend.unavailable_reason(torch.device(self._device))
 
-    def select_pairs(self, x: Tensor, query: Any, state: Tensor | None) -> Any:
-        return _to_cpu(self._backend.select_pairs(self._move(x), query, self._move(state)))
+    def topk_pairs(self, x: Tensor, query: Any, state: Tensor | None) -> Any:
+        return _to_cpu(self._backend.topk_pairs(self._move(x), query, self._move(state)))
 
-    def row_max(self, x: Tensor, chunks: tuple[Tensor, ...] | None, precision: Any) -> Any:
-        return _to_cpu(self._backend.row_max(self._move(x), chunks and tuple(map(self._move, chunks)), precision))
+    def max_cosine(self, x: Tensor, chunks: tuple[Tensor, ...] | None, precision: Any) -> Any:
+        return _to_cpu(self._backend.max_cosine(self._move(x), chunks and tuple(map(self._move, chunks)), precision))
 
-    def pair_gradient(
-        self, x: Tensor, norms: Tensor, rows: Tensor, cols: Tensor, values: Tensor, grad_rows: Tensor, grad_cols: Tensor
-    ) -> Tensor:
-        tensors = map(self._move, (x, norms, rows, cols, values, grad_rows, grad_cols))
-        return torch.empty_like(x).copy_(self._backend.pair_gradient(*tensors))
+    def pair_gradient(self, x: Tensor, norms: Tensor, cosines: Tensor, pairs: Any) -> Tensor:
+        x_there, norms, cosines = map(self._move, (x, norms, cosines))
+        pairs = type(pairs)(*map(self._move, pairs))
+        return torch.empty_like(x).copy_(self._backend.pair_gradient(x_there, norms, cosines, pairs))
+
+    @property
+    def slabs(self) -> Any:
+        """Of the sparse backend, for a sparse x, which stays where it is."""
+        return self._backend.slabs
 
     def _move(self, tensor: Tensor | None) -> Tensor | None:
         if tensor is None:

@@ -22,7 +22,7 @@ views = pytest.mark.parametrize("view", ["contiguous", "transposed", "strided_bo
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
-@pytest.mark.parametrize("op", [custom_ops.select_pairs, custom_ops.row_max], ids=["select_pairs", "row_max"])
+@pytest.mark.parametrize("op", [custom_ops.topk_pairs, custom_ops.max_cosine], ids=["topk_pairs", "max_cosine"])
 def test_ops_that_read_on_the_host_say_so(op):
     assert torch.Tag.cudagraph_unsafe in op._opoverload.tags
 
@@ -33,9 +33,9 @@ class TestOpcheck:
     @views
     @backends
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-    def test_select_pairs(self, view, dtype, backend):
+    def test_topk_pairs(self, view, dtype, backend):
         x = VIEWS[view](normal(6, 11, dtype=dtype)).requires_grad_()
-        opcheck(custom_ops.select_pairs, (x, 9, None, None, "abs", "highest", backend, None, None))
+        opcheck(custom_ops.topk_pairs, (x, 9, None, None, "abs", "highest", backend, None, None, False))
 
     @backends
     @pytest.mark.parametrize(
@@ -50,27 +50,27 @@ class TestOpcheck:
             ),
         ],
     )
-    def test_select_pairs_arguments(self, tau, n_std, similarity, priority, state, backend):
+    def test_topk_pairs_arguments(self, tau, n_std, similarity, priority, state, backend):
         x = normal(6, 11).requires_grad_()
-        opcheck(custom_ops.select_pairs, (x, 9, tau, n_std, similarity, "medium", backend, priority, state))
+        opcheck(custom_ops.topk_pairs, (x, 9, tau, n_std, similarity, "medium", backend, priority, state, False))
 
     @views
     @backends
     @pytest.mark.parametrize("n_chunks", [1, 3])
-    def test_row_max(self, view, n_chunks, backend):
+    def test_max_cosine(self, view, n_chunks, backend):
         x = VIEWS[view](normal(6, 11)).requires_grad_()
         permutation = torch.randperm(11, generator=seeded(0)) if n_chunks > 1 else None
-        opcheck(custom_ops.row_max, (x, permutation, n_chunks, "highest", backend))
+        opcheck(custom_ops.max_cosine, (x, permutation, n_chunks, "highest", backend))
 
     @views
     @backends
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     def test_pair_gradient(self, view, dtype, backend):
         x = VIEWS[view](normal(6, 11, dtype=dtype))
-        values, rows, cols, *_, norms, _state = custom_ops.select_pairs(
-            x, 9, 0.3, None, "abs", "highest", backend, None, None
+        cosines, rows, cols, *_, norms, _state = custom_ops.topk_pairs(
+            x, 9, 0.3, None, "abs", "highest", backend, None, None, False
         )
-        opcheck(custom_ops.pair_gradient, (x, norms, rows, cols, values, 2 * values, -values, backend))
+        opcheck(custom_ops.pair_gradient, (x, norms, cosines, rows, cols, 2 * cosines, -cosines, backend, False))
 
 
 class TestGradcheck:
@@ -93,9 +93,9 @@ class TestGradcheck:
 
     def test_topk_pairs(self, backend):
         x = normal(5, 13, seed=2, dtype=torch.float64).requires_grad_()
-        # values are float32 by definition, too coarse for a numeric gradient: take them from the op below
-        arguments = (20, None, None, "abs", "highest", backend, None, None)
-        assert torch.autograd.gradcheck(lambda x: custom_ops.select_pairs(x, *arguments)[0], x)
+        # its values are float32 by definition, too coarse for a numeric gradient: take them from the op below
+        arguments = (20, None, None, "abs", "highest", backend, None, None, False)
+        assert torch.autograd.gradcheck(lambda x: custom_ops.topk_pairs(x, *arguments)[0], x)
 
     @pytest.mark.parametrize("n_chunks", [1, 4])
     def test_max_cosine_loss(self, n_chunks, backend):
@@ -117,8 +117,8 @@ class TestGradcheck:
 def test_outputs_are_fresh(small_backend):
     """No output shares memory with an input or with another output."""
     x, state = dyadic(6, 11), initial_state()
-    outputs = custom_ops.select_pairs(x, 9, None, None, "abs", "highest", small_backend, None, state)
-    outputs += custom_ops.row_max(x, None, 1, "highest", small_backend)
+    outputs = custom_ops.topk_pairs(x, 9, None, None, "abs", "highest", small_backend, None, state, False)
+    outputs += custom_ops.max_cosine(x, None, 1, "highest", small_backend)
     storages = [t.untyped_storage().data_ptr() for t in (x, state, *outputs) if t.numel()]
     assert len(set(storages)) == len(storages)
 
@@ -129,8 +129,8 @@ def test_fake_outputs_are_like_real_ones(n_chunks, small_backend):
     for x in (EDGES["all_zero"], EDGES["one_row"], activations(6, 12, dtype=torch.bfloat16)):
         permutation = torch.randperm(x.shape[1], generator=seeded(0)) if n_chunks > 1 else None
         for op, arguments in (
-            (custom_ops.select_pairs, (7, 0.5, None, "positive", "highest", small_backend, None, initial_state())),
-            (custom_ops.row_max, (permutation, n_chunks, "highest", small_backend)),
+            (custom_ops.topk_pairs, (7, 0.5, None, "positive", "highest", small_backend, None, initial_state(), False)),
+            (custom_ops.max_cosine, (permutation, n_chunks, "highest", small_backend)),
         ):
             real = op(x, *arguments)
             with torch._subclasses.FakeTensorMode() as mode:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from tests import oracle
 from tests.inputs import seeded
-from topk_ortho import selection
-from topk_ortho.backends.base import Query
-from topk_ortho.selection import MARGIN_LEAST, MARGIN_MOST, MARGIN_START, Survivors
+from topk_ortho import definitions, warm_start
+from topk_ortho.backends.survivors import Survivors
+from topk_ortho.definitions import Query
+from topk_ortho.warm_start import MARGIN_LEAST, MARGIN_MOST, MARGIN_START
 
 
 @pytest.mark.parametrize(
@@ -29,14 +30,14 @@ from topk_ortho.selection import MARGIN_LEAST, MARGIN_MOST, MARGIN_START, Surviv
     ],
 )
 def test_k_from_fraction(n_features, fraction, k):
-    assert selection.k_from_fraction(n_features, fraction) == k
+    assert definitions.k_from_fraction(n_features, fraction) == k
 
 
 @given(st.integers(2, 2_000_000), st.floats(1e-12, 1.0))
 def test_k_from_fraction_equals_the_definition(n_features, fraction):
-    k = selection.k_from_fraction(n_features, fraction)
+    k = definitions.k_from_fraction(n_features, fraction)
     assert k == oracle.k_of(n_features, fraction)
-    assert 1 <= k <= selection.n_pairs(n_features)
+    assert 1 <= k <= definitions.n_pairs(n_features)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -49,7 +50,7 @@ def test_first_of_the_total_order(similarity, count, dtype):
     values[(values == 0) & (index % 2 == 0)] = -0.0
     key = {"abs": values.abs(), "positive": values}[similarity]
     expected = np.lexsort((index.numpy(), -key.numpy()))[:count]
-    first_values, first_index = selection.first_of(values, index, similarity, count)
+    first_values, first_index = definitions.first_in_order(values, index, similarity, count)
     assert first_index.tolist() == index[expected].tolist()
     assert first_values.tolist() == values[expected].tolist()
 
@@ -68,7 +69,7 @@ def test_first_of_the_total_order(similarity, count, dtype):
     ],
 )
 def test_floor_of(query, adaptive, floor):
-    assert selection.floor_of(query, adaptive) == floor
+    assert definitions.floor_of(query, adaptive) == floor
 
 
 class TestGuessFromSample:
@@ -77,17 +78,17 @@ class TestGuessFromSample:
     def test_rank(self):
         """k = 100 of 10,000 pairs are 1% of 1,000 sampled ones: rank ceil(11.5 + 3 sqrt(11.5) + 1) = 23."""
         similarities = torch.randperm(1000, generator=seeded(0)).view(20, 50) / 1000
-        assert selection.guess_from_sample(similarities, 100, 10_000) == pytest.approx(0.977)
+        assert warm_start.guess_from_sample(similarities, 100, 10_000) == pytest.approx(0.977)
 
     @pytest.mark.parametrize("k", [9_000, 10_000], ids=["nearly_all", "all"])
     def test_no_guess_if_the_sample_is_too_small(self, k):
-        assert selection.guess_from_sample(torch.linspace(0, 1, 1000), k, 10_000) == -1.0
+        assert warm_start.guess_from_sample(torch.linspace(0, 1, 1000), k, 10_000) == -1.0
 
     @pytest.mark.parametrize("seed", range(20))
     def test_rarely_misses_and_rarely_overshoots(self, seed):
         population = torch.randn(100_000, generator=seeded(seed)).abs()
         k = 2_000
-        guess = selection.guess_from_sample(
+        guess = warm_start.guess_from_sample(
             population[torch.randperm(100_000, generator=seeded(seed))[:10_000]], k, 100_000
         )
         assert k <= (population > guess).sum() <= 1.6 * k
@@ -99,7 +100,7 @@ class TestState:
     ordered = torch.linspace(1, 0, 101)  # of 101 survivors, the r-th is 1 - (r - 1) / 100
 
     def test_initial(self):
-        state = selection.initial_state()
+        state = warm_start.initial_state()
         assert (state.dtype, state.tolist()) == (torch.float32, pytest.approx([-1.0, MARGIN_START, 0.0]))
 
     @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ class TestState:
     )
     def test_guess(self, k, n_ordered, guess):
         doubles_to_a_quarter = torch.tensor([0.5, 0.125, 2.0])
-        state = selection.next_state(doubles_to_a_quarter, self.ordered[:n_ordered], k, n_passes=2)
+        state = warm_start.next_state(doubles_to_a_quarter, self.ordered[:n_ordered], k, n_passes=2)
         assert state[0] == pytest.approx(guess)
 
     @pytest.mark.parametrize(
@@ -129,13 +130,13 @@ class TestState:
         ],
     )
     def test_margin(self, margin, n_passes, expected):
-        state = selection.next_state(torch.tensor([0.5, margin, 0.0]), self.ordered, 10, n_passes)
+        state = warm_start.next_state(torch.tensor([0.5, margin, 0.0]), self.ordered, 10, n_passes)
         assert state[1:].tolist() == pytest.approx([expected, n_passes])
 
     def test_is_a_new_tensor(self):
-        state = selection.initial_state()
-        selection.next_state(state, self.ordered, 10, 1)
-        assert torch.equal(state, selection.initial_state())
+        state = warm_start.initial_state()
+        warm_start.next_state(state, self.ordered, 10, 1)
+        assert torch.equal(state, warm_start.initial_state())
 
 
 def blocks_of(n, n_rows, n_cols):
@@ -164,27 +165,27 @@ class TestSurvivors:
         k = data.draw(st.integers(1, n * (n - 1) // 2))
         guess = data.draw(st.sampled_from([-1.0, 0.0, 0.25, 0.5]))
         query = Query(k=k, similarity=similarity)
-        survivors = Survivors(query, max(guess, selection.floor_of(query)))
-        survivors.capacity = k + data.draw(st.integers(0, 20))
+        capacity = k + data.draw(st.integers(0, 20))
+        survivors = Survivors(query, max(guess, definitions.floor_of(query)), capacity)
 
         everything = []
         for index, first_index in blocks_of(n, data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))):
             values = value_of[index]
             everything.append(index)
-            passes = selection.similarity_of(values, similarity) > survivors.screen(first_index)
-            n_before = survivors._n_records
+            passes = definitions.similarity_of(values, similarity) > survivors.screening_bound(first_index)
+            n_before = survivors.n_records
             assert n_before <= survivors.capacity
             survivors.add(values[passes], index[passes])
-            assert survivors._n_records <= max(survivors.capacity, n_before)
+            assert survivors.n_records <= max(survivors.capacity, n_before)
 
         index = torch.cat(everything)
         values = value_of[index]
-        floor = selection.floor_of(query)
-        scores = selection.similarity_of(values, similarity)
+        floor = definitions.floor_of(query)
+        scores = definitions.similarity_of(values, similarity)
         above = scores >= guess if guess > floor else scores > floor
         index, values = index[above], values[above]
-        order = np.lexsort((index.numpy(), -selection.similarity_of(values, similarity).numpy()))[:k]
-        kept_values, kept_index = survivors.first(k)
+        order = np.lexsort((index.numpy(), -definitions.similarity_of(values, similarity).numpy()))[:k]
+        kept_values, kept_index = survivors.first_in_order(k)
         assert kept_index.tolist() == index[order].tolist()
         assert kept_values.tolist() == values[order].tolist()
 
@@ -193,21 +194,19 @@ class TestSurvivors:
         assert 1 < Survivors(Query(k=1), -1.0).capacity < 10**5
 
     def test_full_is_not_an_overflow(self):
-        survivors = Survivors(Query(k=2), -1.0)
-        survivors.capacity = 4
+        survivors = Survivors(Query(k=2), -1.0, capacity=4)
         survivors.add(torch.full((4,), 0.5), torch.arange(4))
-        assert (survivors.n_overflows, survivors.cut) == (0, -1.0)
+        assert (survivors.n_overflows, survivors.bound) == (0, -1.0)
         survivors.add(torch.full((1,), 0.5), torch.tensor([9]))
-        assert (survivors.n_overflows, survivors.cut, survivors.cut_index) == (1, 0.5, 1)
+        assert (survivors.n_overflows, survivors.bound, survivors.bound_index) == (1, 0.5, 1)
 
-    def test_a_tie_with_the_cut_survives_only_below_its_index(self):
-        """The cut rises to a value at index 5 of a panel; tiles to come in the panel hold lower and higher indices."""
-        survivors = Survivors(Query(k=3), -1.0)
-        survivors.capacity = 3
+    def test_a_tie_with_the_bound_survives_only_below_its_index(self):
+        """The bound rises to a value at index 5 of a panel; tiles to come in the panel hold lower and higher indices."""
+        survivors = Survivors(Query(k=3), -1.0, capacity=3)
         survivors.add(torch.tensor([0.9, 0.5, 0.5, 0.5]), torch.tensor([8, 2, 5, 6]))
-        assert (survivors.cut, survivors.cut_index) == (0.5, 5)
+        assert (survivors.bound, survivors.bound_index) == (0.5, 5)
         survivors.add(torch.tensor([0.5, 0.5, -0.5]), torch.tensor([9, 7, 3]))
-        values, index = survivors.first(3)
+        values, index = survivors.first_in_order(3)
         assert index.tolist() == [8, 2, 3]
         assert torch.equal(values, torch.tensor([0.9, 0.5, -0.5]))
 
@@ -215,19 +214,18 @@ class TestSurvivors:
     def test_what_equals_the_guess_survives_and_what_equals_the_floor_does_not(self, tau, index):
         survivors = Survivors(Query(k=3, tau=tau), 0.5)
         survivors.add(torch.tensor([0.5, -0.5, 0.75, 0.25]), torch.arange(4))
-        assert survivors.first(3)[1].tolist() == index
+        assert survivors.first_in_order(3)[1].tolist() == index
 
-    @pytest.mark.parametrize("cut", [0.25, 0.9999999, 1e-30])
-    def test_screen_lets_every_tie_with_a_positive_cut_pass(self, cut):
+    @pytest.mark.parametrize("bound", [0.25, 0.9999999, 1e-30])
+    def test_screen_lets_every_tie_with_a_positive_bound_pass(self, bound):
         """A product and norm * screen are each rounded a few times, by up to 2**-24."""
-        screen = Survivors(Query(k=1), cut).screen(0)
-        assert cut * (1 - 2**-18) < screen < cut * (1 - 2**-21)
+        screen = Survivors(Query(k=1), bound).screening_bound(0)
+        assert bound * (1 - 2**-18) < screen < bound * (1 - 2**-21)
 
-    def test_screen_at_a_cut_of_zero(self):
-        """Zeros tie with the cut only up to its index; later tiles need not look at them."""
-        survivors = Survivors(Query(k=2), -1.0)
-        survivors.capacity = 2
+    def test_screen_at_a_bound_of_zero(self):
+        """Zeros tie with the bound only up to its index; later tiles need not look at them."""
+        survivors = Survivors(Query(k=2), -1.0, capacity=2)
         survivors.add(torch.zeros(3), torch.tensor([4, 7, 9]))
-        assert (survivors.cut, survivors.cut_index) == (0.0, 7)
-        assert survivors.screen(6) < 0
-        assert survivors.screen(8) == 0
+        assert (survivors.bound, survivors.bound_index) == (0.0, 7)
+        assert survivors.screening_bound(6) < 0
+        assert survivors.screening_bound(8) == 0

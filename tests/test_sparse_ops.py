@@ -9,8 +9,8 @@ from topk_ortho import SparseFeatures, TopKOrthoLoss, max_cosine_loss, sparse_op
 from topk_ortho.sparse_features import coordinates_of
 
 OPS = [
-    sparse_ops.select_sparse_pairs,
-    sparse_ops.sparse_row_max,
+    sparse_ops.sparse_topk_pairs,
+    sparse_ops.sparse_max_cosine,
     sparse_ops.sparse_pair_gradient,
     sparse_ops.sum_of_squares,
     sparse_ops.sum_of_squares_gradient,
@@ -23,8 +23,8 @@ FORMS = {
 
 
 def coordinates(dtype=torch.float32, requires_grad=True):
-    found, n_pairs_that_meet = coordinates_of(SparseFeatures.from_dense(activations(6, 11, dtype=dtype)))
-    return found._replace(values=found.values.detach().requires_grad_(requires_grad)), n_pairs_that_meet
+    found, n_products = coordinates_of(SparseFeatures.from_dense(activations(6, 11, dtype=dtype)))
+    return found._replace(values=found.values.detach().requires_grad_(requires_grad)), n_products
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op._name)
@@ -41,19 +41,19 @@ class TestOpcheck:
             pytest.param(55, None, None, "abs", None, False, id="all_pairs"),
             pytest.param(9, 0.3, None, "abs", torch.arange(11), False, id="tau_priority"),
             pytest.param(50, None, 1.0, "positive", None, True, id="adaptive_positive"),
-            pytest.param(9, 0.9999, None, "abs", None, False, id="nothing_selected"),
+            pytest.param(9, 0.9999, None, "abs", "highest", None, False, id="nothing_selected"),
         ],
     )
     def test_select(self, k, tau, n_std, similarity, priority, is_ordered, dtype):
-        x, n_pairs_that_meet = coordinates(dtype)
-        size = min(k, n_pairs_that_meet)
-        opcheck(sparse_ops.select_sparse_pairs, (*x, size, k, tau, n_std, similarity, priority, is_ordered))
+        x, n_products = coordinates(dtype)
+        size = min(k, n_products)
+        opcheck(sparse_ops.sparse_topk_pairs, (*x, size, k, tau, n_std, similarity, "highest", priority, is_ordered))
 
     @pytest.mark.parametrize("n_chunks", [1, 3])
-    def test_row_max(self, n_chunks):
+    def test_max_cosine(self, n_chunks):
         x, _ = coordinates()
         permutation = torch.randperm(11, generator=seeded(0)) if n_chunks > 1 else None
-        opcheck(sparse_ops.sparse_row_max, (*x, permutation, n_chunks))
+        opcheck(sparse_ops.sparse_max_cosine, (*x, permutation, n_chunks))
 
     def test_sum_of_squares(self):
         x, _ = coordinates()
@@ -61,11 +61,11 @@ class TestOpcheck:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     def test_gradients(self, dtype):
-        x, n_pairs_that_meet = coordinates(dtype, requires_grad=False)
-        values, rows, cols, *_ = sparse_ops.select_sparse_pairs(
-            *x, n_pairs_that_meet, 55, 0.3, None, "abs", None, False
+        x, n_products = coordinates(dtype, requires_grad=False)
+        cosines, rows, cols, *_ = sparse_ops.sparse_topk_pairs(
+            *x, n_products, 55, 0.3, None, "abs", "highest", None, False
         )
-        opcheck(sparse_ops.sparse_pair_gradient, (*x, rows, cols, 2 * values, -values))
+        opcheck(sparse_ops.sparse_pair_gradient, (*x, rows, cols, 2 * cosines, -cosines))
         opcheck(sparse_ops.sum_of_squares_gradient, (*x, torch.tensor(0.5)))
 
 
@@ -106,9 +106,9 @@ class TestGradcheck:
 
 
 def test_outputs_are_fresh():
-    x, n_pairs_that_meet = coordinates()
-    outputs = sparse_ops.select_sparse_pairs(*x, n_pairs_that_meet, 55, None, None, "abs", None, False)
-    outputs += sparse_ops.sparse_row_max(*x, None, 1)
+    x, n_products = coordinates()
+    outputs = sparse_ops.sparse_topk_pairs(*x, n_products, 55, None, None, "abs", "highest", None, False)
+    outputs += sparse_ops.sparse_max_cosine(*x, None, 1)
     storages = [t.untyped_storage().data_ptr() for t in (*x[:3], *outputs) if t.numel()]
     assert len(set(storages)) == len(storages)
 

@@ -4,8 +4,8 @@ from topk_ortho.backends.registry import available_backends
 from topk_ortho.functional import max_cosine_loss, topk_ortho_loss, topk_pairs
 from topk_ortho.modules import MaxCosineLoss, TopKOrthoLoss
 from topk_ortho.pairs import TopKPairs, pair_jaccard
-from topk_ortho.selection import initial_state
 from topk_ortho.sparse_features import SparseFeatures
+from topk_ortho.warm_start import initial_state
 
 __all__ = [
     "MaxCosineLoss",

@@ -17,6 +17,9 @@ from torch import Tensor
 
 Similarity = Literal["abs", "positive"]
 Precision = Literal["highest", "high", "medium"]
+Reduction = Literal["mean", "sum"]
+BackendName = Literal["auto", "naive", "tiled", "triton", "sparse"]
+Tau = float | Literal["adaptive"] | None
 
 EPS = 1e-12
 """Floor of a column norm, as in `torch.nn.functional.normalize`."""
@@ -57,8 +60,9 @@ def similarity_of(cosines: Tensor, similarity: Similarity) -> Tensor:
     return cosines.abs() if similarity == "abs" else cosines
 
 
-def floor_of(query: Query, tau: float | None) -> float:
-    """The similarity that a pair must exceed to count, with `tau` in force; below -1 nothing is excluded."""
+def floor_of(query: Query, adaptive_tau: float | None = None) -> float:
+    """The similarity that a pair must exceed to count; -1, which excludes nothing, if there is no floor (yet)."""
+    tau = query.tau if adaptive_tau is None else adaptive_tau
     if query.similarity == "positive":
         return max(0.0, tau or 0.0)
     return -1.0 if tau is None else tau

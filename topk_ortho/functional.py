@@ -5,17 +5,15 @@ A matrix x [M, N], dense or sparse, holds N features in its columns. With
 ``gram = x_hat.T @ x_hat``, which is never held whole.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from topk_ortho import custom_ops, sparse_ops
-from topk_ortho.backends.base import Precision, Selection, Similarity
-from topk_ortho.backends.entries import Coordinates
 from topk_ortho.backends.registry import resolve_backend
-from topk_ortho.backends.sparse import SparseSelection
+from topk_ortho.backends.sparse.coordinates import Coordinates
+from topk_ortho.definitions import BackendName, Precision, Query, Reduction, Similarity, Tau
 from topk_ortho.pairs import TopKPairs
+from topk_ortho.selection import Selection
 from topk_ortho.sparse_features import SparseFeatures, coordinates_of, is_dense
 from topk_ortho.validation import (
     check_features,
@@ -24,9 +22,8 @@ from topk_ortho.validation import (
     check_n_chunks,
     check_state,
     check_word,
-    resolve_k,
     resolve_priority,
-    resolve_tau,
+    resolve_query,
 )
 
 
@@ -35,10 +32,10 @@ def topk_pairs(
     fraction: float = 1e-3,
     *,
     k: int | None = None,
-    tau: float | str | None = None,
+    tau: Tau = None,
     n_std: float = 1.0,
     similarity: Similarity = "abs",
-    backend: str = "auto",
+    backend: BackendName = "auto",
     precision: Precision = "highest",
     state: Tensor | None = None,
 ) -> TopKPairs:
@@ -120,22 +117,25 @@ def topk_pairs(
     >>> pairs.values
     tensor([0.8944, 0.4472])
     """
-    question = _resolve(x, fraction, k, tau, n_std, similarity, None, backend, precision, state)
-    selection: Selection | SparseSelection
-    n_listed: Tensor | None
+    check_features(x)
+    query = resolve_query(
+        x.shape[1], fraction=fraction, k=k, tau=tau, n_std=n_std, similarity=similarity, precision=precision
+    )
+    check_state(state, x.device)
+    chosen = resolve_backend(backend, x.device, is_sparse=not is_dense(x))
     if is_dense(x):
-        selection = _select_dense(x, question, state)
-        n_listed = None if tau is None and similarity == "abs" else selection.n_selected
+        selection = _select(x, query, chosen, None, state)
+        is_full = tau is None and similarity == "abs"
     else:
-        coordinates, n_pairs_that_meet = coordinates_of(x)
-        selection = _select_sparse(coordinates, n_pairs_that_meet, question, is_ordered=True)
-        n_listed = selection.n_listed
-    rows, cols, values = selection.rows, selection.cols, selection.values
-    if n_listed is not None:
-        p = n_listed.item()
-        rows, cols, values = rows[:p], cols[:p], values[:p]
+        coordinates, n_products = coordinates_of(x)
+        selection = _select_sparse(coordinates, n_products, query, None, is_ordered=True)
+        is_full = False
+    rows, cols, cosines = selection.rows, selection.cols, selection.cosines
+    if not is_full:
+        p = selection.n_listed.item()
+        rows, cols, cosines = rows[:p], cols[:p], cosines[:p]
     tau_used = selection.tau.item() if tau == "adaptive" else None if tau is None else float(tau)
-    return TopKPairs(rows, cols, values.float(), selection.threshold.float(), tau_used, x.shape[1], question.k)
+    return TopKPairs(rows, cols, cosines.float(), selection.threshold.float(), tau_used, x.shape[1], query.k)
 
 
 def topk_ortho_loss(
@@ -143,12 +143,12 @@ def topk_ortho_loss(
     fraction: float = 1e-3,
     *,
     k: int | None = None,
-    tau: float | str | None = None,
+    tau: Tau = None,
     n_std: float = 1.0,
     similarity: Similarity = "abs",
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     priority: Tensor | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     precision: Precision = "highest",
     state: Tensor | None = None,
     structural_zeros: bool = False,
@@ -206,20 +206,25 @@ def topk_ortho_loss(
     >>> x.grad[:, 1]
     tensor([0., 0.])
     """
-    check_word("reduction", reduction, ("mean", "sum"))
+    check_word("reduction", reduction, Reduction)
     check_flag("structural_zeros", structural_zeros)
-    question = _resolve(x, fraction, k, tau, n_std, similarity, priority, backend, precision, state)
-    selection: Selection | SparseSelection
+    check_features(x)
+    query = resolve_query(
+        x.shape[1], fraction=fraction, k=k, tau=tau, n_std=n_std, similarity=similarity, precision=precision
+    )
+    priority = resolve_priority(priority, x.shape[1], x.device)
+    check_state(state, x.device)
+    chosen = resolve_backend(backend, x.device, is_sparse=not is_dense(x))
     if is_dense(x):
-        selection = _select_dense(x, question, state, structural_zeros)
+        selection = _select(x, query, chosen, priority, state, structural_zeros)
     else:
-        coordinates, n_pairs_that_meet = coordinates_of(x)
-        is_every_pair = question.tau is None and question.n_std is None and similarity == "abs" and priority is None
-        if is_every_pair and n_pairs_that_meet <= question.k:  # all that are not 0 are selected
+        coordinates, n_products = coordinates_of(x)
+        if n_products <= query.k and tau is None and similarity == "abs" and priority is None:
+            # every pair whose cosine is not 0 is selected
             total: Tensor = sparse_ops.sum_of_squares(*coordinates)
-            return total / question.k if reduction == "mean" else total
-        selection = _select_sparse(coordinates, n_pairs_that_meet, question, is_ordered=False)
-    loss = selection.values.square().sum()  # padding is 0
+            return total / query.k if reduction == "mean" else total
+        selection = _select_sparse(coordinates, n_products, query, priority, is_ordered=False)
+    loss = selection.cosines.square().sum()  # padding is 0
     return loss / selection.n_selected.clamp_min(1) if reduction == "mean" else loss
 
 
@@ -228,7 +233,7 @@ def max_cosine_loss(
     n_chunks: int = 1,
     *,
     generator: torch.Generator | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     precision: Precision = "highest",
 ) -> Tensor:
     """Mean over columns of the squared largest cosine to another column.
@@ -275,67 +280,39 @@ def max_cosine_loss(
     check_features(x)
     check_n_chunks(n_chunks, x.shape[1])
     check_generator(generator)
-    check_word("precision", precision, ("highest", "high", "medium"))
-    backend = resolve_backend(backend, x.device, is_sparse=not is_dense(x))
+    check_word("precision", precision, Precision)
+    chosen = resolve_backend(backend, x.device, is_sparse=not is_dense(x))
     permutation = None
     if n_chunks > 1:
         device = x.device if generator is None else generator.device
         permutation = torch.randperm(x.shape[1], generator=generator, device=device).to(x.device)
-    values: Tensor
+    cosines: Tensor
     if is_dense(x):
-        values = custom_ops.row_max(x, permutation, int(n_chunks), precision, backend)[0]
+        cosines, _, _ = custom_ops.max_cosine(x, permutation, int(n_chunks), precision, chosen)
     else:
         coordinates, _ = coordinates_of(x)
-        values = sparse_ops.sparse_row_max(*coordinates, permutation, int(n_chunks))[0]
-    return values.square().mean()
+        cosines, _, _ = sparse_ops.sparse_max_cosine(*coordinates, permutation, int(n_chunks))
+    return cosines.square().mean()
 
 
-class _Question(NamedTuple):
-    """What a call asks, resolved; see `topk_ortho.backends.base.Query`."""
-
-    k: int
-    tau: float | None
-    n_std: float | None
-    similarity: Similarity
-    precision: Precision
-    backend: str
-    priority: Tensor | None
-
-
-def _resolve(
-    x: Tensor | SparseFeatures,
-    fraction: float,
-    k: int | None,
-    tau: float | str | None,
-    n_std: float,
-    similarity: Similarity,
-    priority: Tensor | None,
+def _select(
+    x: Tensor,
+    query: Query,
     backend: str,
-    precision: Precision,
+    priority: Tensor | None,
     state: Tensor | None,
-) -> _Question:
-    check_features(x)
-    k = resolve_k(x.shape[1], fraction, k)
-    fixed_tau, adaptive_n_std = resolve_tau(tau, n_std)
-    check_word("similarity", similarity, ("abs", "positive"))
-    check_word("precision", precision, ("highest", "high", "medium"))
-    priority = resolve_priority(priority, x.shape[1], x.device)
-    check_state(state, x.device)
-    backend = resolve_backend(backend, x.device, is_sparse=not is_dense(x))
-    return _Question(k, fixed_tau, adaptive_n_std, similarity, precision, backend, priority)
-
-
-def _select_dense(x: Tensor, question: _Question, state: Tensor | None, structural_zeros: bool = False) -> Selection:
-    k, tau, n_std, similarity, precision, backend, priority = question
-    selection = Selection(
-        *custom_ops.select_pairs(x, k, tau, n_std, similarity, precision, backend, priority, state, structural_zeros)
-    )
+    structural_zeros: bool = False,
+) -> Selection:
+    """Select among the columns of a dense x, and write the next state into the old one."""
+    selection = Selection(*custom_ops.topk_pairs(x, *query, backend, priority, state, structural_zeros))
     if state is not None:
         state.copy_(selection.state)
     return selection
 
 
-def _select_sparse(x: Coordinates, n_pairs_that_meet: int, question: _Question, *, is_ordered: bool) -> SparseSelection:
-    k, tau, n_std, similarity, _, _, priority = question
-    size = min(k, n_pairs_that_meet)
-    return SparseSelection(*sparse_ops.select_sparse_pairs(*x, size, k, tau, n_std, similarity, priority, is_ordered))
+def _select_sparse(
+    x: Coordinates, n_products: int, query: Query, priority: Tensor | None, *, is_ordered: bool
+) -> Selection:
+    """Select among the columns of a sparse x, of which at most `n_products` pairs meet."""
+    size = min(query.k, n_products)
+    return Selection(*sparse_ops.sparse_topk_pairs(*x, size, *query, priority, is_ordered))

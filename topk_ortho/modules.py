@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from topk_ortho.backends.base import Precision, Similarity
+from topk_ortho.definitions import BackendName, Precision, Reduction, Similarity, Tau
 from topk_ortho.functional import max_cosine_loss, topk_ortho_loss
-from topk_ortho.selection import initial_state
 from topk_ortho.sparse_features import SparseFeatures
+from topk_ortho.warm_start import initial_state
+
+_OPTIONS = ("k", "tau", "n_std", "similarity", "reduction", "backend", "precision", "structural_zeros")
+"""Arguments of `topk_ortho_loss` that the module keeps as attributes, beside the fraction."""
 
 
 class TopKOrthoLoss(nn.Module):
@@ -36,11 +39,11 @@ class TopKOrthoLoss(nn.Module):
         fraction: float = 1e-3,
         *,
         k: int | None = None,
-        tau: float | str | None = None,
+        tau: Tau = None,
         n_std: float = 1.0,
         similarity: Similarity = "abs",
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: BackendName = "auto",
         precision: Precision = "highest",
         structural_zeros: bool = False,
     ):
@@ -58,20 +61,8 @@ class TopKOrthoLoss(nn.Module):
 
     def forward(self, x: Tensor | SparseFeatures, priority: Tensor | None = None) -> Tensor:
         """Penalty of x [M, N]; `priority` [N] holds the more frequent column of a pair, see `topk_ortho_loss`."""
-        return topk_ortho_loss(
-            x,
-            self.fraction,
-            k=self.k,
-            tau=self.tau,
-            n_std=self.n_std,
-            similarity=self.similarity,
-            reduction=self.reduction,
-            priority=priority,
-            backend=self.backend,
-            precision=self.precision,
-            state=self.state,
-            structural_zeros=self.structural_zeros,
-        )
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        return topk_ortho_loss(x, self.fraction, priority=priority, state=self.state, **options)
 
     def reset_state(self) -> None:
         """Forget the last threshold, for instance when the next x has nothing to do with the last."""
@@ -80,8 +71,7 @@ class TopKOrthoLoss(nn.Module):
     def extra_repr(self) -> str:
         """Arguments, for repr."""
         size = f"fraction={self.fraction}" if self.k is None else f"k={self.k}"
-        names = ("tau", "n_std", "similarity", "reduction", "backend", "precision", "structural_zeros")
-        return ", ".join([size, *(f"{name}={getattr(self, name)!r}" for name in names)])
+        return ", ".join([size, *(f"{name}={getattr(self, name)!r}" for name in _OPTIONS if name != "k")])
 
 
 class MaxCosineLoss(nn.Module):
@@ -103,7 +93,7 @@ class MaxCosineLoss(nn.Module):
         n_chunks: int = 1,
         *,
         generator: torch.Generator | None = None,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         precision: Precision = "highest",
     ):
         super().__init__()

@@ -5,7 +5,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from topk_ortho.backends.entries import Coordinates
+from topk_ortho.backends.sparse.coordinates import Coordinates
 
 
 class SparseFeatures(NamedTuple):
@@ -96,27 +96,29 @@ def is_dense(x: SparseFeatures | Tensor) -> TypeGuard[Tensor]:
 
 
 def coordinates_of(x: SparseFeatures | Tensor) -> tuple[Coordinates, int]:
-    """Coordinates of a sparse x, their values differentiable in those of x; and a bound on the pairs that meet.
+    """The entries of a sparse x in order, their values differentiable in x; and a bound on the pairs that meet.
 
-    The bound is the number of products: one for every two features of a row.
+    The bound is the number of products, one for every two features of a row of x.
     """
     if isinstance(x, SparseFeatures):
-        n_rows, n_active = x.indices.shape
-        rows = torch.arange(n_rows, device=x.device).repeat_interleave(n_active)
-        coordinates = Coordinates(rows, x.indices.long().flatten(), x.values.flatten(), *x.shape)
+        n_samples, n_active = x.indices.shape
+        features, order = x.indices.long().sort(dim=1)
+        values = x.values.gather(1, order)
+        samples = torch.arange(n_samples, device=x.device).repeat_interleave(n_active)
+        coordinates = Coordinates(samples, features.flatten(), values.flatten(), *x.shape)
         if torch.compiler.is_compiling():  # shapes may not follow from data: padding counts
-            return coordinates, n_rows * (n_active * (n_active - 1) // 2)
+            return coordinates, n_samples * (n_active * (n_active - 1) // 2)
         return coordinates, _n_products((x.values != 0).sum(dim=1))
     # copies: torch.compile does not take views of a sparse tensor
     if x.layout == torch.sparse_coo:
         x = x.coalesce()
-        rows, features = x.indices().clone()
+        samples, features = x.indices().clone()
     else:
-        rows = torch.repeat_interleave(x.crow_indices().long().diff())
+        samples = torch.repeat_interleave(x.crow_indices().long().diff())
         features = x.col_indices().long().clone()
-    return Coordinates(rows, features, x.values().clone(), *x.shape), _n_products(torch.bincount(rows))
+    return Coordinates(samples, features, x.values().clone(), *x.shape), _n_products(torch.bincount(samples))
 
 
 def _n_products(n_active: Tensor) -> int:
-    """One for every two features of a row, of which so many are active."""
+    """One for every two features of a row of x, given how many are active in each row."""
     return int((n_active * (n_active - 1) // 2).sum())

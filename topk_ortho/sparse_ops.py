@@ -1,197 +1,192 @@
 """The boundary that torch sees for a sparse x: as `topk_ortho.custom_ops`, over coordinates.
 
-    topk_ortho::select_sparse_pairs      -> the selected pairs whose cosine is not 0, padded; `values` is differentiable
-    topk_ortho::sparse_row_max           -> for every column its largest cosine and the column that has it
-    topk_ortho::sum_of_squares           -> of the cosines of all pairs
-    topk_ortho::sparse_pair_gradient, topk_ortho::sum_of_squares_gradient    the gradients in the values of x
+    topk_ortho::sparse_topk_pairs    -> the selected pairs whose cosine is not 0, padded; the cosines are differentiable
+    topk_ortho::sparse_max_cosine    -> for every column its largest cosine and the column that it has it with
+    topk_ortho::sum_of_squares       -> sum of the squared cosines of all pairs
+    topk_ortho::sparse_pair_gradient, topk_ortho::sum_of_squares_gradient    their gradients in the values of x
 
-Coordinates are those of `topk_ortho.backends.entries.Coordinates`.
+`topk_ortho.backends.sparse.coordinates.Coordinates` cross the boundary as their fields, in their order.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from topk_ortho.backends import sparse
-from topk_ortho.backends.base import Query, accumulation_dtype
-from topk_ortho.backends.entries import Coordinates
-from topk_ortho.custom_ops import MAY_READ_ON_THE_HOST, held, refuse_nan, refuse_vmap
+from topk_ortho.backends.base import MaxCosine, WeightedPairs
+from topk_ortho.backends.registry import BACKENDS
+from topk_ortho.backends.sparse.backend import SparseBackend
+from topk_ortho.backends.sparse.closed_form import sum_of_squares as sum_of_squares_of
+from topk_ortho.backends.sparse.closed_form import sum_of_squares_gradient as gradient_of_sum_of_squares
+from topk_ortho.backends.sparse.coordinates import Coordinates
+from topk_ortho.backends.sparse.gradient import pair_gradient
+from topk_ortho.backends.sparse.max_cosine import max_cosine
+from topk_ortho.backends.sparse.products import Slabs
+from topk_ortho.backends.sparse.selection import topk_pairs
+from topk_ortho.custom_ops import (
+    MAY_READ_ON_THE_HOST,
+    QUERY,
+    SELECTION,
+    WEIGHTED_PAIRS,
+    fake_max_cosine,
+    fake_selection,
+    partner_pairs,
+    refuse_nan,
+    refuse_vmap,
+    weighted_pairs,
+)
+from topk_ortho.definitions import Query, accumulation_dtype
+from topk_ortho.selection import Selection
+
+_COORDINATES = "Tensor samples, Tensor features, Tensor values, SymInt n_samples, SymInt n_features"
+_N_COORDINATES = len(Coordinates._fields)
 
 
-@torch.library.custom_op("topk_ortho::select_sparse_pairs", mutates_args=(), tags=MAY_READ_ON_THE_HOST)
-def select_sparse_pairs(
-    samples: Tensor,
-    features: Tensor,
-    values: Tensor,
-    n_samples: int,
-    n_features: int,
-    size: int,
-    k: int,
-    tau: float | None,
-    n_std: float | None,
-    similarity: str,
-    priority: Tensor | None,
-    is_ordered: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `topk_ortho.backends.sparse.SparseSelection` for the outputs."""
+def _split(arguments: tuple[Any, ...]) -> tuple[Coordinates, tuple[Any, ...]]:
+    """The coordinates that arguments begin with, and the rest."""
+    return Coordinates(*arguments[:_N_COORDINATES]), arguments[_N_COORDINATES:]
+
+
+def _slabs() -> Slabs:
+    return cast(SparseBackend, BACKENDS["sparse"]).slabs
+
+
+@torch.library.custom_op(
+    "topk_ortho::sparse_topk_pairs",
+    mutates_args=(),
+    schema=f"({_COORDINATES}, SymInt size, {QUERY}, Tensor? priority, bool is_ordered) -> {SELECTION}",
+    tags=MAY_READ_ON_THE_HOST,
+)
+def sparse_topk_pairs(*arguments: Any) -> Selection:
+    """See `topk_ortho.backends.sparse.selection`."""
+    x, (size, *query, priority, is_ordered) = _split(arguments)
     refuse_nan(priority)
-    query = Query(k=k, tau=tau, n_std=n_std, similarity=similarity)  # type: ignore[arg-type]
-    x = Coordinates(samples, features, values, n_samples, n_features)
-    return sparse.select_sparse_pairs(x, size, query, is_ordered)
+    return topk_pairs(x, size, Query(*query), is_ordered=is_ordered, slabs=_slabs())
 
 
-@select_sparse_pairs.register_fake
-def _(
-    samples: Tensor,
-    features: Tensor,
-    values: Tensor,
-    n_samples: int,
-    n_features: int,
-    size: int,
-    k: int,
-    tau: float | None,
-    n_std: float | None,
-    similarity: str,
-    priority: Tensor | None,
-    is_ordered: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(values)
-    cosines = values.new_empty(size, dtype=dtype)
-    rows, cols = (values.new_empty(size, dtype=torch.int64) for _ in range(2))
-    n_listed, n_selected = (values.new_empty((), dtype=torch.int64) for _ in range(2))
-    threshold, tau_used = cosines.new_empty(()), cosines.new_empty(())
-    return cosines, rows, cols, n_listed, n_selected, threshold, tau_used
+@sparse_topk_pairs.register_fake
+def _(*arguments: Any) -> Selection:
+    x, (size, *_) = _split(arguments)
+    return fake_selection(x.values, size, x.n_features)
 
 
-@torch.library.custom_op("topk_ortho::sparse_row_max", mutates_args=(), tags=MAY_READ_ON_THE_HOST)
-def sparse_row_max(
-    samples: Tensor,
-    features: Tensor,
-    values: Tensor,
-    n_samples: int,
-    n_features: int,
-    permutation: Tensor | None,
-    n_chunks: int,
-) -> tuple[Tensor, Tensor]:
-    """Values and partners of `topk_ortho.backends.base.RowMax`; chunks are nearly equal parts of `permutation`."""
-    chunks = None if permutation is None else permutation.tensor_split(n_chunks)
-    return sparse.sparse_row_max(Coordinates(samples, features, values, n_samples, n_features), chunks)[:2]
+@torch.library.custom_op(
+    "topk_ortho::sparse_max_cosine",
+    mutates_args=(),
+    schema=f"({_COORDINATES}, Tensor? permutation, SymInt n_chunks) -> (Tensor, Tensor, Tensor)",
+    tags=MAY_READ_ON_THE_HOST,
+)
+def sparse_max_cosine(*arguments: Any) -> MaxCosine:
+    """See `topk_ortho.backends.sparse.max_cosine`; chunks are nearly equal parts of `permutation`."""
+    x, (permutation, n_chunks) = _split(arguments)
+    return max_cosine(x, None if permutation is None else permutation.tensor_split(n_chunks), _slabs())
 
 
-@sparse_row_max.register_fake
-def _(
-    samples: Tensor,
-    features: Tensor,
-    values: Tensor,
-    n_samples: int,
-    n_features: int,
-    permutation: Tensor | None,
-    n_chunks: int,
-) -> tuple[Tensor, Tensor]:
-    highest = values.new_empty(n_features, dtype=accumulation_dtype(values))
-    return highest, torch.empty_like(highest, dtype=torch.int64)
+@sparse_max_cosine.register_fake
+def _(*arguments: Any) -> MaxCosine:
+    x, _ = _split(arguments)
+    return fake_max_cosine(x.values, x.n_features)
 
 
-@torch.library.custom_op("topk_ortho::sparse_pair_gradient", mutates_args=(), tags=MAY_READ_ON_THE_HOST)
-def sparse_pair_gradient(
-    samples: Tensor,
-    features: Tensor,
-    values: Tensor,
-    n_samples: int,
-    n_features: int,
-    rows: Tensor,
-    cols: Tensor,
-    grad_rows: Tensor,
-    grad_cols: Tensor,
-) -> Tensor:
-    """See `topk_ortho.backends.sparse.sparse_pair_gradient`."""
-    x = Coordinates(samples, features, values, n_samples, n_features)
-    return sparse.sparse_pair_gradient(x, rows, cols, grad_rows, grad_cols)
+@torch.library.custom_op(
+    "topk_ortho::sparse_pair_gradient",
+    mutates_args=(),
+    schema=f"({_COORDINATES}, {WEIGHTED_PAIRS}) -> Tensor",
+    tags=MAY_READ_ON_THE_HOST,
+)
+def sparse_pair_gradient(*arguments: Any) -> Tensor:
+    """See `topk_ortho.backends.sparse.gradient`."""
+    x, pairs = _split(arguments)
+    return pair_gradient(x, WeightedPairs(*pairs), _slabs())
 
 
-@sparse_pair_gradient.register_fake
-def _(
-    samples: Tensor,
-    features: Tensor,
-    values: Tensor,
-    n_samples: int,
-    n_features: int,
-    rows: Tensor,
-    cols: Tensor,
-    grad_rows: Tensor,
-    grad_cols: Tensor,
-) -> Tensor:
-    return torch.empty_like(values)
-
-
-@torch.library.custom_op("topk_ortho::sum_of_squares", mutates_args=(), tags=MAY_READ_ON_THE_HOST)
-def sum_of_squares(samples: Tensor, features: Tensor, values: Tensor, n_samples: int, n_features: int) -> Tensor:
-    """See `topk_ortho.backends.sparse.sum_of_squares`."""
-    return sparse.sum_of_squares(Coordinates(samples, features, values, n_samples, n_features))
+@torch.library.custom_op(
+    "topk_ortho::sum_of_squares", mutates_args=(), schema=f"({_COORDINATES}) -> Tensor", tags=MAY_READ_ON_THE_HOST
+)
+def sum_of_squares(*coordinates: Any) -> Tensor:
+    """See `topk_ortho.backends.sparse.closed_form`."""
+    return sum_of_squares_of(Coordinates(*coordinates), _slabs())
 
 
 @sum_of_squares.register_fake
-def _(samples: Tensor, features: Tensor, values: Tensor, n_samples: int, n_features: int) -> Tensor:
+def _(*coordinates: Any) -> Tensor:
+    values = Coordinates(*coordinates).values
     return values.new_empty((), dtype=accumulation_dtype(values))
 
 
-@torch.library.custom_op("topk_ortho::sum_of_squares_gradient", mutates_args=(), tags=MAY_READ_ON_THE_HOST)
-def sum_of_squares_gradient(
-    samples: Tensor, features: Tensor, values: Tensor, n_samples: int, n_features: int, grad: Tensor
-) -> Tensor:
-    """See `topk_ortho.backends.sparse.sum_of_squares_gradient`."""
-    return sparse.sum_of_squares_gradient(Coordinates(samples, features, values, n_samples, n_features), grad)
+@torch.library.custom_op(
+    "topk_ortho::sum_of_squares_gradient",
+    mutates_args=(),
+    schema=f"({_COORDINATES}, Tensor grad) -> Tensor",
+    tags=MAY_READ_ON_THE_HOST,
+)
+def sum_of_squares_gradient(*arguments: Any) -> Tensor:
+    """See `topk_ortho.backends.sparse.closed_form`."""
+    x, (grad,) = _split(arguments)
+    return gradient_of_sum_of_squares(x, grad, _slabs())
 
 
+@sparse_pair_gradient.register_fake
 @sum_of_squares_gradient.register_fake
-def _(samples: Tensor, features: Tensor, values: Tensor, n_samples: int, n_features: int, grad: Tensor) -> Tensor:
-    return torch.empty_like(values)
+def _(*arguments: Any) -> Tensor:
+    x, _ = _split(arguments)
+    return torch.empty_like(x.values)
 
 
-def _setup_select(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    samples, features, values, n_samples, n_features, *_, priority, _is_ordered = inputs
-    _cosines, rows, cols, _n_listed, _n_selected, threshold, tau = output
-    ctx.mark_non_differentiable(threshold, tau)
-    ctx.save_for_backward(samples, features, values, rows, cols, priority)
-    ctx.shape = n_samples, n_features
+def _in_values(grad: Tensor, n_arguments: int) -> tuple[Tensor | None, ...]:
+    """Gradients of so many arguments that begin with coordinates: of their values alone."""
+    return tuple(grad if i == Coordinates._fields.index("values") else None for i in range(n_arguments))
 
 
-def _backward_select(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    samples, features, values, rows, cols, priority = ctx.saved_tensors
-    weights = held(grads[0], rows, cols, priority)
-    grad = sparse_pair_gradient(samples, features, values, *ctx.shape, rows, cols, *weights)
-    return None, None, grad, *[None] * 9
+def _save_coordinates(ctx: Any, inputs: tuple[Any, ...], *others: Tensor | None) -> None:
+    x, _ = _split(inputs)
+    ctx.save_for_backward(x.samples, x.features, x.values, *others)
+    ctx.shape, ctx.n_arguments = (x.n_samples, x.n_features), len(inputs)
 
 
-def _setup_row_max(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    samples, features, values, n_samples, n_features, *_ = inputs
-    _highest, partners = output
-    ctx.save_for_backward(samples, features, values, partners)
-    ctx.shape = n_samples, n_features
+def _saved_coordinates(ctx: Any) -> tuple[Coordinates, tuple[Any, ...]]:
+    samples, features, values, *others = ctx.saved_tensors
+    return Coordinates(samples, features, values, *ctx.shape), tuple(others)
 
 
-def _backward_row_max(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    samples, features, values, partners = ctx.saved_tensors
-    columns = torch.arange(partners.numel(), device=partners.device)
-    grad = sparse_pair_gradient(samples, features, values, *ctx.shape, columns, partners, grads[0], grads[0])
-    return None, None, grad, *[None] * 4
+def _setup_topk_pairs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    selection = Selection(*output)
+    ctx.mark_non_differentiable(selection.threshold, selection.tau, selection.norms, selection.state)
+    _save_coordinates(ctx, inputs, selection.rows, selection.cols, inputs[-2])  # the last but one is the priority
+
+
+def _backward_topk_pairs(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    x, (rows, cols, priority) = _saved_coordinates(ctx)
+    grad = sparse_pair_gradient(*x, *weighted_pairs(rows, cols, grads[0], priority))
+    return _in_values(grad, ctx.n_arguments)
+
+
+def _setup_max_cosine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    result = MaxCosine(*output)
+    ctx.mark_non_differentiable(result.norms)
+    _save_coordinates(ctx, inputs, result.partners)
+
+
+def _backward_max_cosine(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    x, (partners,) = _saved_coordinates(ctx)
+    grad = sparse_pair_gradient(*x, *partner_pairs(partners, grads[0]))
+    return _in_values(grad, ctx.n_arguments)
 
 
 def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.shape = inputs[3:]
+    _save_coordinates(ctx, inputs)
 
 
 def _backward_sum(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return None, None, sum_of_squares_gradient(*ctx.saved_tensors, *ctx.shape, grad), None, None
+    x, _ = _saved_coordinates(ctx)
+    return _in_values(sum_of_squares_gradient(*x, grad), ctx.n_arguments)
 
 
-select_sparse_pairs.register_autograd(_backward_select, setup_context=_setup_select)
-sparse_row_max.register_autograd(_backward_row_max, setup_context=_setup_row_max)
+sparse_topk_pairs.register_autograd(_backward_topk_pairs, setup_context=_setup_topk_pairs)
+sparse_max_cosine.register_autograd(_backward_max_cosine, setup_context=_setup_max_cosine)
 sum_of_squares.register_autograd(_backward_sum, setup_context=_setup_sum)
 
 for _op in (
-    select_sparse_pairs, sparse_row_max, sparse_pair_gradient, sum_of_squares, sum_of_squares_gradient,
+    sparse_topk_pairs, sparse_max_cosine, sparse_pair_gradient, sum_of_squares, sum_of_squares_gradient,
 ):  # fmt: skip
     _op.register_vmap(refuse_vmap)

@@ -5,13 +5,12 @@ hand.
 """
 
 import numbers
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from topk_ortho.selection import k_from_fraction, n_pairs
+from topk_ortho.definitions import Precision, Query, Similarity, k_from_fraction, n_pairs
 from topk_ortho.sparse_features import SparseFeatures
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -59,6 +58,17 @@ def _check_numbers(dtype: torch.dtype, n_rows: int, n_columns: int) -> None:
         raise ValueError(f"x must have at least 1 row and 2 columns, got shape {[n_rows, n_columns]}")
 
 
+def resolve_query(
+    n_features: int, *, fraction: Any, k: Any, tau: Any, n_std: Any, similarity: Any, precision: Any
+) -> Query:
+    """What the arguments of a call ask for."""
+    k = resolve_k(n_features, fraction, k)
+    fixed_tau, adaptive_n_std = resolve_tau(tau, n_std)
+    check_word("similarity", similarity, Similarity)
+    check_word("precision", precision, Precision)
+    return Query(k, fixed_tau, adaptive_n_std, similarity, precision)
+
+
 def resolve_k(n_features: int, fraction: Any, k: Any) -> int:
     """Number of pairs that `k`, or else `fraction`, asks for."""
     if k is None:
@@ -89,10 +99,11 @@ def resolve_tau(tau: Any, n_std: Any) -> tuple[float | None, float | None]:
     return float(tau), None
 
 
-def check_word(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """Refuse a value that is not one of the allowed words."""
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+def check_word(name: str, value: Any, allowed: Any) -> None:
+    """Refuse a value that is not one of the words of a Literal."""
+    words = get_args(allowed)
+    if not isinstance(value, str) or value not in words:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, words))}, got {value!r}")
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -19,10 +19,11 @@ from tests.tolerances import (
 )
 from topk_ortho import available_backends, initial_state
 from topk_ortho.backends import registry
-from topk_ortho.backends.base import Backend, Query
+from topk_ortho.backends.base import Backend, WeightedPairs
 from topk_ortho.backends.registry import BACKENDS, resolve_backend
+from topk_ortho.definitions import Query
 
-INTERFACE = ["unavailable_reason", "select_pairs", "row_max", "pair_gradient"]
+INTERFACE = ["unavailable_reason", "topk_pairs", "max_cosine", "pair_gradient"]
 
 
 @pytest.mark.parametrize("function", INTERFACE)
@@ -32,7 +33,7 @@ def test_signatures_are_those_of_the_protocol(name, function):
     assert list(inspect.signature(getattr(BACKENDS[name], function)).parameters.values()) == wanted
 
 
-class TestSelectPairs:
+class TestTopKPairs:
     """The padded form of a selection."""
 
     @pytest.mark.parametrize("dtype", FLOATING, ids=str)
@@ -43,18 +44,18 @@ class TestSelectPairs:
         k = 300
         expected = oracle.select(float64(x[:, [j for j in range(43) if j != 2]]), k, tau)
         keep = torch.tensor([j for j in range(43) if j != 2])
-        selection = BACKENDS[backend].select_pairs(x[:, keep].contiguous(), Query(k=k, tau=tau), None)
+        selection = BACKENDS[backend].topk_pairs(x[:, keep].contiguous(), Query(k=k, tau=tau), None)
         p = len(expected.rows)
         assert selection.n_selected.dtype == torch.int64
         assert selection.n_selected.shape == ()
-        assert selection.n_selected == p
-        for name in ("values", "rows", "cols"):
+        assert selection.n_selected == selection.n_listed == p
+        for name, wanted in (("cosines", expected.values), ("rows", expected.rows), ("cols", expected.cols)):
             column = getattr(selection, name)
             assert column.shape == (k,)
-            assert column[:p].tolist() == getattr(expected, name).tolist()
+            assert column[:p].tolist() == wanted.tolist()
             assert not column[p:].any(), f"padding of {name}"
         assert selection.rows.dtype == selection.cols.dtype == torch.int64
-        dtypes = {t.dtype for t in (selection.values, selection.threshold, selection.tau, selection.norms)}
+        dtypes = {t.dtype for t in (selection.cosines, selection.threshold, selection.tau, selection.norms)}
         assert dtypes == {accumulation_dtype(x)}
         assert selection.threshold == expected.threshold
         assert selection.tau == (-1 if tau is None else torch.tensor(tau, dtype=selection.tau.dtype))
@@ -66,20 +67,20 @@ class TestSelectPairs:
         expected = np.sqrt((float64(x) ** 2).sum(axis=0))
         bound = 12 * unit_roundoff(accumulation_dtype(x)) * expected
         for norms in (
-            BACKENDS[backend].select_pairs(x, Query(k=3), None).norms,
-            BACKENDS[backend].row_max(x, None, "highest").norms,
+            BACKENDS[backend].topk_pairs(x, Query(k=3), None).norms,
+            BACKENDS[backend].max_cosine(x, None, "highest").norms,
         ):
             assert_within(actual=norms, expected=expected, bound=bound)
 
     def test_state_is_read_never_written(self, backend):
         state = initial_state()
-        selection = BACKENDS[backend].select_pairs(normal(12, 43), Query(k=30), state)
+        selection = BACKENDS[backend].topk_pairs(normal(12, 43), Query(k=30), state)
         assert torch.equal(state, initial_state())
         assert selection.state.shape == (3,)
         assert -1 < selection.state[0] <= selection.threshold
 
 
-class TestRowMax:
+class TestMaxCosine:
     """Maxima, partners and chunks."""
 
     @pytest.mark.parametrize("dtype", FLOATING, ids=str)
@@ -87,30 +88,30 @@ class TestRowMax:
     def test_the_lowest_partner_among_equals(self, n_chunks, dtype, backend):
         x = dyadic(6, 43, seed=1, dtype=dtype)
         chunks = None if n_chunks is None else torch.randperm(43, generator=seeded(2)).tensor_split(n_chunks)
-        result = BACKENDS[backend].row_max(x, chunks, "highest")
+        result = BACKENDS[backend].max_cosine(x, chunks, "highest")
         values, partners = oracle.max_cosines(float64(x), None if chunks is None else [c.tolist() for c in chunks])
-        assert result.values.dtype == accumulation_dtype(x)
-        assert result.values.tolist() == values.tolist()
+        assert result.cosines.dtype == accumulation_dtype(x)
+        assert result.cosines.tolist() == values.tolist()
         assert result.partners.tolist() == partners.tolist()
 
     @pytest.mark.parametrize("n", [2, 3, 10, 11, 12, 15, 16, 17, 31, 32, 33, 47, 48, 49])
     def test_sizes_around_the_tiles(self, n, backend):
         x = dyadic(6, n, seed=n)
-        result = BACKENDS[backend].row_max(x, None, "highest")
+        result = BACKENDS[backend].max_cosine(x, None, "highest")
         values, partners = oracle.max_cosines(float64(x))
-        assert result.values.tolist() == values.tolist()
+        assert result.cosines.tolist() == values.tolist()
         assert result.partners.tolist() == partners.tolist()
 
     @pytest.mark.parametrize("x", EDGES.values(), ids=EDGES)
     def test_edges(self, x, backend):
-        result = BACKENDS[backend].row_max(x, None, "highest")
+        result = BACKENDS[backend].max_cosine(x, None, "highest")
         cosine = np.zeros((x.shape[1], x.shape[1]))
         cosine[oracle.all_pairs(x.shape[1])] = oracle.cosines(float64(x))
         cosine += cosine.T
         columns = np.arange(x.shape[1])
         assert (result.partners.numpy() != columns).all()
-        assert_within(actual=result.values, expected=cosine[columns, result.partners.numpy()], bound=cosine_bound(x))
-        assert_within(actual=result.values, expected=oracle.max_cosines(float64(x))[0], bound=cosine_bound(x))
+        assert_within(actual=result.cosines, expected=cosine[columns, result.partners.numpy()], bound=cosine_bound(x))
+        assert_within(actual=result.cosines, expected=oracle.max_cosines(float64(x))[0], bound=cosine_bound(x))
 
 
 class TestPairGradient:
@@ -141,7 +142,7 @@ class TestPairGradient:
 
     def check(self, backend, x, n_pairs, **options):
         norms, rows, cols, values, grad_rows, grad_cols = self.arguments(x, n_pairs, **options)
-        actual = BACKENDS[backend].pair_gradient(x, norms, rows, cols, values, grad_rows, grad_cols)
+        actual = BACKENDS[backend].pair_gradient(x, norms, values, WeightedPairs(rows, cols, grad_rows, grad_cols))
         largest_weight = float(torch.stack([grad_rows, grad_cols]).abs().max())
         assert_gradient(
             actual=actual,
@@ -176,7 +177,7 @@ class TestPairGradient:
         """x_hat = x / eps there: no part of the gradient is removed."""
         x = EDGES["tiny_column_1e-15_below_eps"]
         norms, rows, cols, values, grad_rows, grad_cols = self.arguments(x, 300)
-        actual = BACKENDS[backend].pair_gradient(x, norms, rows, cols, values, grad_rows, grad_cols)
+        actual = BACKENDS[backend].pair_gradient(x, norms, values, WeightedPairs(rows, cols, grad_rows, grad_cols))
         expected = self.expected(x, rows, cols, grad_rows, grad_cols)
         assert np.abs(expected[:, 8]).max() > 1e11
         assert_gradient(
@@ -195,10 +196,10 @@ class TestPairGradient:
 def test_backends_agree(backend):
     """Across backends only rounding differs: same pairs where cosines are exact."""
     x = activations(20, 43, seed=5)
-    ours, naive = (BACKENDS[name].select_pairs(x, Query(k=903), None) for name in (backend, "naive"))
+    ours, naive = (BACKENDS[name].topk_pairs(x, Query(k=903), None) for name in (backend, "naive"))
     dense = torch.zeros(2, 43, 43)
     for plane, selection in zip(dense, (ours, naive), strict=True):
-        plane[selection.rows, selection.cols] = selection.values
+        plane[selection.rows, selection.cols] = selection.cosines
     assert_within(actual=dense[0], expected=float64(dense[1]), bound=2 * cosine_bound(x))
 
 

@@ -18,8 +18,8 @@ def expected_norms(x):
     return scale * np.sqrt(((x / scale) ** 2).sum(axis=0))
 
 
-def assert_norms(x):
-    norms, expected = column_norms(x), expected_norms(x)
+def assert_norms(x, **sizes):
+    norms, expected = column_norms(x, **sizes), expected_norms(x)
     assert norms.dtype == accumulation_dtype(x)
     u, smallest = unit_roundoff(norms.dtype), torch.finfo(norms.dtype).smallest_normal
     # squares below the smallest normal number lose their digits; such norms are far below EPS
@@ -45,9 +45,8 @@ def test_edges(x, dtype):
 
 
 @pytest.mark.parametrize("slab_elements", [1, 53, 54, 53 * 5, 53 * 36, 53 * 37, 53 * 38])
-def test_slabs(slab_elements, monkeypatch):
-    monkeypatch.setattr(norms_module, "_SLAB_ELEMENTS", slab_elements)
-    assert_norms(normal(37, 53))
+def test_slabs(slab_elements):
+    assert_norms(normal(37, 53), slab_elements=slab_elements)
 
 
 @pytest.mark.parametrize(
@@ -94,12 +93,11 @@ def test_eps_is_that_of_normalize():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("row", [0, 20, 36], ids=["first_row", "inner_row", "last_row"])
-def test_non_finite(value, dtype, row, monkeypatch):
-    monkeypatch.setattr(norms_module, "_SLAB_ELEMENTS", 53 * 5)
+def test_non_finite(value, dtype, row):
     x = normal(37, 53, dtype=dtype)
     x[row, [4, 50]] = value
     with pytest.raises(ValueError, match=r"^x has 2 columns with NaN or Inf: 4, 50$"):
-        column_norms(x)
+        column_norms(x, slab_elements=53 * 5)
 
 
 def test_norm_too_large():

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from topk_ortho.backends.base import Precision
+from topk_ortho.definitions import Precision
 
 _lock = threading.RLock()
 

@@ -3,10 +3,19 @@
 import torch
 from torch import Tensor
 
-from topk_ortho.backends import naive, sparse, tiled, triton
 from topk_ortho.backends.base import Backend
+from topk_ortho.backends.naive import NaiveBackend
+from topk_ortho.backends.sparse.backend import SparseBackend
+from topk_ortho.backends.sparse.cost import is_cheaper
+from topk_ortho.backends.tiled import TiledBackend
+from topk_ortho.backends.triton import TritonBackend
 
-BACKENDS: dict[str, Backend] = {"naive": naive, "tiled": tiled, "triton": triton, "sparse": sparse}
+BACKENDS: dict[str, Backend] = {
+    "naive": NaiveBackend(),
+    "tiled": TiledBackend(),
+    "triton": TritonBackend(),
+    "sparse": SparseBackend(),
+}
 
 
 def available_backends() -> list[str]:
@@ -50,7 +59,7 @@ def resolve_backend(name: str, device: torch.device, *, is_sparse: bool = False)
 
 
 def backend_for(name: str, x: Tensor) -> Backend:
-    """The backend of a name from `resolve_backend`; "auto" looks at how many of x are 0."""
+    """The backend of a name from `resolve_backend`; "auto" looks at how many entries of x are 0."""
     if name == "auto":
-        name = "sparse" if sparse.is_cheaper(x) else "tiled"
+        name = "sparse" if is_cheaper(x) else "tiled"
     return BACKENDS[name]

@@ -10,24 +10,22 @@ precision an fp16 copy.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from topk_ortho.backends import tiled
-from topk_ortho.backends.base import EPS, Precision, Query, RowMax, Selection, current, may_wait
+from topk_ortho.backends.base import Backend, MaxCosine, WeightedPairs
+from topk_ortho.backends.device import IMPORT_ERROR, device_guard, kernels_unavailable_reason, may_synchronize
 from topk_ortho.backends.norms import column_norms as refuse_what_is_not_finite
-from topk_ortho.selection import (
-    MARGIN_LEAST,
-    MARGIN_START,
-    first_rank_of_sample,
-    floor_of,
-    n_pairs,
-    similarity_of,
-)
+from topk_ortho.backends.norms import inverse_norms
+from topk_ortho.backends.tiled import TiledBackend
+from topk_ortho.definitions import EPS, Precision, Query, floor_of, n_pairs, similarity_of
+from topk_ortho.selection import Selection, finish
+from topk_ortho.warm_start import MARGIN_LEAST, MARGIN_START, SampleSizes, sample_rank
 
-try:
+if IMPORT_ERROR is None:
     from topk_ortho.kernels import search as searches
     from topk_ortho.kernels.gram_histogram import gram_histogram, gram_row_ties
     from topk_ortho.kernels.gram_row_max import gram_row_max
@@ -38,97 +36,170 @@ try:
     from topk_ortho.kernels.pair_gradient import pair_gradient as gather_gradient
     from topk_ortho.kernels.rescore import rescore
     from topk_ortho.kernels.round_columns import SCALE, round_columns
-    from topk_ortho.kernels.tiles import INTERPRETED, TRITON_VERSION, Kind, Operand, has_tf32
+    from topk_ortho.kernels.tiles import Kind, Operand, has_tf32
 
-    IMPORT_ERROR = None
-except (ImportError, AttributeError) as error:  # none installed, or one that is too old
-    IMPORT_ERROR = f"Triton 3.6 or later could not be imported ({error}); `pip install triton` (Linux)"
-
-_TRITON_FOR_SM_100 = (3, 9)  # seen compiling with it and failing with 3.6, not tried with those between
-_SAMPLE_ROWS, _SAMPLE_COLS = 256, 1024  # 2**18 sampled pairs: 262 of them above the threshold at fraction 1e-3
-_SMALLEST_SAMPLED = 128  # features; below, all pairs fit the records
-_SLACK = 2**16  # records beyond a share of k: a small k is guessed from few sampled pairs
 _MARGIN_MOST = 0.4  # of the warm-start guess, as a share of k: the records hold 1.5 k
-# Features from which columns are screened: below, products take less time than the launches it adds. Not measured yet.
-_SMALLEST_SCREENED = 8192
-# Rows up to which they are: beyond, the bound on the rounding of a sum of M terms lets more pass than the records hold.
-_MOST_ROWS_SCREENED = 8192
-_SLAB_BYTES = 2**25  # of the transposed slab of x: it stays in the L2 of an A100 (40 MB) and of what came after
-_MOST_RECORDS = 2**31 - 2**16
-_CHUNK_COPY_ELEMENTS = 2**26  # of the columns of x that row_max copies at once
 
 
-def unavailable_reason(device: torch.device) -> str | None:
-    """No Triton, no GPU that it supports, or a tensor elsewhere."""
-    if IMPORT_ERROR is not None:
-        return IMPORT_ERROR
-    if INTERPRETED:
-        return None if device.type == "cpu" else "TRITON_INTERPRET is set, which runs kernels on CPU tensors only"
-    if device.type != "cuda":
-        return f"it needs a CUDA or ROCm device, not {device.type!r}; TRITON_INTERPRET=1 runs it on the CPU, slowly"
-    if torch.version.hip is not None:
-        return None
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
-    if capability[0] == 10 and TRITON_VERSION < _TRITON_FOR_SM_100:
-        return "it needs Triton 3.9 for compute capability 10.0; the compiler of Triton 3.6 fails on its kernels there"
-    return None
+@dataclass(frozen=True, kw_only=True)
+class TritonBackend:
+    """Streams the gram through Triton's kernels."""
+
+    sample: SampleSizes = field(default_factory=SampleSizes)
+    """Pairs that a first guess is made from."""
+    spare_records: int = 2**16
+    """Records beyond 1.5 k: a small k is guessed from few sampled pairs."""
+    most_records: int = 2**31 - 2**16
+    """Records are numbered in int32."""
+    least_screened_features: int = 8192
+    """Features from which float32 columns are screened: below, the products take less time than the launches that the
+    screen adds. Not measured yet."""
+    most_screened_rows: int = 8192
+    """Rows of x up to which they are: beyond, the bound on the rounding of so long a sum lets more pairs pass than the
+    records hold."""
+    slab_bytes: int = 2**25
+    """Size of a transposed slab of x: it stays in the L2 cache of an A100 (40 MB) and of what came after."""
+    chunk_copy_elements: int = 2**26
+    """Elements of x that `max_cosine` copies at once, if columns are compared within chunks."""
+    float64: Backend = field(default_factory=TiledBackend)
+    """Does float64, for which there are no kernels."""
+
+    def unavailable_reason(self, device: torch.device) -> str | None:
+        """No Triton, no GPU that it supports, or a tensor elsewhere."""
+        return kernels_unavailable_reason(device)
+
+    def topk_pairs(self, x: Tensor, query: Query, state: Tensor | None) -> Selection:
+        """One pass from a guess, then an exact search for the bound that returns at once if the pass was certified."""
+        if x.dtype == torch.float64:
+            return self.float64.topk_pairs(x, query, state)
+        with device_guard(x.device):
+            norms = column_norms(x, EPS)
+            if may_synchronize(x.device, state):
+                _refuse_not_finite(x, norms)
+            call = self._begin(x, norms, query, state)
+            self._first_pass(call)
+            _certify(call)
+            _repair(call)
+            return _finish(call)
+
+    def max_cosine(self, x: Tensor, chunks: tuple[Tensor, ...] | None, precision: Precision) -> MaxCosine:
+        """Maxima of tiles for their rows and their columns, joined by atomic maxima of (cosine, partner)."""
+        if x.dtype == torch.float64:
+            return self.float64.max_cosine(x, chunks, precision)
+        with device_guard(x.device):
+            norms = column_norms(x, EPS)
+            _refuse_not_finite(x, norms)
+            if chunks is None:
+                cosines, partners = _max_cosine_of_chunks(
+                    x, norms, precision, n_chunks=1, largest=x.shape[1], n_larger=1
+                )
+                return MaxCosine(cosines, partners, norms.norms)
+            cosines, partners = torch.empty_like(norms.norms), torch.empty_like(norms.norms, dtype=torch.int64)
+            at_once = self.chunk_copy_elements // (x.shape[0] * _chunk_stride(chunks[0]))
+            at_once = min(max(1, at_once), 2**16 - 1)  # of the second axis of a grid
+            for first in range(0, len(chunks), at_once):
+                group = [chunk.sort().values for chunk in chunks[first : first + at_once]]
+                _max_cosine_of_group(x, norms, group, precision, cosines, partners)
+        return MaxCosine(cosines, partners, norms.norms)
+
+    def pair_gradient(self, x: Tensor, norms: Tensor, cosines: Tensor, pairs: WeightedPairs) -> Tensor:
+        """Gather in CSR order; pairs of weight 0 are left out. The order of every sum is fixed by a stable sort."""
+        if x.dtype == torch.float64:
+            return self.float64.pair_gradient(x, norms, cosines, pairs)
+        n_features = x.shape[1]
+        weights = torch.cat([pairs.row_weights, pairs.col_weights])
+        targets = torch.where(weights != 0, torch.cat([pairs.rows, pairs.cols]), n_features).int()
+        targets, order = targets.sort(stable=True)
+        offsets = torch.searchsorted(targets, torch.arange(n_features + 1, dtype=torch.int32, device=x.device))
+        partners = torch.cat([pairs.cols, pairs.rows])[order].int()
+        weights, cosines = weights[order], torch.cat([cosines, cosines])[order]
+        inverse = inverse_norms(norms)
+        grad = torch.empty_like(x)
+        with device_guard(x.device):
+            for x_slab, grad_slab in zip(self._feature_major(x), grad.split(self._slab_rows(x)), strict=True):
+                is_direct = grad_slab.stride(0) == 1
+                lines = grad_slab.T if is_direct else torch.empty_like(x_slab, memory_format=torch.contiguous_format)
+                gather_gradient(x_slab, norms, inverse, offsets, partners, weights, cosines, lines, EPS)
+                if not is_direct:
+                    grad_slab.copy_(lines.T)
+        return grad
+
+    def _begin(self, x: Tensor, norms: "Norms", query: Query, state: Tensor | None) -> "_Call":
+        """Allocate what the kernels of a call share, and choose the bound of the first pass."""
+        n_features, k = x.shape[1], query.k
+        operands = self._operands(x, norms, query)
+        # a screen keeps all that its error leaves undecided
+        capacity = k + k // 2 + max(self.spare_records, n_features) + (0 if operands.deviation is None else k + k // 2)
+        capacity = min(capacity, n_pairs(n_features))
+        if capacity > self.most_records:
+            raise ValueError(
+                f"k must be at most about {self.most_records // 3:,} on the triton backend, which numbers its records "
+                f"in int32; got {k:,}"
+            )
+        rows, cols = (torch.empty(capacity, dtype=torch.int32, device=x.device) for _ in range(2))
+        moments = None
+        if query.n_std is not None:
+            moments = torch.zeros(operands.first.n_programs, 3, dtype=torch.float64, device=x.device)
+        call = _Call(
+            x=x,
+            query=query,
+            state=state,
+            norms=norms,
+            operands=operands,
+            search=searches.new_search(x.device, n_features),
+            cosines=torch.empty(capacity, dtype=torch.float32, device=x.device),
+            rows=rows,
+            cols=cols,
+            moments=moments,
+        )
+        can_overflow = capacity < n_pairs(n_features)
+        # where all pairs fit, no guess can help
+        guess = _as_kernels_read(state) if can_overflow and state is not None else None
+        n_rows, n_cols = self.sample.shape(n_features)
+        rank = sample_rank(n_rows * n_cols, k, n_pairs(n_features)) if can_overflow and n_rows else 0
+        if rank > 0:
+            gram_sample(x, norms.inverse, call.search, guess, n_rows, n_cols, is_abs=call.is_abs)
+        searches.begin(call.search, operands.flags, guess, operands.deviation, rank, x.shape[0], can_overflow)
+        return call
+
+    def _first_pass(self, call: "_Call") -> None:
+        """Record what exceeds the bound; of a screened operand, compute it again in the precision asked for."""
+        operands, records = call.operands, (call.cosines, call.rows, call.cols)
+        floor = floor_of(call.query)
+        gram_select(operands.first, call.search, *records, call.moments, floor, is_abs=call.is_abs, is_first=True)
+        if operands.deviation is not None:
+            n_slabs = -(-call.x.shape[0] // self._slab_rows(call.x))
+            for i, x_slab in enumerate(self._feature_major(call.x)):
+                rescore(
+                    x_slab, call.norms.inverse, call.search, *records,
+                    is_first=i == 0, is_last=i == n_slabs - 1, is_abs=call.is_abs,
+                )  # fmt: skip
+
+    def _operands(self, x: Tensor, norms: "Norms", query: Query) -> "_Operands":
+        is_large = x.shape[1] >= self.least_screened_features and x.shape[0] <= self.most_screened_rows
+        # an adaptive tau needs every cosine in full precision
+        is_screened = query.precision == "highest" and is_large and query.n_std is None
+        if x.dtype != torch.float32 or not (is_screened or query.precision == "medium"):
+            return _plain_and_scaled(x, norms, _kind(x, query.precision))
+        rounded, deviation = _rounded(x, norms)
+        if query.precision == "medium":
+            return _Operands(rounded, rounded, torch.zeros_like(norms.flags), None)
+        return _Operands(rounded, _plain_and_scaled(x, norms, "ieee").repair, norms.flags, deviation)
+
+    def _slab_rows(self, x: Tensor) -> int:
+        """Rows of a slab of x: all if its columns are contiguous, else as many as stay in L2."""
+        if x.stride(0) == 1:
+            return x.shape[0]
+        rows: int = max(1, self.slab_bytes // (x.shape[1] * x.element_size() * BLOCK_M)) * BLOCK_M
+        return rows
+
+    def _feature_major(self, x: Tensor) -> Iterator[Tensor]:
+        """Slabs [N, rows] of x, each line contiguous."""
+        for slab in x.split(self._slab_rows(x)):
+            yield slab.T if slab.stride(0) == 1 else slab.T.contiguous()
 
 
-def select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
-    """One pass from a guess, then an exact search for the cut that returns at once if the pass was certified."""
-    if x.dtype == torch.float64:
-        return tiled.select_pairs(x, query, state)
-    with current(x.device):
-        return _select_pairs(x, query, state)
-
-
-def row_max(x: Tensor, chunks: tuple[Tensor, ...] | None, precision: Precision) -> RowMax:
-    """Maxima of tiles for their rows and their columns, joined by atomic maxima of (value, partner)."""
-    if x.dtype == torch.float64:
-        return tiled.row_max(x, chunks, precision)
-    with current(x.device):
-        norms = column_norms(x, EPS)
-        _check_finite(x, norms)
-        if chunks is None:
-            values, partners = _row_max_of_chunks(x, norms, precision, n_chunks=1, largest=x.shape[1], n_larger=1)
-            return RowMax(values, partners, norms.norms)
-        values, partners = torch.empty_like(norms.norms), torch.empty_like(norms.norms, dtype=torch.int64)
-        at_once = _CHUNK_COPY_ELEMENTS // (x.shape[0] * _chunk_stride(chunks[0]))
-        at_once = min(max(1, at_once), 2**16 - 1)  # of the second axis of a grid
-        for first in range(0, len(chunks), at_once):
-            group = [chunk.sort().values for chunk in chunks[first : first + at_once]]
-            _row_max_of_group(x, norms, group, precision, values, partners)
-    return RowMax(values, partners, norms.norms)
-
-
-def pair_gradient(
-    x: Tensor, norms: Tensor, rows: Tensor, cols: Tensor, values: Tensor, grad_rows: Tensor, grad_cols: Tensor
-) -> Tensor:
-    """Gather in CSR order; pairs of weight 0 are left out of it. The order of every sum is fixed by a stable sort."""
-    if x.dtype == torch.float64:
-        return tiled.pair_gradient(x, norms, rows, cols, values, grad_rows, grad_cols)
-    n_features = x.shape[1]
-    weights = torch.cat([grad_rows, grad_cols])
-    targets = torch.where(weights != 0, torch.cat([rows, cols]), n_features).int()
-    targets, order = targets.sort(stable=True)
-    offsets = torch.searchsorted(targets, torch.arange(n_features + 1, dtype=torch.int32, device=x.device))
-    partners = torch.cat([cols, rows])[order].int()
-    weights, values = weights[order], torch.cat([values, values])[order]
-    inverse = torch.where(norms > 0, 1.0 / norms.clamp_min(EPS), 0.0)
-    grad = torch.empty_like(x)
-    with current(x.device):
-        for x_slab, grad_slab in zip(_feature_major(x), grad.split(_slab_rows(x)), strict=True):
-            is_direct = grad_slab.stride(0) == 1
-            lines = grad_slab.T if is_direct else torch.empty_like(x_slab, memory_format=torch.contiguous_format)
-            gather_gradient(x_slab, norms, inverse, offsets, partners, weights, values, lines, EPS)
-            if not is_direct:
-                grad_slab.copy_(lines.T)
-    return grad
-
-
-class _Passes(NamedTuple):
+class _Operands(NamedTuple):
     """What is multiplied."""
 
     first: "Operand"
@@ -137,19 +208,116 @@ class _Passes(NamedTuple):
     flags: Tensor
     """int32 [1], not 0 if the first pass cannot be used"""
     deviation: Tensor | None
-    """float32 [1], of the first operand from the precision asked for; None if it has that precision"""
+    """float32 [1], how far the first operand is from the precision asked for; None if it has that precision"""
 
 
-def _passes(x: Tensor, norms: "Norms", query: Query) -> _Passes:
-    is_large = x.shape[1] >= _SMALLEST_SCREENED and x.shape[0] <= _MOST_ROWS_SCREENED
-    # an adaptive tau needs every cosine in full precision
-    is_screened = query.precision == "highest" and is_large and query.n_std is None
-    if x.dtype != torch.float32 or not (is_screened or query.precision == "medium"):
-        return _plain_and_scaled(x, norms, _kind(x, query.precision))
-    rounded, deviation = _rounded(x, norms)
-    if query.precision == "medium":
-        return _Passes(rounded, rounded, torch.zeros_like(norms.flags), None)
-    return _Passes(rounded, _plain_and_scaled(x, norms, "ieee").repair, norms.flags, deviation)
+class _Call(NamedTuple):
+    """What the steps of one selection share."""
+
+    x: Tensor
+    query: Query
+    state: Tensor | None
+    norms: "Norms"
+    operands: _Operands
+    search: "searches.Search"
+    cosines: Tensor
+    """float32 [capacity], of the records"""
+    rows: Tensor
+    """int32 [capacity]"""
+    cols: Tensor
+    """int32 [capacity]"""
+    moments: Tensor | None
+    """float64 [programs, 3], if tau is adaptive: (count, mean, sum of squared deviations) of |cosine|"""
+
+    @property
+    def capacity(self) -> int:
+        """Records that fit."""
+        return self.cosines.numel()
+
+    @property
+    def is_abs(self) -> bool:
+        """Whether the order is by |cosine|."""
+        return self.query.similarity == "abs"
+
+    def adaptive_tau(self) -> Tensor | None:
+        """mean + n_std * std, float32 [1]; None if tau is not adaptive."""
+        if self.moments is None or self.query.n_std is None:
+            return None
+        count, mean, squares = self.moments.unbind(1)
+        n_all = count.sum()
+        mean_of_all = (count * mean).sum() / n_all
+        variance = (squares.sum() + (count * (mean - mean_of_all).square()).sum()) / n_all
+        return (mean_of_all + self.query.n_std * variance.sqrt()).float().view(1)
+
+
+def _certify(call: _Call) -> None:
+    """Decide on the device whether the first pass kept at least k pairs, and no more than fit."""
+    search = call.search
+    if call.operands.deviation is None:  # all that it kept are above the bound in the precision asked for
+        search = search._replace(n_certified=search.n_survivors)
+    searches.certify(search, call.query.k, call.capacity, floor_of(call.query), call.adaptive_tau())
+
+
+def _repair(call: _Call) -> None:
+    """Find the k-th similarity digit by digit, and record what is above it.
+
+    The kernels return at once if the first pass was certified.
+    """
+    operand, search, floor = call.operands.repair, call.search, floor_of(call.query)
+    for i, (shift, bits) in enumerate(searches.DIGITS_OF_SIMILARITY):
+        gram_histogram(operand, search, call.moments if i == 0 else None, floor, shift, bits, is_abs=call.is_abs)
+        searches.next_digit(search, shift, bits, call.query.k, call.capacity)
+    gram_row_ties(operand, search, is_abs=call.is_abs)
+    searches.tie_row(search, call.query.k)
+    records = (call.cosines, call.rows, call.cols)
+    gram_select(operand, search, *records, None, floor, is_abs=call.is_abs, is_first=False)
+
+
+def _finish(call: _Call) -> Selection:
+    """Put the records in order and select; certify the last pass once more."""
+    query, search, norms = call.query, call.search, call.norms
+    n_records = search.n_survivors.clamp_max(call.capacity)
+    similarity, cosines, index = _in_order(call, n_records)
+    state = call.state
+    if state is not None:
+        margins = (MARGIN_START, MARGIN_LEAST, _MARGIN_MOST)
+        following = searches.next_state(search, _as_kernels_read(state), similarity, n_records, query.k, margins)
+        state = following.to(state.dtype)
+    tau = call.adaptive_tau()
+    selection = finish(
+        cosines, index, query, tau=query.tau if tau is None else tau.squeeze(0), norms=norms.norms, state=state
+    )
+    # what certified the selection, once more over the last pass; a kernel that counts unlike it collects shows here
+    floor = selection.tau.clamp_min(floor_of(query))
+    is_wrong = ((search.n_survivors < query.k) & (search.bounds[:1] > floor)) | (search.n_survivors > call.capacity)
+    if may_synchronize(call.x.device, call.state):
+        if is_wrong.item():
+            raise RuntimeError("the triton backend lost pairs; please report this with the shape and dtype of x")
+        return selection
+    is_wrong |= (norms.flags & NOT_FINITE.value) > 0
+    return selection._replace(
+        cosines=selection.cosines.masked_fill(is_wrong, torch.nan),
+        threshold=selection.threshold.masked_fill(is_wrong.squeeze(0), torch.nan),
+    )
+
+
+def _in_order(call: _Call, n_records: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(similarity, cosine, row * N + col) of the records in the total order; places without a record come last.
+
+    There the similarity is -2 and the cosine NaN.
+    """
+    is_record = torch.arange(call.capacity, device=call.x.device) < n_records
+    cosines = torch.where(is_record, call.cosines, torch.nan)
+    similarity = torch.where(is_record, similarity_of(cosines, call.query.similarity), -2.0)
+    index = torch.where(is_record, call.rows.long() * call.x.shape[1] + call.cols, 2**63 - 1)
+    index, by_index = index.sort()
+    similarity, order = similarity[by_index].sort(descending=True, stable=True)
+    return similarity, cosines[by_index[order]], index[order]
+
+
+def _as_kernels_read(state: Tensor) -> Tensor:
+    """The warm-start state as float32 [3] without gaps."""
+    return state.float().contiguous()
 
 
 def _kind(x: Tensor, precision: Precision) -> "Kind":
@@ -165,8 +333,8 @@ def _rounded(x: Tensor, norms: "Norms") -> tuple["Operand", Tensor]:
     return Operand(x=rounded, factor=factor, scale=None, kind="half"), deviation
 
 
-def _plain_and_scaled(x: Tensor, norms: "Norms", kind: "Kind") -> _Passes:
-    return _Passes(
+def _plain_and_scaled(x: Tensor, norms: "Norms", kind: "Kind") -> _Operands:
+    return _Operands(
         first=Operand(x=x, factor=norms.inverse, scale=None, kind=kind),
         repair=Operand(x=x, factor=norms.factor, scale=norms.scale, kind=kind),
         flags=norms.flags,
@@ -174,121 +342,8 @@ def _plain_and_scaled(x: Tensor, norms: "Norms", kind: "Kind") -> _Passes:
     )
 
 
-def _select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
-    n_features, k = x.shape[1], query.k
-    is_abs, floor = query.similarity == "abs", floor_of(query)
-    norms = column_norms(x, EPS)
-    waits = may_wait(x.device, state)
-    if waits:
-        _check_finite(x, norms)
-    passes = _passes(x, norms, query)
-    # a screen keeps all that its error leaves undecided
-    capacity = k + k // 2 + max(_SLACK, n_features) + (0 if passes.deviation is None else k + k // 2)
-    capacity = min(capacity, n_pairs(n_features))
-    if capacity > _MOST_RECORDS:
-        raise ValueError(
-            f"k must be at most about {_MOST_RECORDS // 3:,} on the triton backend, which numbers its records "
-            f"in int32; got {k:,}"
-        )
-    values = torch.empty(capacity, dtype=torch.float32, device=x.device)
-    rows, cols = (torch.empty(capacity, dtype=torch.int32, device=x.device) for _ in range(2))
-    moments = None
-    if query.n_std is not None:
-        moments = torch.zeros(passes.first.n_programs, 3, dtype=torch.float64, device=x.device)
-
-    search = searches.new_search(x.device, n_features)
-    n_rows, n_cols = min(_SAMPLE_ROWS, n_features // 8), min(_SAMPLE_COLS, n_features // 2)
-    can_overflow = capacity < n_pairs(n_features)
-    warm = None if state is None else state.float().contiguous()
-    guess = warm if can_overflow else None  # where all pairs fit, no guess can help
-    rank = 0
-    if can_overflow and n_features >= _SMALLEST_SAMPLED:
-        rank = first_rank_of_sample(n_rows * n_cols, k, n_pairs(n_features))
-    if rank > 0:
-        gram_sample(x, norms.inverse, search, guess, n_rows, n_cols, is_abs=is_abs)
-    searches.begin(search, passes.flags, guess, passes.deviation, rank, x.shape[0], can_overflow)
-    gram_select(passes.first, search, values, rows, cols, moments, floor, is_abs=is_abs, is_first=True)
-    certified = search._replace(n_certified=search.n_survivors)
-    if passes.deviation is not None:
-        n_slabs = -(-x.shape[0] // _slab_rows(x))
-        for i, x_slab in enumerate(_feature_major(x)):
-            rescore(
-                x_slab, norms.inverse, search, values, rows, cols,
-                is_first=i == 0, is_last=i == n_slabs - 1, is_abs=is_abs,
-            )  # fmt: skip
-        certified = search
-    searches.certify(certified, k, capacity, floor, _adaptive_tau(moments, query.n_std))
-
-    for i, (shift, bits) in enumerate(searches.DIGITS_OF_SIMILARITY):
-        gram_histogram(passes.repair, search, moments if i == 0 else None, floor, shift, bits, is_abs=is_abs)
-        searches.next_digit(search, shift, bits, k, capacity)
-    gram_row_ties(passes.repair, search, is_abs=is_abs)
-    searches.tie_row(search, k)
-    gram_select(passes.repair, search, values, rows, cols, None, floor, is_abs=is_abs, is_first=False)
-
-    n_records = search.n_survivors.clamp_max(capacity)
-    similarity, index, values = _in_order(values, rows, cols, n_records, n_features, query)
-    tau = _adaptive_tau(moments, query.n_std)
-    if tau is None:
-        tau = torch.full((1,), -1.0 if query.tau is None else query.tau, dtype=torch.float32, device=x.device)
-    lowest = tau.clamp_min(floor)
-    n_selected = (similarity > lowest).sum().clamp_max(k)
-    is_selected = torch.arange(k, device=x.device) < n_selected
-    index = torch.where(is_selected, index[:k], 0)
-    values = torch.where(is_selected, values[:k], 0.0)
-    threshold = torch.where(n_selected == k, similarity[k - 1], lowest.clamp_min(0.0).squeeze(0))
-    # what certified the selection, once more over the last pass; a kernel that counts unlike it collects shows here
-    is_short = (search.n_survivors < k) & (search.bounds[:1] > lowest)
-    is_wrong = is_short | (search.n_survivors > capacity)
-    if waits:
-        if is_wrong.item():
-            raise RuntimeError("the triton backend lost pairs; please report this with the shape and dtype of x")
-    else:
-        is_wrong |= (norms.flags & NOT_FINITE.value) > 0
-        values = values.masked_fill(is_wrong, torch.nan)
-        threshold = threshold.masked_fill(is_wrong.squeeze(0), torch.nan)
-    margins = (MARGIN_START, MARGIN_LEAST, _MARGIN_MOST)
-    following = norms.norms.new_empty(0)
-    if state is not None and warm is not None:
-        following = searches.next_state(search, warm, similarity, n_records, k, margins).to(state.dtype)
-    selected_rows = index.div(n_features, rounding_mode="floor")
-    return Selection(
-        values=values,
-        rows=selected_rows,
-        cols=index - selected_rows * n_features,
-        n_selected=n_selected,
-        threshold=threshold,
-        tau=tau.squeeze(0).clone(),
-        norms=norms.norms,
-        state=following,
-    )
-
-
-def _in_order(
-    values: Tensor, rows: Tensor, cols: Tensor, n_records: Tensor, n_features: int, query: Query
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(similarity, row * N + col, value) of the records in the total order; what holds no record comes last, at -2."""
-    is_record = torch.arange(values.numel(), device=values.device) < n_records
-    similarity = torch.where(is_record, similarity_of(values, query.similarity), -2.0)
-    index = torch.where(is_record, rows.long() * n_features + cols, 2**63 - 1)
-    index, by_index = index.sort()
-    similarity, order = similarity[by_index].sort(descending=True, stable=True)
-    return similarity, index[order], values[by_index[order]]
-
-
-def _adaptive_tau(moments: Tensor | None, n_std: float | None) -> Tensor | None:
-    """mean + n_std * std, float32 [1], from (count, mean, sum of squared deviations) of each program."""
-    if moments is None or n_std is None:
-        return None
-    count, mean, squares = moments.unbind(1)
-    n_all = count.sum()
-    mean_of_all = (count * mean).sum() / n_all
-    variance = (squares.sum() + (count * (mean - mean_of_all).square()).sum()) / n_all
-    return (mean_of_all + n_std * variance.sqrt()).float().view(1)
-
-
-def _row_max_of_group(
-    x: Tensor, norms: "Norms", chunks: list[Tensor], precision: Precision, values: Tensor, partners: Tensor
+def _max_cosine_of_group(
+    x: Tensor, norms: "Norms", chunks: list[Tensor], precision: Precision, cosines: Tensor, partners: Tensor
 ) -> None:
     """Write the results of some chunks, sorted, the larger ones first, through one copy of their columns."""
     largest = chunks[0].numel()
@@ -296,12 +351,12 @@ def _row_max_of_group(
     stride = _chunk_stride(chunks[0])
     members = torch.stack([torch.nn.functional.pad(chunk, (0, stride - chunk.numel())) for chunk in chunks]).flatten()
     group_norms = norms._replace(**{name: getattr(norms, name)[members] for name in ("inverse", "scale", "factor")})
-    group_values, group_partners = _row_max_of_chunks(
+    group_cosines, group_partners = _max_cosine_of_chunks(
         x.index_select(1, members), group_norms, precision, n_chunks=len(chunks), largest=largest, n_larger=n_larger
     )
     for i, chunk in enumerate(chunks):
         part = slice(i * stride, i * stride + chunk.numel())
-        values[chunk] = group_values[part]
+        cosines[chunk] = group_cosines[part]
         partners[chunk] = chunk[group_partners[part]]
 
 
@@ -310,10 +365,10 @@ def _chunk_stride(chunk: Tensor) -> int:
     return -(-chunk.numel() // 16) * 16
 
 
-def _row_max_of_chunks(
+def _max_cosine_of_chunks(
     x: Tensor, norms: "Norms", precision: Precision, *, n_chunks: int, largest: int, n_larger: int
 ) -> tuple[Tensor, Tensor]:
-    """(values, partners) of n_chunks equal parts of the columns of x, partners counted from the start of their part.
+    """(cosines, partners) of n_chunks equal parts of the columns of x, partners counted from the start of their part.
 
     The first `n_larger` parts begin with `largest` columns that count, the others with one less.
     """
@@ -323,29 +378,15 @@ def _row_max_of_chunks(
         rounded, _ = _rounded(x, norms)
         operands, flags = [rounded], torch.zeros_like(norms.flags)
     else:
-        passes = _plain_and_scaled(x, norms, _kind(x, precision))
-        operands, flags = [passes.first, passes.repair], passes.flags
+        both = _plain_and_scaled(x, norms, _kind(x, precision))
+        operands, flags = [both.first, both.repair], both.flags
     for operand in operands:
         gram_row_max(operand, flags, best, n_chunks, n_columns // n_chunks, largest, n_larger)
     ordered = (best >> 32).int()
-    values = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
-    return values, 2**32 - 1 - (best & (2**32 - 1))
+    cosines = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
+    return cosines, 2**32 - 1 - (best & (2**32 - 1))
 
 
-def _slab_rows(x: Tensor) -> int:
-    """Rows of a slab of x: all if its columns are contiguous, else as many as stay in L2."""
-    if x.stride(0) == 1:
-        return x.shape[0]
-    rows: int = max(1, _SLAB_BYTES // (x.shape[1] * x.element_size() * BLOCK_M)) * BLOCK_M
-    return rows
-
-
-def _feature_major(x: Tensor) -> Iterator[Tensor]:
-    """Slabs [N, rows] of x, each line contiguous."""
-    for slab in x.split(_slab_rows(x)):
-        yield slab.T if slab.stride(0) == 1 else slab.T.contiguous()
-
-
-def _check_finite(x: Tensor, norms: "Norms") -> None:
+def _refuse_not_finite(x: Tensor, norms: "Norms") -> None:
     if norms.flags.item() & NOT_FINITE.value:
         refuse_what_is_not_finite(x)

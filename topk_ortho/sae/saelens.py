@@ -94,7 +94,7 @@ class OrthoConfigMixin(TrainingSAEConfig):
     """Columns that should not be similar: decoder directions, or the features' activations over the batch."""
     ortho_fraction: float = 1e-3
     """Share of all feature pairs that is penalised ("topk_pairs")."""
-    ortho_tau: float | str | None = None
+    ortho_tau: float | Literal["adaptive"] | None = None
     """Only pairs with |cosine| above this count ("topk_pairs"); "adaptive" is mean + n_std * std over all pairs."""
     ortho_n_std: float = 1.0
     """Standard deviations above the mean, for the adaptive tau."""

@@ -1,0 +1,179 @@
+"""The cosines of all pairs of features that meet, slab by slab.
+
+    cosine[i, j] = sum_m x_hat[m, i] * x_hat[m, j],    i < j, over the samples m that hold both
+
+The cost is the number of products, sum_m n_m (n_m - 1) / 2 for samples of n_m entries, whatever the number of features
+is. Applied to a transposed matrix, the same code finds the samples that share features.
+
+Products are made in slabs of consecutive first features i, so that every pair is summed within one slab: expand, sort
+by pair, sum runs of equal pairs. On a GPU the three steps that are not a sort are kernels of `topk_ortho.kernels`; here
+are their twins in plain torch. Sums are float64 and have the order of the samples: equal calls give equal bits.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from topk_ortho.backends.device import IMPORT_ERROR, device_guard
+from topk_ortho.backends.sparse.coordinates import Coordinates
+
+if IMPORT_ERROR is None:
+    from topk_ortho.kernels.coactivation import coactivation_products, coactivation_spread, coactivation_sums
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slabs:
+    """How the products are cut into slabs; None is the best known for the device of x."""
+
+    n_products: int | None = None
+    """Most products of a slab, but for a slab of one feature, which has as many as that feature takes.
+
+    CPU: what a slab holds, about 60 bytes a product, is sorted in the cache; from 2**18 to 2**20 the time is the same,
+    at 2**23 twice that. GPU: large enough to hide the launches; not yet measured."""
+    on_kernels: bool | None = None
+    """Whether slabs are made by Triton's kernels, or in plain torch."""
+
+    def of(self, x_hat: Coordinates) -> Iterator["Slab"]:
+        """Slabs that cover all pairs of an x_hat whose entries are in order, first features ascending."""
+        is_cuda = x_hat.values.device.type == "cuda"
+        on_kernels = is_cuda if self.on_kernels is None else self.on_kernels
+        most = self.n_products or (2**24 if is_cuda else 2**19)
+        entries = x_hat.features.argsort(stable=True)
+        totals = torch.nn.functional.pad(x_hat.n_partners()[entries].cumsum(0), (1, 0))
+        features = x_hat.features[entries]
+        is_last = torch.ones_like(features, dtype=torch.bool)
+        torch.ne(features[1:], features[:-1], out=is_last[:-1])
+        stops = is_last.nonzero().squeeze(1) + 1  # a slab may end after the last entry of a feature
+        totals_at_stops = totals[stops]
+        first = n_done = stop = 0
+        while stop < stops.numel():
+            following = int(torch.searchsorted(totals_at_stops, n_done + most, right=True))
+            following = max(following, stop + 1)
+            last = int(stops[following - 1])
+            starts = totals[first : last + 1] - n_done
+            n_products = int(starts[-1])
+            if n_products:
+                span = (int(features[first]), int(features[last - 1]))
+                yield Slab(x_hat, entries[first:last], starts, n_products, *span, on_kernels)
+            first, n_done, stop = last, n_done + n_products, following
+
+
+class Slab(NamedTuple):
+    """All pairs whose first feature is in a range, before their cosines are computed."""
+
+    x_hat: Coordinates
+    entries: Tensor
+    """int64 [e] places in `x_hat` of the entries of these features, in the order of (feature, sample)"""
+    starts: Tensor
+    """int64 [e + 1] first product of each entry; a product pairs an entry with one that follows it in its sample"""
+    n_products: int
+    first_feature: int
+    last_feature: int
+    on_kernels: bool
+
+    def cosines(self) -> "SlabCosines":
+        """Compute the cosines of the pairs."""
+        keys, products = self._products()
+        keys, order = keys.sort(stable=True)
+        is_first = torch.ones_like(keys, dtype=torch.bool)
+        torch.ne(keys[1:], keys[:-1], out=is_first[1:])
+        firsts, runs = is_first.nonzero().squeeze(1), is_first.cumsum(0).sub_(1)
+        pairs = keys.index_select(0, firsts).long().add_(self.first_feature * self.x_hat.n_features)
+        products = products.index_select(0, order)
+        if self.on_kernels:
+            at_first = torch.empty_like(products)
+            with device_guard(keys.device):
+                coactivation_sums(keys, products, at_first)
+            return SlabCosines(self, pairs, at_first.index_select(0, firsts), order, runs)
+        sums = torch.zeros(pairs.numel(), dtype=torch.float64, device=keys.device)
+        sums.index_add_(0, runs, products.double())
+        return SlabCosines(self, pairs, sums.to(products.dtype), order, runs)
+
+    def partner_bounds(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Three places [n] for each entry of `x_hat`.
+
+        The entries before it in its sample that belong to the slab begin at the first place and stop before the second;
+        its sample stops before the third.
+        """
+        samples, features, _, _, n_features = self.x_hat
+        first_keys, keys = samples * n_features, samples * n_features + features
+        begins, ends = (
+            torch.searchsorted(keys, first_keys + feature) for feature in (self.first_feature, self.last_feature + 1)
+        )
+        places = torch.arange(samples.numel(), device=samples.device)
+        return begins, torch.minimum(ends, places), torch.searchsorted(samples, samples, right=True)
+
+    def partners(self) -> tuple[Tensor, Tensor]:
+        """For each product, where its first entry is in `entries` and its second in `x_hat`, int64 [n_products]."""
+        places = torch.repeat_interleave(self.starts.diff(), output_size=self.n_products)
+        offsets = self.entries + 1 - self.starts[:-1]
+        return places, torch.arange(self.n_products, device=places.device).add_(offsets.index_select(0, places))
+
+    def _products(self) -> tuple[Tensor, Tensor]:
+        """((first - first_feature) * n_features + second, product) [n_products]."""
+        _, features, values, _, n_features = self.x_hat
+        # keys of 32 bits take half the time to sort
+        fits = (self.last_feature + 1 - self.first_feature) * n_features < 2**31
+        dtype = torch.int32 if fits else torch.int64
+        if self.on_kernels:
+            keys, products = features.new_empty(self.n_products, dtype=dtype), values.new_empty(self.n_products)
+            with device_guard(keys.device):
+                coactivation_products(
+                    self.entries, self.starts, features, values, self.first_feature, n_features, keys, products
+                )
+            return keys, products
+        places, second = self.partners()
+        # index_select: a third of the time of indexing
+        keys = ((features[self.entries] - self.first_feature) * n_features).to(dtype).index_select(0, places)
+        keys += features.index_select(0, second)
+        return keys, values[self.entries].index_select(0, places).mul_(values.index_select(0, second))
+
+
+class SlabCosines(NamedTuple):
+    """The cosines of a slab's pairs, and how products became pairs."""
+
+    slab: Slab
+    pairs: Tensor
+    """int64 [p] first * n_features + second, ascending"""
+    cosines: Tensor
+    """[p] in the dtype of x_hat"""
+    order: Tensor
+    """int64 [n_products] the products in the order of pairs"""
+    runs: Tensor
+    """int64 [n_products] the pair of each product in that order"""
+
+    def not_zero(self) -> tuple[Tensor, Tensor]:
+        """The pairs whose cosine is not 0, for products may cancel; and these cosines, brought into [-1, 1]."""
+        cosines = self.cosines.clamp(-1, 1)
+        is_not_zero = cosines != 0
+        return (self.pairs, cosines) if is_not_zero.all() else (self.pairs[is_not_zero], cosines[is_not_zero])
+
+    def add_gradient(self, first_weights: Tensor, second_weights: Tensor, out: Tensor) -> None:
+        """Add to out [n], float64, the gradient of the weighted cosines in the entries of x_hat.
+
+        The entries of a pair's first feature see `first_weights` [p] times those of its second, and the other way
+        round.
+        """
+        samples, values = self.slab.x_hat.samples, self.slab.x_hat.values
+        entries, starts = self.slab.entries, self.slab.starts
+        if self.slab.on_kernels:
+            weights = values.new_empty(2, self.slab.n_products)
+            for of_products, of_pairs in zip(weights, (first_weights, second_weights), strict=True):
+                of_products[self.order] = of_pairs.to(values.dtype)[self.runs]
+            first_product = torch.full_like(samples, -1)
+            first_product[entries] = starts[:-1]
+            with device_guard(samples.device):
+                coactivation_spread(first_product, *weights, *self.slab.partner_bounds(), values, out)
+            return
+        is_weighted = (first_weights != 0) | (second_weights != 0)
+        chosen = is_weighted.index_select(0, self.runs).nonzero().squeeze(1)
+        products, runs = self.order.index_select(0, chosen), self.runs.index_select(0, chosen)
+        places, partners = self.slab.partners()
+        entry = entries.index_select(0, places.index_select(0, products))
+        partner = partners.index_select(0, products)
+        for of_pairs, target, source in ((first_weights, entry, partner), (second_weights, partner, entry)):
+            weights = of_pairs.double().index_select(0, runs)
+            out.index_add_(0, target, weights.mul_(values.index_select(0, source)))

@@ -1,0 +1,61 @@
+"""The most similar of the pairs that meet."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from topk_ortho.backends.moments import Moments
+from topk_ortho.backends.sparse.coordinates import Coordinates, unit_columns
+from topk_ortho.backends.sparse.products import Slabs
+from topk_ortho.backends.survivors import Survivors
+from topk_ortho.definitions import Query, first_in_order, floor_of, n_pairs, similarity_of
+from topk_ortho.selection import Selection, finish
+
+
+def topk_pairs(x: Coordinates, size: int, query: Query, *, is_ordered: bool, slabs: Slabs) -> Selection:
+    """Select as everywhere, and list up to `size` of the pairs whose cosine is not 0; not more may be selected.
+
+    They are listed in the total order, or else, which takes less time, by (row, col).
+    """
+    x_hat, _, norms = unit_columns(x)
+    found = find(x_hat, query, slabs)
+    cosines, index = found.selected()
+    if is_ordered:
+        cosines, index = first_in_order(cosines, index, query.similarity, query.k)
+    n_zeros = found.n_zeros if floor_of(query, found.tau) < 0 else 0
+    return finish(cosines, index, query, tau=found.tau, norms=norms, size=size, n_zeros=n_zeros)
+
+
+class Found(NamedTuple):
+    """What one pass over the pairs that meet has found."""
+
+    query: Query
+    survivors: Survivors
+    """Among the pairs whose cosine is not 0, added in (row, col) order"""
+    tau: float | None
+    """The tau in force"""
+    n_zeros: int
+    """Pairs of cosine 0"""
+
+    def selected(self) -> tuple[Tensor, Tensor]:
+        """Cosines and index of the first k pairs that pass tau, which, if adaptive, is known only now."""
+        cosines, index = self.survivors.first_unsorted(self.query.k)
+        passes = similarity_of(cosines, self.query.similarity) > floor_of(self.query, self.tau)
+        return cosines[passes], index[passes]
+
+
+def find(x_hat: Coordinates, query: Query, slabs: Slabs) -> Found:
+    """Stream the pairs that meet, as `topk_ortho.backends.tiled` streams all pairs."""
+    survivors, moments = Survivors(query, floor_of(query)), Moments()
+    survivors.add(x_hat.values.new_empty(0), x_hat.features.new_empty(0))
+    n_zeros = n_pairs(x_hat.n_features)
+    for slab in slabs.of(x_hat):
+        pairs, cosines = slab.cosines().not_zero()
+        n_zeros -= pairs.numel()
+        if query.n_std is not None and pairs.numel():
+            moments.add(cosines.double().abs().unsqueeze(0), pairs.numel())
+        survivors.add(cosines, pairs)
+    if query.n_std is None:
+        return Found(query, survivors, query.tau, n_zeros)
+    moments.add_zeros(n_zeros)
+    return Found(query, survivors, moments.adaptive_tau(query.n_std), n_zeros)

@@ -1,0 +1,101 @@
+"""The warm start: what a call leaves for the next one, so that it begins with a good guess.
+
+The state is a tensor of three numbers that the caller owns. Their places in it are `GUESS`, `MARGIN` and `N_PASSES`.
+
+- guess: estimate of a similarity just under the next call's threshold, -1 if there is none;
+- margin: how far below the threshold the guess aims, as a share of k;
+- n_passes: passes over the pairs that the last call took.
+
+Without a state, the guess comes from a sample of the columns.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GUESS, MARGIN, N_PASSES = 0, 1, 2
+"""Places in the state."""
+
+MARGIN_START, MARGIN_LEAST, MARGIN_MOST = 0.15, 0.05, 1.0
+
+
+def initial_state(device: torch.device | str | None = None) -> Tensor:
+    """Warm-start state before the first call, for the `state` argument of `topk_pairs` and `topk_ortho_loss`.
+
+    Parameters
+    ----------
+    device : torch.device or str, optional
+        Device of the x that it will be used with.
+
+    Returns
+    -------
+    Tensor, float32 [3]
+        (guess for the next call, -1 for none; margin by which it aims low, as a share of k; passes of the last call).
+        A call updates it in place.
+
+    Examples
+    --------
+    >>> state = initial_state()
+    >>> pairs = topk_pairs(torch.eye(3), k=1, state=state)
+    >>> state[2]  # passes
+    tensor(1.)
+    """
+    return torch.tensor([-1.0, MARGIN_START, 0.0], dtype=torch.float32, device=device)
+
+
+def next_state(state: Tensor, ordered: Tensor, k: int, n_passes: int) -> Tensor:
+    """State after a call that left the similarities `ordered`, descending: k or more, if as many passed the floor.
+
+    The next guess is the similarity at rank (1 + margin) k. Where fewer pairs survived, it is extrapolated in a
+    straight line from rank (1 - margin) k through rank k; tails are convex, so that this aims low. A call that needed a
+    second pass doubles the margin, every other call lets it shrink.
+    """
+    margin = state[MARGIN].item()
+    if not MARGIN_LEAST <= margin <= MARGIN_MOST:  # NaN too, from a buffer that nobody initialised
+        margin = MARGIN_START
+    margin = min(MARGIN_MOST, 2 * margin) if n_passes > 1 else max(MARGIN_LEAST, 0.98 * margin)
+    rank = math.ceil((1 + margin) * k)
+    if ordered.numel() >= rank:
+        guess = ordered[rank - 1].item()
+    elif ordered.numel() >= k:
+        guess = 2 * ordered[k - 1].item() - ordered[max(0, math.floor((1 - margin) * k) - 1)].item()
+    else:
+        guess = -1.0
+    return torch.tensor([guess, margin, n_passes], dtype=state.dtype, device=state.device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleSizes:
+    """How many pairs are looked at for a guess, where no state has one."""
+
+    rows: int = 256
+    """Most columns of x on one side of the sampled pairs. With `cols`, 2**18 pairs are sampled: at fraction 1e-3, 262
+    of them are above the threshold."""
+    cols: int = 1024
+    """Most columns of x on the other side."""
+    least_features: int = 128
+    """With fewer features nothing is sampled: all their pairs are not many more than a useful sample."""
+
+    def shape(self, n_features: int) -> tuple[int, int]:
+        """Columns on either side of the sampled pairs, (0, 0) if nothing is sampled."""
+        if n_features < self.least_features:
+            return 0, 0
+        return min(self.rows, n_features // 8), min(self.cols, n_features // 2)
+
+
+def sample_rank(n_sampled: int, k: int, count: int) -> int:
+    """Rank in a sample of `n_sampled` of `count` pairs whose similarity about 1.15 k of them exceed; 0 if it has none.
+
+    The rank is raised by three standard deviations of a binomial count, so that a small sample aims lower.
+    """
+    expected = (1 + MARGIN_START) * k * n_sampled / count
+    rank = math.ceil(expected + 3 * math.sqrt(expected) + 1)
+    return rank if rank < n_sampled else 0
+
+
+def guess_from_sample(similarities: Tensor, k: int, count: int) -> float:
+    """Similarity that about 1.15 k of `count` pairs exceed, from a random part of them; -1 if the part is too small."""
+    rank = sample_rank(similarities.numel(), k, count)
+    return similarities.flatten().topk(rank, sorted=False).values.min().item() if rank else -1.0
