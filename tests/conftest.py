@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.on_device import OnDevice
 from topk_ortho.backends import coactivation, registry, sparse, tiled, triton
-from topk_ortho.kernels import tiles
+from topk_ortho.kernels import launch
 
 _COMMON = {
     "deadline": None,
@@ -29,7 +29,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 torch.set_num_threads(2)
 
 
-if tiles.INTERPRETED:
+if launch.INTERPRETED:
     # At every call of a device function the interpreter searches Triton's modules for what it has to patch, which takes
     # longer than the call. What it finds at the first search does not change.
     from triton.runtime import interpreter
@@ -61,10 +61,10 @@ def _triton(*, block: int, smallest_screened: int) -> _Case:
         patch.setattr(triton, "_SLACK", 0)  # or all pairs of a small N would fit
         patch.setattr(triton, "_SMALLEST_SAMPLED", 16)
         patch.setattr(triton, "_SMALLEST_SCREENED", smallest_screened)
-        if tiles.INTERPRETED:
-            config = tiles.TileConfig(block=block, block_m=32, group=2, num_warps=1, num_stages=1, programs_per_sm=2)
+        if launch.INTERPRETED:
+            config = launch.TileConfig(block=block, block_m=32, group=2, num_warps=1, num_stages=1, programs_per_sm=2)
             for kind in ("half", "tf32", "ieee"):
-                patch.setitem(tiles.TILE_CONFIGS, ("interpreter", kind), config)
+                patch.setitem(launch.TILE_CONFIGS, ("interpreter", kind), config)
         else:
             patch.setitem(registry.BACKENDS, "triton", OnDevice(triton, "cuda"))
 
@@ -74,7 +74,7 @@ def _triton(*, block: int, smallest_screened: int) -> _Case:
 def _sparse(*, slab: int, on_kernels: bool) -> _Case:
     def prepare(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(coactivation, "_GPU_SLAB" if on_kernels else "_CPU_SLAB", slab)
-        if on_kernels and tiles.INTERPRETED:
+        if on_kernels and launch.INTERPRETED:
             patch.setattr(coactivation, "_KERNEL_DEVICES", ("cpu",))
         elif on_kernels:
             patch.setitem(registry.BACKENDS, "sparse", OnDevice(sparse, "cuda"))
@@ -95,18 +95,18 @@ BACKEND_CASES = {
 _WITH_KERNELS = ("triton", "triton_screened", "sparse_kernels")
 # The interpreter takes a millisecond for each program of a launch, and there is one for each non-zero: the suite goes
 # through these kernels on a GPU, tests/backends/test_sparse.py always.
-_SUITE = [name for name in BACKEND_CASES if name != "sparse_kernels" or not tiles.INTERPRETED]
+_SUITE = [name for name in BACKEND_CASES if name != "sparse_kernels" or not launch.INTERPRETED]
 
 
 def _parameters(*names: str) -> list[object]:
-    on_gpu = [] if tiles.INTERPRETED else [pytest.mark.gpu]
+    on_gpu = [] if launch.INTERPRETED else [pytest.mark.gpu]
     return [pytest.param(name, marks=on_gpu if name in _WITH_KERNELS else []) for name in names]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """On a GPU the tests of the kernels and of their backend are GPU tests like any."""
     for item in items:
-        if not tiles.INTERPRETED and ("kernels" in item.path.parts or item.path.name == "test_triton.py"):
+        if not launch.INTERPRETED and ("kernels" in item.path.parts or item.path.name == "test_triton.py"):
             item.add_marker(pytest.mark.gpu)
 
 

@@ -2,7 +2,7 @@
 
 The kernels are `topk_ortho.kernels`; here they are put in order. Nothing is read on the host once a warm-start state is
 given: every call enqueues the same kernels, and those of a repair return at once unless the first pass failed (see
-`topk_ortho.kernels.search`). float32 columns in "highest" precision are first screened in fp16, whose rounding is
+`topk_ortho.kernels.radix_select`). float32 columns in "highest" precision are first screened in fp16, whose rounding is
 bounded, and what may be selected is computed again in float32. float64 has no kernels: it goes to `tiled`.
 
 Extra memory: O(k) records, for row-major x a slab of its transpose, and for float32 columns in "highest" or "medium"
@@ -28,17 +28,17 @@ from topk_ortho.selection import (
 )
 
 try:
-    from topk_ortho.kernels import search as searches
+    from topk_ortho.kernels import radix_select
     from topk_ortho.kernels.gram_histogram import gram_histogram, gram_row_ties
-    from topk_ortho.kernels.gram_row_max import gram_row_max
     from topk_ortho.kernels.gram_sample import gram_sample
-    from topk_ortho.kernels.gram_select import gram_select
+    from topk_ortho.kernels.gram_survivors import gram_survivors
+    from topk_ortho.kernels.launch import INTERPRETED, TRITON_VERSION, Kind, Operand, current_device
+    from topk_ortho.kernels.max_cosine import max_cosine
     from topk_ortho.kernels.norms import NOT_FINITE, Norms, column_norms
     from topk_ortho.kernels.pair_gradient import BLOCK_M
     from topk_ortho.kernels.pair_gradient import pair_gradient as gather_gradient
     from topk_ortho.kernels.rescore import rescore
     from topk_ortho.kernels.round_columns import SCALE, round_columns
-    from topk_ortho.kernels.tiles import INTERPRETED, TRITON_VERSION, Kind, Operand, has_tf32
 
     IMPORT_ERROR = None
 except (ImportError, AttributeError) as error:  # none installed, or one that is too old
@@ -77,7 +77,7 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
-    """One pass from a guess, then an exact search for the cut that returns at once if the pass was certified."""
+    """One pass from a guess, then an exact search for the bound that returns at once if the pass was certified."""
     if x.dtype == torch.float64:
         return tiled.select_pairs(x, query, state)
     with current(x.device):
@@ -155,7 +155,7 @@ def _passes(x: Tensor, norms: "Norms", query: Query) -> _Passes:
 def _kind(x: Tensor, precision: Precision) -> "Kind":
     if x.dtype != torch.float32:
         return "half"
-    return "tf32" if precision == "high" and has_tf32(x.device) else "ieee"
+    return "tf32" if precision == "high" and current_device().has_tf32 else "ieee"
 
 
 def _rounded(x: Tensor, norms: "Norms") -> tuple["Operand", Tensor]:
@@ -196,7 +196,7 @@ def _select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
     if query.n_std is not None:
         moments = torch.zeros(passes.first.n_programs, 3, dtype=torch.float64, device=x.device)
 
-    search = searches.new_search(x.device, n_features)
+    radix = radix_select.new_radix_select(x.device, n_features)
     n_rows, n_cols = min(_SAMPLE_ROWS, n_features // 8), min(_SAMPLE_COLS, n_features // 2)
     can_overflow = capacity < n_pairs(n_features)
     warm = None if state is None else state.float().contiguous()
@@ -205,28 +205,28 @@ def _select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
     if can_overflow and n_features >= _SMALLEST_SAMPLED:
         rank = first_rank_of_sample(n_rows * n_cols, k, n_pairs(n_features))
     if rank > 0:
-        gram_sample(x, norms.inverse, search, guess, n_rows, n_cols, is_abs=is_abs)
-    searches.begin(search, passes.flags, guess, passes.deviation, rank, x.shape[0], can_overflow)
-    gram_select(passes.first, search, values, rows, cols, moments, floor, is_abs=is_abs, is_first=True)
-    certified = search._replace(n_certified=search.n_survivors)
+        gram_sample(x, norms.inverse, radix, guess, n_rows, n_cols, is_abs=is_abs)
+    radix_select.begin(radix, passes.flags, guess, passes.deviation, rank, x.shape[0], can_overflow)
+    gram_survivors(passes.first, radix, values, rows, cols, moments, floor, is_abs=is_abs, is_first=True)
+    certified = radix._replace(n_certified=radix.n_survivors)
     if passes.deviation is not None:
         n_slabs = -(-x.shape[0] // _slab_rows(x))
         for i, x_slab in enumerate(_feature_major(x)):
             rescore(
-                x_slab, norms.inverse, search, values, rows, cols,
+                x_slab, norms.inverse, radix, values, rows, cols,
                 is_first=i == 0, is_last=i == n_slabs - 1, is_abs=is_abs,
             )  # fmt: skip
-        certified = search
-    searches.certify(certified, k, capacity, floor, _adaptive_tau(moments, query.n_std))
+        certified = radix
+    radix_select.certify(certified, k, capacity, floor, _adaptive_tau(moments, query.n_std))
 
-    for i, (shift, bits) in enumerate(searches.DIGITS_OF_SIMILARITY):
-        gram_histogram(passes.repair, search, moments if i == 0 else None, floor, shift, bits, is_abs=is_abs)
-        searches.next_digit(search, shift, bits, k, capacity)
-    gram_row_ties(passes.repair, search, is_abs=is_abs)
-    searches.tie_row(search, k)
-    gram_select(passes.repair, search, values, rows, cols, None, floor, is_abs=is_abs, is_first=False)
+    for i, (shift, bits) in enumerate(radix_select.DIGITS_OF_SIMILARITY):
+        gram_histogram(passes.repair, radix, moments if i == 0 else None, floor, shift, bits, is_abs=is_abs)
+        radix_select.next_digit(radix, shift, bits, k, capacity)
+    gram_row_ties(passes.repair, radix, is_abs=is_abs)
+    radix_select.tie_row(radix, k)
+    gram_survivors(passes.repair, radix, values, rows, cols, None, floor, is_abs=is_abs, is_first=False)
 
-    n_records = search.n_survivors.clamp_max(capacity)
+    n_records = radix.n_survivors.clamp_max(capacity)
     similarity, index, values = _in_order(values, rows, cols, n_records, n_features, query)
     tau = _adaptive_tau(moments, query.n_std)
     if tau is None:
@@ -238,8 +238,8 @@ def _select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
     values = torch.where(is_selected, values[:k], 0.0)
     threshold = torch.where(n_selected == k, similarity[k - 1], lowest.clamp_min(0.0).squeeze(0))
     # what certified the selection, once more over the last pass; a kernel that counts unlike it collects shows here
-    is_short = (search.n_survivors < k) & (search.bounds[:1] > lowest)
-    is_wrong = is_short | (search.n_survivors > capacity)
+    is_short = (radix.n_survivors < k) & (radix.bounds[:1] > lowest)
+    is_wrong = is_short | (radix.n_survivors > capacity)
     if waits:
         if is_wrong.item():
             raise RuntimeError("the triton backend lost pairs; please report this with the shape and dtype of x")
@@ -250,7 +250,7 @@ def _select_pairs(x: Tensor, query: Query, state: Tensor | None) -> Selection:
     margins = (MARGIN_START, MARGIN_LEAST, _MARGIN_MOST)
     following = norms.norms.new_empty(0)
     if state is not None and warm is not None:
-        following = searches.next_state(search, warm, similarity, n_records, k, margins).to(state.dtype)
+        following = radix_select.next_state(radix, warm, similarity, n_records, k, margins).to(state.dtype)
     selected_rows = index.div(n_features, rounding_mode="floor")
     return Selection(
         values=values,
@@ -326,7 +326,7 @@ def _row_max_of_chunks(
         passes = _plain_and_scaled(x, norms, _kind(x, precision))
         operands, flags = [passes.first, passes.repair], passes.flags
     for operand in operands:
-        gram_row_max(operand, flags, best, n_chunks, n_columns // n_chunks, largest, n_larger)
+        max_cosine(operand, flags, best, n_chunks, n_columns // n_chunks, largest, n_larger)
     ordered = (best >> 32).int()
     values = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
     return values, 2**32 - 1 - (best & (2**32 - 1))

@@ -42,19 +42,19 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import topk_ortho.kernels
-from topk_ortho.kernels import search as searches
+from topk_ortho.kernels import radix_select
 from topk_ortho.kernels import tiles
 from topk_ortho.kernels.coactivation import coactivation_products, coactivation_spread, coactivation_sums
 from topk_ortho.kernels.gram_histogram import gram_histogram, gram_row_ties
-from topk_ortho.kernels.gram_row_max import gram_row_max
+from topk_ortho.kernels.max_cosine import max_cosine
 from topk_ortho.kernels.gram_sample import gram_sample
-from topk_ortho.kernels.gram_select import gram_select
+from topk_ortho.kernels.gram_survivors import gram_survivors
 from topk_ortho.kernels.norms import column_norms
 from topk_ortho.kernels.pair_gradient import pair_gradient
 from topk_ortho.kernels.rescore import rescore
 from topk_ortho.kernels.round_columns import round_columns
 
-MAIN_LOOP_KERNELS = {"gram_select", "gram_histogram", "gram_row_ties", "gram_row_max"}
+MAIN_LOOP_KERNELS = {"gram_survivors", "gram_histogram", "gram_row_ties", "max_cosine"}
 """Those over gram tiles: where the time goes."""
 SPARSE_KERNELS = {"coactivation_products", "coactivation_sums", "coactivation_spread"}
 """Those over the products of sparse features."""
@@ -298,16 +298,16 @@ def _variants() -> list[_Variant]:
 
 
 def _gram_variants() -> Iterator[_Variant]:
-    search = searches.new_search(_META, _N)
+    radix = radix_select.new_radix_select(_META, _N)
     values, rows, cols = _empty(_CAPACITY), *(_empty(_CAPACITY, dtype=torch.int32) for _ in range(2))
     moments = _empty(1, 3, dtype=torch.float64)
     flags, best = _empty(1, dtype=torch.int32), _empty(_N, dtype=torch.int64)
 
     def select(operand: Any, moments: torch.Tensor | None = None, is_first: bool = True) -> None:
-        gram_select(operand, search, values, rows, cols, moments, 0.0, is_abs=True, is_first=is_first)
+        gram_survivors(operand, radix, values, rows, cols, moments, 0.0, is_abs=True, is_first=is_first)
 
     def histogram(operand: Any, moments: torch.Tensor | None, digit: int) -> None:
-        gram_histogram(operand, search, moments, 0.0, *searches.DIGITS_OF_SIMILARITY[digit], is_abs=True)
+        gram_histogram(operand, radix, moments, 0.0, *radix_select.DIGITS_OF_SIMILARITY[digit], is_abs=True)
 
     bind = functools.partial
     for kind, dtype in (("half", torch.bfloat16), ("tf32", torch.float32), ("ieee", torch.float32)):
@@ -319,14 +319,14 @@ def _gram_variants() -> Iterator[_Variant]:
         yield _Variant(f"{kind}, scaled, first digit", bind(histogram, scaled, None, 0))
         yield _Variant(f"{kind}, scaled, first digit, moments", bind(histogram, scaled, moments, 0))
         yield _Variant(f"{kind}, scaled, last digit", bind(histogram, scaled, None, -1))
-        yield _Variant(f"{kind}, scaled", bind(gram_row_ties, scaled, search, is_abs=True))
-        yield _Variant(kind, bind(gram_row_max, plain, flags, best, 1, _N, _N, 1))
-        yield _Variant(f"{kind}, scaled", bind(gram_row_max, scaled, flags, best, 1, _N, _N, 1))
+        yield _Variant(f"{kind}, scaled", bind(gram_row_ties, scaled, radix, is_abs=True))
+        yield _Variant(kind, bind(max_cosine, plain, flags, best, 1, _N, _N, 1))
+        yield _Variant(f"{kind}, scaled", bind(max_cosine, scaled, flags, best, 1, _N, _N, 1))
     yield _Variant("half, fp16", bind(select, _operand(torch.float16, "half")))
 
 
 def _other_variants() -> Iterator[_Variant]:
-    search = searches.new_search(_META, _N)
+    radix = radix_select.new_radix_select(_META, _N)
     per_feature, one, state = _empty(_N), _empty(1), _empty(3)
     flags, count = _empty(1, dtype=torch.int32), _empty(1, dtype=torch.int64)
     rows, cols = (_empty(_CAPACITY, dtype=torch.int32) for _ in range(2))
@@ -338,7 +338,7 @@ def _other_variants() -> Iterator[_Variant]:
     for dtype, label in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         x, x_slab = _empty(_M, _N, dtype=dtype), _empty(_N, 256, dtype=dtype)
         yield _Variant(label, bind(column_norms, x, 1e-12))
-        yield _Variant(label, bind(gram_sample, x, per_feature, search, state, 256, 1024, is_abs=True))
+        yield _Variant(label, bind(gram_sample, x, per_feature, radix, state, 256, 1024, is_abs=True))
         yield _Variant(
             label,
             bind(pair_gradient, x_slab, per_feature, per_feature, offsets, partners, weights, weights, x_slab, 1e-12),
@@ -347,18 +347,18 @@ def _other_variants() -> Iterator[_Variant]:
     yield _Variant(
         "fp32",
         bind(
-            rescore, _empty(_N, 256), per_feature, search, values, rows, cols,
+            rescore, _empty(_N, 256), per_feature, radix, values, rows, cols,
             is_first=False, is_last=True, is_abs=True,
         ),
     )  # fmt: skip
-    yield _Variant("cold", bind(searches.begin, search, flags, None, None, 262, _M, True))
-    yield _Variant("warm, rounded", bind(searches.begin, search, flags, state, one, 262, _M, True))
-    yield _Variant("", bind(searches.certify, search, k, _CAPACITY, 0.0, None))
-    yield _Variant("adaptive tau", bind(searches.certify, search, k, _CAPACITY, 0.0, one))
-    for shift, bits in searches.DIGITS_OF_SIMILARITY:
-        yield _Variant(f"{bits} bits from {shift}", bind(searches.next_digit, search, shift, bits, k, _CAPACITY))
-    yield _Variant("", bind(searches.tie_row, search, k))
-    yield _Variant("", bind(searches.next_state, search, state, values, count, k, (0.1, 0.01, 0.4)))
+    yield _Variant("cold", bind(radix_select.begin, radix, flags, None, None, 262, _M, True))
+    yield _Variant("warm, rounded", bind(radix_select.begin, radix, flags, state, one, 262, _M, True))
+    yield _Variant("", bind(radix_select.certify, radix, k, _CAPACITY, 0.0, None))
+    yield _Variant("adaptive tau", bind(radix_select.certify, radix, k, _CAPACITY, 0.0, one))
+    for shift, bits in radix_select.DIGITS_OF_SIMILARITY:
+        yield _Variant(f"{bits} bits from {shift}", bind(radix_select.next_digit, radix, shift, bits, k, _CAPACITY))
+    yield _Variant("", bind(radix_select.tie_row, radix, k))
+    yield _Variant("", bind(radix_select.next_state, radix, state, values, count, k, (0.1, 0.01, 0.4)))
 
 
 def _sparse_variants() -> Iterator[_Variant]:
