@@ -12,7 +12,7 @@ from torch import Tensor
 from topk_ortho.kernels.gram_survivors import add_moments, store_moments
 from topk_ortho.kernels.launch import Operand
 from topk_ortho.kernels.radix_select import DIGITS, LOWEST, TIES, RadixSelect, stage_of
-from topk_ortho.kernels.tiles import cosines, gram_tile, quarters, triangle_tile
+from topk_ortho.kernels.tiles import cosines, quartered_tile
 
 
 @triton.jit
@@ -34,15 +34,11 @@ def _gram_histogram_kernel(
     counts = tl.zeros((BINS,), tl.int64)
     n_tile_rows = tl.cdiv(N, BLOCK)
     for tile in range(tl.program_id(0), n_tile_rows * (n_tile_rows + 1) // 2, tl.num_programs(0)):
-        tile_row, tile_col = triangle_tile(tile, n_tile_rows, GROUP)
-        gram = gram_tile(
-            x_ptr, stride_xm, stride_xn, scale_ptr, M, N, tile_row * BLOCK, tile_col * BLOCK,
-            BLOCK, BLOCK_M, PRECISION, SCALED,
-        )  # fmt: skip
-        offs_row = tile_row * BLOCK + tl.arange(0, BLOCK)
-        parts = quarters(gram)
+        parts, offs_row, first_col = quartered_tile(
+            tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, M, N, BLOCK, BLOCK_M, GROUP, PRECISION, SCALED
+        )
         for part in tl.static_range(4):
-            offs_col = tile_col * BLOCK + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+            offs_col = first_col + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
             cosine = cosines(parts[part], factor_ptr, offs_row, offs_col, N, float("nan"))
             if HAS_MOMENTS:
                 count, mean, squares = add_moments(cosine, count, mean, squares)
@@ -73,16 +69,12 @@ def _gram_row_ties_kernel(
     value = tl.load(plan_ptr + LOWEST).to(tl.int32).to(tl.float32, bitcast=True)
     n_tile_rows = tl.cdiv(N, BLOCK)
     for tile in range(tl.program_id(0), n_tile_rows * (n_tile_rows + 1) // 2, tl.num_programs(0)):
-        tile_row, tile_col = triangle_tile(tile, n_tile_rows, GROUP)
-        gram = gram_tile(
-            x_ptr, stride_xm, stride_xn, scale_ptr, M, N, tile_row * BLOCK, tile_col * BLOCK,
-            BLOCK, BLOCK_M, PRECISION, SCALED,
-        )  # fmt: skip
-        offs_row = tile_row * BLOCK + tl.arange(0, BLOCK)
-        parts = quarters(gram)
+        parts, offs_row, first_col = quartered_tile(
+            tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, M, N, BLOCK, BLOCK_M, GROUP, PRECISION, SCALED
+        )
         ties = tl.zeros((BLOCK,), tl.int32)
         for part in tl.static_range(4):
-            offs_col = tile_col * BLOCK + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+            offs_col = first_col + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
             cosine = cosines(parts[part], factor_ptr, offs_row, offs_col, N, float("nan"))
             similarity = tl.abs(cosine) if IS_ABS else cosine
             ties += tl.sum((similarity == value).to(tl.int32), axis=1)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from topk_ortho.kernels.launch import Operand
 from topk_ortho.kernels.radix_select import COLLECT, PASS, RadixSelect, row_bounds, stage_of
-from topk_ortho.kernels.tiles import cosines, gram_tile, quarters, triangle_tile
+from topk_ortho.kernels.tiles import cosines, quartered_tile
 
 
 @triton.jit
@@ -91,16 +91,12 @@ def _gram_survivors_kernel(
     squares = tl.zeros((), tl.float64)
     n_tile_rows = tl.cdiv(N, BLOCK)
     for tile in range(tl.program_id(0), n_tile_rows * (n_tile_rows + 1) // 2, tl.num_programs(0)):
-        tile_row, tile_col = triangle_tile(tile, n_tile_rows, GROUP)
-        gram = gram_tile(
-            x_ptr, stride_xm, stride_xn, scale_ptr, M, N, tile_row * BLOCK, tile_col * BLOCK,
-            BLOCK, BLOCK_M, PRECISION, SCALED,
-        )  # fmt: skip
-        offs_row = tile_row * BLOCK + tl.arange(0, BLOCK)
+        parts, offs_row, first_col = quartered_tile(
+            tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, M, N, BLOCK, BLOCK_M, GROUP, PRECISION, SCALED
+        )
         bound = row_bounds(bounds_ptr, plan_ptr, floor, offs_row)
-        parts = quarters(gram)
         for part in tl.static_range(4):
-            offs_col = tile_col * BLOCK + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+            offs_col = first_col + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
             cosine = cosines(parts[part], factor_ptr, offs_row, offs_col, N, float("nan"))
             if HAS_MOMENTS:
                 count, mean, squares = add_moments(cosine, count, mean, squares)
@@ -120,9 +116,8 @@ def gram_survivors(
     That is PASS if `is_first`, else COLLECT. `moments` float64 [operand.n_programs, 3] receives the count, the mean and
     the sum of squared deviations of the |cosine| that each program saw.
     """
-    if (
-        is_first and moments is None and operand.scale is None
-    ):  # COLLECT must repeat the very products that were counted
+    # COLLECT must repeat the very products that were counted, so it takes the same block sizes as they did
+    if is_first and moments is None and operand.scale is None:
         operand = replace(operand, is_lean=True)
     assert values.numel() < 2**31 - 2**16, "slots are int32"
     _gram_survivors_kernel[(operand.n_programs,)](

@@ -185,7 +185,8 @@ class Operand:
     @property
     def n_resident(self) -> int:
         """Programs that the device runs at once."""
-        return current_device().n_multiprocessors * self.config.programs_per_sm
+        n_programs: int = current_device().n_multiprocessors * self.config.programs_per_sm
+        return n_programs
 
     @property
     def n_programs(self) -> int:

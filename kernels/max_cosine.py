@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from topk_ortho.kernels.launch import Operand
-from topk_ortho.kernels.tiles import cosines, gram_tile, quarters, triangle_tile
+from topk_ortho.kernels.tiles import cosines, quartered_tile
 
 
 @triton.jit
@@ -45,19 +45,27 @@ def _max_cosine_kernel(
     n_cols = tl.where(chunk < n_larger, N, N - 1)
     n_tile_rows = tl.cdiv(N, BLOCK)
     for tile in range(tl.program_id(0), n_tile_rows * (n_tile_rows + 1) // 2, tl.num_programs(0)):
-        tile_row, tile_col = triangle_tile(tile, n_tile_rows, GROUP)
-        gram = gram_tile(
-            # Columns are loaded up to the next chunk, which starts at a multiple of 16. Up to n_cols, which need not be
-            # one, loads would be narrow.
-            x_ptr, stride_xm, stride_xn, scale_ptr, M, chunk_stride, tile_row * BLOCK, tile_col * BLOCK,
-            BLOCK, BLOCK_M, PRECISION, SCALED,
-        )  # fmt: skip
-        offs_row = tile_row * BLOCK + tl.arange(0, BLOCK)
+        # Columns are loaded up to the next chunk, which starts at a multiple of 16. Up to n_cols, which need not be one,
+        # loads would be narrow.
+        parts, offs_row, first_col = quartered_tile(
+            tile,
+            n_tile_rows,
+            x_ptr,
+            stride_xm,
+            stride_xn,
+            scale_ptr,
+            M,
+            chunk_stride,
+            BLOCK,
+            BLOCK_M,
+            GROUP,
+            PRECISION,
+            SCALED,
+        )
         row_best = tl.full((BLOCK,), -2.0, tl.float32)
         row_partner = tl.zeros((BLOCK,), tl.int32)
-        parts = quarters(gram)
         for part in tl.static_range(4):
-            offs_col = tile_col * BLOCK + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+            offs_col = first_col + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
             cosine = cosines(parts[part], factor_ptr, offs_row, offs_col, n_cols, -2.0)
             highest = tl.max(cosine, axis=1)
             partner = tl.min(tl.where(cosine == highest[:, None], offs_col[None, :], 2147483647), axis=1)

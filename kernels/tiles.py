@@ -112,6 +112,24 @@ def quarters(tile):
 
 
 @triton.jit
+def quartered_tile(
+    tile, n_tile_rows,
+    x_ptr, stride_xm, stride_xn,  # [M, N]
+    scale_ptr,                    # [N] float32
+    M, N,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """(quarters of the tile with the given number, its rows [BLOCK], its first column)."""
+    tile_row, tile_col = triangle_tile(tile, n_tile_rows, GROUP)
+    first_row, first_col = tile_row * BLOCK, tile_col * BLOCK
+    gram = gram_tile(
+        x_ptr, stride_xm, stride_xn, scale_ptr, M, N, first_row, first_col, BLOCK, BLOCK_M, PRECISION, SCALED
+    )
+    return quarters(gram), first_row + tl.arange(0, BLOCK), first_col
+
+
+@triton.jit
 def cosines(gram, factor_ptr, offs_row, offs_col, N, NO_PAIR: tl.constexpr):
     """Cosines of a part of a tile, within [-1, 1]; NO_PAIR where row < col < N does not hold."""
     factor_row = tl.load(factor_ptr + offs_row, mask=offs_row < N, other=0.0)

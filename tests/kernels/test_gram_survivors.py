@@ -289,16 +289,16 @@ class TestMoments:
         variance = (squares + count * (mean - mean_of_all) ** 2).sum() / count.sum()
         return count.sum(), mean_of_all, variance**0.5
 
-    def check(self, x, bound=None, **options):
+    def check(self, x, error=None, **options):
         operand = operand_of(x)
         moments = self.moments(operand, **options)
         assert len(moments) > 1 or operand.n_tiles == 1, "one program is not the general case"
         magnitude = np.abs(gram_of(x)[np.triu_indices(x.shape[1], 1)])
         count, mean, std = self.joined(moments)
         assert count == magnitude.size
-        bound = cosine_bound(x) if bound is None else bound
-        assert_within(actual=mean, expected=magnitude.mean(), bound=bound)
-        assert_within(actual=std, expected=magnitude.std(), bound=bound)
+        error = cosine_bound(x) if error is None else error
+        assert_within(actual=mean, expected=magnitude.mean(), bound=error)
+        assert_within(actual=std, expected=magnitude.std(), bound=error)
 
     @pytest.mark.parametrize("n", [2, 16, 17, 33])
     @pytest.mark.parametrize("make", [normal, activations, dyadic])
@@ -313,7 +313,7 @@ class TestMoments:
     def test_all_cosines_equal(self, cosine, small_tiles):
         """The standard deviation is 0, and what rounding leaves of it is no more than a rounding."""
         x = torch.cat([torch.full((1, 60), cosine**0.5), torch.eye(60) * (1 - cosine) ** 0.5])
-        self.check(x, bound=2.0**-22)
+        self.check(x, error=2.0**-22)
 
     def test_few_large_among_many_small(self, small_tiles):
         self.check(torch.eye(12).repeat(1, 5))

@@ -204,7 +204,7 @@ def _row_bounds_kernel(bounds_ptr, plan_ptr, floor, result_ptr, n, BLOCK: tl.con
 
 
 class TestRowBounds:
-    """A similarity exceeds the bound of its row iff it is above the bound, or equal to it in a row up to tie_row; floor too."""
+    """To exceed it is to be above the bound, or equal to it in a row up to tie_row, and above the floor."""
 
     @staticmethod
     def row_bounds(*, floor=-1.0, **fields):
