@@ -134,7 +134,7 @@ class Code(NamedTuple):
 
     @property
     def main_loop(self) -> range | None:
-        """The innermost loop with a matrix instruction; if none has one, that with most multiply-adds, or the largest."""
+        """The innermost loop with a matrix instruction; without one, that with most multiply-adds, or the largest."""
         innermost = [loop for loop in self.loops if not any(_is_inside(other, loop) for other in self.loops)]
         with_matrix = [loop for loop in self.loops if any(_MATRIX.match(self.opcodes[place]) for place in loop)]
         if with_matrix:
@@ -221,7 +221,7 @@ def max_programs(record: Record) -> int:
 
 
 def violations(records: Iterable[Record], kernels: Iterable[str]) -> list[str]:
-    """Broken promises, a line each. The promises are:
+    """Broken promises, a line each.
 
     - Every kernel has a record for every architecture.
     - Kernels over gram tiles and over sparse features have no stack and do not spill.
@@ -390,7 +390,7 @@ def shipped_kernels() -> dict[str, Any]:
 
 
 class AbsentDevice(DriverBase):  # type: ignore[misc]
-    """In place of the driver of a GPU with one multiprocessor: launches compile as they would there, and run nothing."""
+    """In place of the driver of a GPU of one multiprocessor: launches compile as they would there, and run nothing."""
 
     def __init__(self, architecture: str, *, compiles: bool = True) -> None:
         self.utils = self

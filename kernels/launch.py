@@ -179,7 +179,7 @@ class Operand:
     @property
     def n_tiles(self) -> int:
         """Tiles in the upper triangle of the gram."""
-        n_tile_rows = triton.cdiv(self.x.shape[1], self.config.block)
+        n_tile_rows = -(-self.x.shape[1] // self.config.block)
         return n_tile_rows * (n_tile_rows + 1) // 2
 
     @property
