@@ -45,23 +45,12 @@ def _max_cosine_kernel(
     n_cols = tl.where(chunk < n_larger, N, N - 1)
     n_tile_rows = tl.cdiv(N, BLOCK)
     for tile in range(tl.program_id(0), n_tile_rows * (n_tile_rows + 1) // 2, tl.num_programs(0)):
-        # Columns are loaded up to the next chunk, which starts at a multiple of 16. Loads up to n_cols, which need not be
-        # one, would be narrow.
+        # Columns are loaded up to the next chunk, which starts at a multiple of 16. Loads up to n_cols, which need not
+        # be one, would be narrow.
         parts, offs_row, first_col = quartered_tile(
-            tile,
-            n_tile_rows,
-            x_ptr,
-            stride_xm,
-            stride_xn,
-            scale_ptr,
-            M,
-            chunk_stride,
-            BLOCK,
-            BLOCK_M,
-            GROUP,
-            PRECISION,
-            SCALED,
-        )
+            tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, M, chunk_stride,
+            BLOCK, BLOCK_M, GROUP, PRECISION, SCALED,
+        )  # fmt: skip
         row_best = tl.full((BLOCK,), -2.0, tl.float32)
         row_partner = tl.zeros((BLOCK,), tl.int32)
         for part in tl.static_range(4):
