@@ -1,18 +1,18 @@
-"""Count pairs by a digit of their similarity, and those equal to the k-th value by row: the passes of a failed guess.
+"""Passes of a repair: count pairs by a digit of their similarity, and count the ties of each row.
 
     digit = (bits(similarity) - lowest) >> SHIFT,    counted iff 0 <= digit < BINS
 
-See `topk_ortho.kernels.search` for what is done with the counts. Counts are integers, so they are exact whatever order
-tiles end in.
+`topk_ortho.kernels.radix_select` uses the counts. They are integers, so they are exact in whatever order tiles finish.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from topk_ortho.kernels.gram_select import add_moments, store_moments
-from topk_ortho.kernels.search import DIGITS, LOWEST, TIES, Search, stage_of
-from topk_ortho.kernels.tiles import Operand, cosines, gram_tile, quarters, triangle_tile
+from topk_ortho.kernels.gram_survivors import add_moments, store_moments
+from topk_ortho.kernels.launch import Operand
+from topk_ortho.kernels.radix_select import DIGITS, LOWEST, TIES, RadixSelect, stage_of
+from topk_ortho.kernels.tiles import cosines, quartered_tile
 
 
 @triton.jit
@@ -34,16 +34,12 @@ def _gram_histogram_kernel(
     counts = tl.zeros((BINS,), tl.int64)
     n_tile_rows = tl.cdiv(N, BLOCK)
     for tile in range(tl.program_id(0), n_tile_rows * (n_tile_rows + 1) // 2, tl.num_programs(0)):
-        tile_row, tile_col = triangle_tile(tile, n_tile_rows, GROUP)
-        gram = gram_tile(
-            x_ptr, stride_xm, stride_xn, scale_ptr, M, N, tile_row * BLOCK, tile_col * BLOCK,
-            BLOCK, BLOCK_M, PRECISION, SCALED,
-        )  # fmt: skip
-        offs_row = tile_row * BLOCK + tl.arange(0, BLOCK)
-        parts = quarters(gram)
+        parts, offs_row, first_col = quartered_tile(
+            tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, M, N, BLOCK, BLOCK_M, GROUP, PRECISION, SCALED
+        )
         for part in tl.static_range(4):
-            offs_col = tile_col * BLOCK + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-            cosine = cosines(parts[part], factor_ptr, offs_row, offs_col, N)
+            offs_col = first_col + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+            cosine = cosines(parts[part], factor_ptr, offs_row, offs_col, N, float("nan"))
             if HAS_MOMENTS:
                 count, mean, squares = add_moments(cosine, count, mean, squares)
             similarity = tl.abs(cosine) if IS_ABS else cosine
@@ -73,36 +69,32 @@ def _gram_row_ties_kernel(
     value = tl.load(plan_ptr + LOWEST).to(tl.int32).to(tl.float32, bitcast=True)
     n_tile_rows = tl.cdiv(N, BLOCK)
     for tile in range(tl.program_id(0), n_tile_rows * (n_tile_rows + 1) // 2, tl.num_programs(0)):
-        tile_row, tile_col = triangle_tile(tile, n_tile_rows, GROUP)
-        gram = gram_tile(
-            x_ptr, stride_xm, stride_xn, scale_ptr, M, N, tile_row * BLOCK, tile_col * BLOCK,
-            BLOCK, BLOCK_M, PRECISION, SCALED,
-        )  # fmt: skip
-        offs_row = tile_row * BLOCK + tl.arange(0, BLOCK)
-        parts = quarters(gram)
+        parts, offs_row, first_col = quartered_tile(
+            tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, M, N, BLOCK, BLOCK_M, GROUP, PRECISION, SCALED
+        )
         ties = tl.zeros((BLOCK,), tl.int32)
         for part in tl.static_range(4):
-            offs_col = tile_col * BLOCK + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-            cosine = cosines(parts[part], factor_ptr, offs_row, offs_col, N)
+            offs_col = first_col + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+            cosine = cosines(parts[part], factor_ptr, offs_row, offs_col, N, float("nan"))
             similarity = tl.abs(cosine) if IS_ABS else cosine
             ties += tl.sum((similarity == value).to(tl.int32), axis=1)
         tl.atomic_add(row_ties_ptr + offs_row, ties, mask=ties > 0)
 
 
 def gram_histogram(
-    operand: Operand, search: Search, moments: Tensor | None, floor: float, shift: int, bits: int, *, is_abs: bool
+    operand: Operand, radix: RadixSelect, moments: Tensor | None, floor: float, shift: int, bits: int, *, is_abs: bool
 ) -> None:
-    """Add pairs above `floor` to `search.histogram` by digit, and fill `moments`, if the search is at DIGITS."""
+    """At stage DIGITS: add the pairs above `floor` to `radix.histogram` by digit, and fill `moments` if given."""
     _gram_histogram_kernel[(operand.n_programs,)](
-        plan_ptr=search.plan, histogram_ptr=search.histogram,
-        moments_ptr=search.plan if moments is None else moments,
+        plan_ptr=radix.plan, histogram_ptr=radix.histogram,
+        moments_ptr=radix.plan if moments is None else moments,
         floor=floor, IS_ABS=is_abs, HAS_MOMENTS=moments is not None, SHIFT=shift, BINS=2**bits,
         **operand.arguments(),
     )  # fmt: skip
 
 
-def gram_row_ties(operand: Operand, search: Search, *, is_abs: bool) -> None:
-    """Count the pairs equal to the k-th value into `search.row_ties` by row, if the search is at TIES."""
+def gram_row_ties(operand: Operand, radix: RadixSelect, *, is_abs: bool) -> None:
+    """At stage TIES: add the pairs equal to the k-th similarity to `radix.row_ties`, by row."""
     _gram_row_ties_kernel[(operand.n_programs,)](
-        plan_ptr=search.plan, row_ties_ptr=search.row_ties, IS_ABS=is_abs, **operand.arguments()
+        plan_ptr=radix.plan, row_ties_ptr=radix.row_ties, IS_ABS=is_abs, **operand.arguments()
     )

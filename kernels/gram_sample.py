@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topk_ortho.kernels.search import SAMPLE_DIGIT, Search
+from topk_ortho.kernels.radix_select import GUESS, SAMPLE_DIGIT, RadixSelect
 from topk_ortho.kernels.tiles import product
 
 _BLOCK, _BLOCK_M = 64, 64
@@ -27,7 +27,7 @@ def _gram_sample_kernel(
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     if HAS_STATE:  # noqa: SIM102 -- the first is decided by the compiler
-        if tl.load(state_ptr) > -1.0:
+        if tl.load(state_ptr + GUESS) > -1.0:
             return
     offs_m = tl.arange(0, BLOCK_M)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -57,16 +57,16 @@ def _gram_sample_kernel(
 
 
 def gram_sample(
-    x: Tensor, inverse: Tensor, search: Search, state: Tensor | None, n_rows: int, n_cols: int, *, is_abs: bool
+    x: Tensor, inverse: Tensor, radix: RadixSelect, state: Tensor | None, n_rows: int, n_cols: int, *, is_abs: bool
 ) -> None:
-    """Count n_rows * n_cols pairs into `search.histogram`, unless `state` holds a guess; n_rows + n_cols <= N."""
+    """Count n_rows * n_cols pairs into `radix.histogram`, unless `state` holds a guess; n_rows + n_cols <= N."""
     n_features = x.shape[1]
     step = max(1, round(n_features * (math.sqrt(5) - 1) / 2))
     while math.gcd(step, n_features) > 1:
         step += 1
     shift, _ = SAMPLE_DIGIT
     _gram_sample_kernel[(triton.cdiv(n_rows, _BLOCK), triton.cdiv(n_cols, _BLOCK))](
-        x, x.stride(0), x.stride(1), inverse, inverse if state is None else state, search.histogram,
+        x, x.stride(0), x.stride(1), inverse, inverse if state is None else state, radix.histogram,
         x.shape[0], n_features, step, n_rows, n_cols,
         HAS_STATE=state is not None, IS_ABS=is_abs, SHIFT=shift, BLOCK=_BLOCK, BLOCK_M=_BLOCK_M,
         num_warps=4, num_stages=2, enable_fp_fusion=True,

@@ -3,18 +3,18 @@
     value[p] += sum_m x_hat[m, rows[p]] * x_hat[m, cols[p]],    x_hat[:, j] = x[:, j] * inverse[j]
 
 For the survivors of a pass over rounded columns; x may come slab by slab of its rows. After the last slab, how many of
-them reach the cut is counted: those are all pairs that do, see `topk_ortho.kernels.search`.
+them reach the bound is counted: those are all pairs that do, see `topk_ortho.kernels.radix_select`.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from topk_ortho.kernels.search import CUT, PASS, Search, stage_of
-from topk_ortho.kernels.tiles import n_multiprocessors
+from topk_ortho.kernels.launch import current_device
+from topk_ortho.kernels.radix_select import BOUND, PASS, RadixSelect, stage_of
 
 _BLOCK_PAIR, _BLOCK_M = 32, 64
-_PROGRAMS_PER_SM = 6  # by the registers of sm_100
+_PROGRAMS_PER_SM = 6  # what the registers of sm_100 allow
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _rescore_kernel(
     if stage_of(plan_ptr) != PASS:
         return
     n_records = tl.minimum(tl.load(n_survivors_ptr), capacity).to(tl.int32)
-    cut = tl.load(bounds_ptr + CUT)
+    bound = tl.load(bounds_ptr + BOUND)
     offs_m = tl.arange(0, BLOCK_M)
     n_certified = tl.zeros((), tl.int32)
     for first in range(tl.program_id(0) * BLOCK_PAIR, n_records, tl.num_programs(0) * BLOCK_PAIR):
@@ -54,21 +54,21 @@ def _rescore_kernel(
         if is_last > 0:
             value = tl.minimum(tl.maximum(value, -1.0), 1.0)
             similarity = tl.abs(value) if IS_ABS else value
-            n_certified += tl.sum((mask & (similarity >= cut)).to(tl.int32), axis=0)
+            n_certified += tl.sum((mask & (similarity >= bound)).to(tl.int32), axis=0)
         tl.store(values_ptr + pair, value, mask=mask)
     if is_last > 0:
         tl.atomic_add(n_certified_ptr, n_certified.to(tl.int64))
 
 
 def rescore(
-    x_slab: Tensor, inverse: Tensor, search: Search, values: Tensor, rows: Tensor, cols: Tensor,
+    x_slab: Tensor, inverse: Tensor, radix: RadixSelect, values: Tensor, rows: Tensor, cols: Tensor,
     *, is_first: bool, is_last: bool, is_abs: bool,
 ) -> None:  # fmt: skip
     """Add a slab [N, slab] of x, features in rows, to the values [capacity] of what is recorded."""
     capacity = values.numel()
-    n_programs = min(triton.cdiv(capacity, _BLOCK_PAIR), n_multiprocessors(x_slab.device) * _PROGRAMS_PER_SM)
+    n_programs = min(triton.cdiv(capacity, _BLOCK_PAIR), current_device().n_multiprocessors * _PROGRAMS_PER_SM)
     _rescore_kernel[(n_programs,)](
-        x_slab, x_slab.stride(0), x_slab.stride(1), inverse, search.plan, search.bounds, values, rows, cols,
-        search.n_survivors, search.n_certified, x_slab.shape[1], capacity, int(is_first), int(is_last),
+        x_slab, x_slab.stride(0), x_slab.stride(1), inverse, radix.plan, radix.bounds, values, rows, cols,
+        radix.n_survivors, radix.n_certified, x_slab.shape[1], capacity, int(is_first), int(is_last),
         IS_ABS=is_abs, BLOCK_PAIR=_BLOCK_PAIR, BLOCK_M=_BLOCK_M, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

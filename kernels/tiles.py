@@ -1,224 +1,26 @@
-"""The gram in tiles: which tile a program computes, the product of one, and how each architecture is best cut.
+"""Device code that the kernels over gram tiles share.
 
     gram[i, j] = sum_m x[m, i] * x[m, j],    tile (row, col) holds i in row * BLOCK + [0, BLOCK), j likewise
 
-Only tiles with row <= col are computed. Their order goes down bands of GROUP tile rows, column by column, so that the
-tiles in flight share columns of x in L2.
-
-Every kernel that computes tiles is persistent: a fixed number of programs, each taking every n-th tile. So a launch
-that has nothing to do ends at once, and what a program sums up does not depend on timing.
+Only tiles with row <= col are computed. Every kernel has the same two loops: over the tiles of its program, and over
+the four quarters of a tile, left to right. They are written out in each kernel, because a function of Triton cannot be
+handed the body of a loop; what they call is here. The quarters are there for the registers: what a kernel does with a
+whole tile at once would not fit them.
 """
 
-import functools
-from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""TRITON_INTERPRET=1 was set when the kernels were imported: they run on the CPU, in NumPy."""
-
-Kind = Literal["half", "tf32", "ieee"]
-"""Of the product: bf16 or fp16 operands; fp32 operands cut off to tf32; fp32 operands on the plain FMA units."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TileConfig:
-    """How a kernel that computes gram tiles is cut and launched."""
-
-    block: int
-    """Side of the square tile of the gram."""
-    block_m: int
-    """Rows of x at a step of the reduction."""
-    group: int
-    """Tile rows of a band of the order."""
-    num_warps: int
-    num_stages: int
-    programs_per_sm: int
-    """Programs that fit on a multiprocessor at once, by registers and shared memory."""
-    max_registers: int | None = None
-    """Registers a thread may use, None for what the compiler likes; for AMD they follow from the programs."""
-
-    def options(self, architecture: str) -> dict[str, Any]:
-        """Launch options of Triton."""
-        options: dict[str, Any] = {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "enable_fp_fusion": True,  # a default that Triton 3.10 changes
-        }
-        if architecture.startswith("gfx"):
-            options["waves_per_eu"] = max(1, self.programs_per_sm * self.num_warps // 4)  # 4 units share the waves
-        elif architecture.startswith("sm_") and self.max_registers is not None:
-            options["maxnreg"] = self.max_registers
-        return options
-
-
-# Chosen by the registers and shared memory that `python -m topk_ortho.kernels.compile_report` tells (Triton 3.9); none
-# was timed on its hardware yet. Tiles of 128 x 128: the largest that leave room for more than their sums.
-TILE_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
-    # One program of 8 warps on a multiprocessor: scaling, moments and row maxima take up to 255 registers a thread. The
-    # limit is named because ptxas, left alone, spills on sm_100 rather than exceed 128. sm_80: 32 to 48 KB of shared
-    # memory, so that consumer chips of compute capability 8.6, 8.9 and 12.0 (99 KB) can use its entries.
-    ("sm_80", "half"): TileConfig(
-        block=128, block_m=32, group=8, num_warps=8, num_stages=4, programs_per_sm=1, max_registers=255
-    ),
-    ("sm_80", "tf32"): TileConfig(
-        block=128, block_m=16, group=8, num_warps=8, num_stages=4, programs_per_sm=1, max_registers=255
-    ),
-    ("sm_90", "half"): TileConfig(
-        block=128, block_m=64, group=8, num_warps=8, num_stages=3, programs_per_sm=1, max_registers=255
-    ),
-    # 16 rows a step: 32 take all registers, for tf32 is transposed on its way into shared memory
-    ("sm_90", "tf32"): TileConfig(
-        block=128, block_m=16, group=8, num_warps=8, num_stages=4, programs_per_sm=1, max_registers=255
-    ),
-    # sums are in tensor memory
-    ("sm_100", "half"): TileConfig(
-        block=128, block_m=64, group=8, num_warps=8, num_stages=3, programs_per_sm=1, max_registers=255
-    ),
-    ("sm_100", "tf32"): TileConfig(
-        block=128, block_m=32, group=8, num_warps=8, num_stages=3, programs_per_sm=1, max_registers=255
-    ),
-    # 64 KB of LDS, which the sums pass through: one program. Its 8 waves may have 256 registers, and scaled bf16 spills
-    # with 64 rows a step. Here "ieee" has a matrix unit too.
-    ("gfx942", "half"): TileConfig(block=128, block_m=32, group=8, num_warps=8, num_stages=2, programs_per_sm=1),
-    ("gfx942", "tf32"): TileConfig(block=128, block_m=32, group=8, num_warps=8, num_stages=2, programs_per_sm=1),
-    ("gfx942", "ieee"): TileConfig(block=128, block_m=16, group=8, num_warps=8, num_stages=2, programs_per_sm=1),
-    # In NumPy a step costs its dispatch: few, large ones. Two programs, so that their order cannot matter unnoticed.
-    ("interpreter", "half"): TileConfig(block=64, block_m=256, group=2, num_warps=1, num_stages=1, programs_per_sm=2),
-}
-for _architecture in ("sm_80", "sm_90", "sm_100"):
-    # No matrix unit: 1024 of the 1143 to 1245 instructions of a step multiply and add; with tiles of 64, 512 of 620. Up
-    # to 255 registers too, but told so ptxas spills in gram_row_max, which it does not left alone.
-    TILE_CONFIGS[_architecture, "ieee"] = TileConfig(
-        block=128, block_m=16, group=8, num_warps=8, num_stages=2, programs_per_sm=1
-    )
-for _kind in ("tf32", "ieee"):
-    TILE_CONFIGS["interpreter", _kind] = TILE_CONFIGS["interpreter", "half"]
-
-# For the first pass, which neither scales nor takes moments: two programs on a multiprocessor, so that one multiplies
-# while the other looks for survivors. Where none is named, it does as the others.
-LEAN_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
-    # 4 warps of up to 255 registers: 8 of 128 spill. With 32 rows a step, 4 warps spill too.
-    ("sm_80", "half"): TileConfig(
-        block=128, block_m=16, group=8, num_warps=4, num_stages=5, programs_per_sm=2, max_registers=255
-    ),
-    ("sm_80", "tf32"): TileConfig(
-        block=128, block_m=16, group=8, num_warps=4, num_stages=4, programs_per_sm=2, max_registers=255
-    ),
-    # 65,536 / (2 * 256) = 128 registers a thread, which the epilogue keeps to without a spill because it goes through
-    # the tile by quarters; 96 KB (tf32: 64) of shared memory a program
-    ("sm_90", "half"): TileConfig(
-        block=128, block_m=64, group=8, num_warps=8, num_stages=3, programs_per_sm=2, max_registers=128
-    ),
-    ("sm_90", "tf32"): TileConfig(
-        block=128, block_m=16, group=8, num_warps=8, num_stages=4, programs_per_sm=2, max_registers=128
-    ),
-    ("sm_100", "half"): TileConfig(
-        block=128, block_m=64, group=8, num_warps=8, num_stages=3, programs_per_sm=2, max_registers=128
-    ),
-    ("sm_100", "tf32"): TileConfig(
-        block=128, block_m=32, group=8, num_warps=8, num_stages=3, programs_per_sm=2, max_registers=128
-    ),
-    # 4 waves each: up to 256 registers and 32 KB of LDS, half of what there is
-    ("gfx942", "half"): TileConfig(block=128, block_m=32, group=8, num_warps=4, num_stages=2, programs_per_sm=2),
-    ("gfx942", "tf32"): TileConfig(block=128, block_m=16, group=8, num_warps=4, num_stages=2, programs_per_sm=2),
-    ("gfx942", "ieee"): TileConfig(block=128, block_m=16, group=8, num_warps=4, num_stages=2, programs_per_sm=2),
-}
-
-
-@functools.cache
-def architecture_of(device: torch.device) -> str:
-    """Key of `TILE_CONFIGS` for a device: its own architecture, or the nearest with a table entry."""
-    if INTERPRETED.value:
-        return "interpreter"
-    if torch.version.hip is not None:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
-
-
-def has_tf32(device: torch.device) -> bool:
-    """Whether the matrix unit takes tf32: every NVIDIA architecture here, of AMD's only gfx942."""
-    return torch.version.hip is None or torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
-
-
-def tile_config(device: torch.device, kind: Kind) -> TileConfig:
-    """The entry of `TILE_CONFIGS` for a device."""
-    return TILE_CONFIGS[architecture_of(device), kind]
-
-
-def lean_config(device: torch.device, kind: Kind) -> TileConfig:
-    """The entry of `LEAN_CONFIGS` for a device, or what it does as the others."""
-    return LEAN_CONFIGS.get((architecture_of(device), kind)) or tile_config(device, kind)
-
-
-@functools.cache
-def n_multiprocessors(device: torch.device) -> int:
-    """Multiprocessors (NVIDIA) or compute units (AMD) of a device; 1 under the interpreter."""
-    return 1 if INTERPRETED.value else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Operand:
-    """What is multiplied: gram = (x * scale).T @ (x * scale), cosine = gram * factor[row] * factor[col]."""
-
-    x: Tensor
-    """[M, N] float32, bfloat16 or float16, any strides"""
-    factor: Tensor
-    """float32 [N]"""
-    scale: Tensor | None
-    """float32 [N] powers of two; None multiplies x as it is"""
-    kind: Kind
-    is_lean: bool = False
-    """`LEAN_CONFIGS` instead of `TILE_CONFIGS`"""
-
-    @property
-    def config(self) -> TileConfig:
-        """Its entry of the table."""
-        return (lean_config if self.is_lean else tile_config)(self.x.device, self.kind)
-
-    @property
-    def n_tiles(self) -> int:
-        """Tiles of the upper triangle."""
-        n_tile_rows = -(-self.x.shape[1] // self.config.block)
-        return n_tile_rows * (n_tile_rows + 1) // 2
-
-    @property
-    def n_programs(self) -> int:
-        """Programs of a launch."""
-        return min(self.n_tiles, n_multiprocessors(self.x.device) * self.config.programs_per_sm)
-
-    def arguments(self) -> dict[str, Any]:
-        """Arguments that every kernel over gram tiles takes."""
-        config = self.config
-        return {
-            "x_ptr": self.x,
-            "stride_xm": self.x.stride(0),
-            "stride_xn": self.x.stride(1),
-            "factor_ptr": self.factor,
-            "scale_ptr": self.scale if self.scale is not None else self.factor,
-            "M": self.x.shape[0],
-            "N": self.x.shape[1],
-            "BLOCK": config.block,
-            "BLOCK_M": config.block_m,
-            "GROUP": config.group,
-            "PRECISION": "tf32" if self.kind == "tf32" else "ieee",
-            "SCALED": self.scale is not None,
-            **config.options(architecture_of(self.x.device)),
-        }
+from topk_ortho.kernels.launch import INTERPRETED
 
 
 @triton.jit
 def triangle_tile(tile, n_tile_rows, GROUP: tl.constexpr):
-    """(row, col) of the tile with a given number, row <= col < n_tile_rows.
+    """(row, col) of the tile with the given number, row <= col < n_tile_rows.
 
-    Bands of GROUP rows follow each other. A band is a triangle at the diagonal and a rectangle right of it; both are
-    numbered column by column. Square roots give the place to within one, integers settle it: exact for every tile of
+    Tiles are numbered band by band, a band being GROUP tile rows, so that the tiles in flight share columns of x in L2.
+    A band is a triangle at the diagonal and a rectangle to the right of it; both are numbered column by column. Square
+    roots give the place to within one, and integer comparisons settle it: the result is exact for every tile of
     N = 2**20, see tests/kernels/test_tiles.py.
     """
     tile = tl.cast(tile, tl.int64)
@@ -246,7 +48,7 @@ def triangle_tile(tile, n_tile_rows, GROUP: tl.constexpr):
 @triton.jit
 def product(a, b, accumulator, PRECISION: tl.constexpr):
     """accumulator + a.T @ b for a [BLOCK_M, rows], b [BLOCK_M, cols], accumulated in float32."""
-    if INTERPRETED:  # it multiplies the bits of bf16 as integers
+    if INTERPRETED:  # the interpreter multiplies the bits of bf16 as integers
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(tl.trans(a), b, accumulator, input_precision=PRECISION)
@@ -254,8 +56,8 @@ def product(a, b, accumulator, PRECISION: tl.constexpr):
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
-    """float32 x in another floating dtype, to nearest, ties to even."""
-    if INTERPRETED and dtype == tl.bfloat16:  # it cuts the bits off
+    """float32 x rounded to another floating dtype, to nearest, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter drops the lower bits
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
     return x.to(dtype)
@@ -268,7 +70,7 @@ def gram_tile(
     M, N, first_row, first_col,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Tile [BLOCK, BLOCK] of the gram whose corner is (first_row, first_col); 0 outside N."""
+    """Tile [BLOCK, BLOCK] of the gram with its corner at (first_row, first_col); 0 beyond column N."""
     offs_m = tl.arange(0, BLOCK_M)
     offs_row = first_row + tl.arange(0, BLOCK)
     offs_col = first_col + tl.arange(0, BLOCK)
@@ -302,7 +104,7 @@ def _halves(tile):
 
 @triton.jit
 def quarters(tile):
-    """The four column quarters of a tile, left to right: epilogues go through them one by one, to live in registers."""
+    """The four quarters of the columns of a tile, left to right."""
     left, right = _halves(tile)
     first, second = _halves(left)
     third, fourth = _halves(right)
@@ -310,11 +112,29 @@ def quarters(tile):
 
 
 @triton.jit
-def cosines(gram, factor_ptr, offs_row, offs_col, N):
-    """Cosines of a part of a tile; NaN, which every comparison refuses, where there is no pair row < col < N."""
+def quartered_tile(
+    tile, n_tile_rows,
+    x_ptr, stride_xm, stride_xn,  # [M, N]
+    scale_ptr,                    # [N] float32
+    M, N,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """(quarters of the tile with the given number, its rows [BLOCK], its first column)."""
+    tile_row, tile_col = triangle_tile(tile, n_tile_rows, GROUP)
+    first_row, first_col = tile_row * BLOCK, tile_col * BLOCK
+    gram = gram_tile(
+        x_ptr, stride_xm, stride_xn, scale_ptr, M, N, first_row, first_col, BLOCK, BLOCK_M, PRECISION, SCALED
+    )
+    return quarters(gram), first_row + tl.arange(0, BLOCK), first_col
+
+
+@triton.jit
+def cosines(gram, factor_ptr, offs_row, offs_col, N, NO_PAIR: tl.constexpr):
+    """Cosines of a part of a tile, within [-1, 1]; NO_PAIR where row < col < N does not hold."""
     factor_row = tl.load(factor_ptr + offs_row, mask=offs_row < N, other=0.0)
     factor_col = tl.load(factor_ptr + offs_col, mask=offs_col < N, other=0.0)
     cosine = gram * factor_row[:, None] * factor_col[None, :]
     cosine = tl.minimum(tl.maximum(cosine, -1.0), 1.0)
     is_pair = (offs_row[:, None] < offs_col[None, :]) & (offs_col < N)[None, :]
-    return tl.where(is_pair, cosine, float("nan"))
+    return tl.where(is_pair, cosine, NO_PAIR)

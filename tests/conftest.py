@@ -17,7 +17,7 @@ from topk_ortho.backends.sparse.backend import SparseBackend
 from topk_ortho.backends.sparse.products import Slabs
 from topk_ortho.backends.tiled import TiledBackend, TileShape
 from topk_ortho.backends.triton import TritonBackend
-from topk_ortho.kernels import tiles
+from topk_ortho.kernels import launch
 from topk_ortho.warm_start import SampleSizes
 
 _COMMON = {
@@ -35,7 +35,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 torch.set_num_threads(2)
 
 
-if tiles.INTERPRETED:
+if launch.INTERPRETED:
     # At every call of a device function the interpreter searches Triton's modules for what it has to patch, which takes
     # longer than the call. What it finds at the first search does not change.
     from triton.runtime import interpreter
@@ -72,31 +72,31 @@ BACKEND_CASES: dict[str, tuple[str, Any]] = {
 _WITH_KERNELS = ("triton", "triton_screened", "sparse_kernels")
 # The interpreter takes a millisecond for each program of a launch, and there is one for each non-zero: the suite goes
 # through these kernels on a GPU, tests/backends/test_sparse.py always.
-_SUITE = [name for name in BACKEND_CASES if name != "sparse_kernels" or not tiles.INTERPRETED]
+_SUITE = [name for name in BACKEND_CASES if name != "sparse_kernels" or not launch.INTERPRETED]
 
 
 def _parameters(*names: str) -> list[object]:
-    on_gpu = [] if tiles.INTERPRETED else [pytest.mark.gpu]
+    on_gpu = [] if launch.INTERPRETED else [pytest.mark.gpu]
     return [pytest.param(name, marks=on_gpu if name in _WITH_KERNELS else []) for name in names]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """On a GPU the tests of the kernels and of their backend are GPU tests like any."""
     for item in items:
-        if not tiles.INTERPRETED and ("kernels" in item.path.parts or item.path.name == "test_triton.py"):
+        if not launch.INTERPRETED and ("kernels" in item.path.parts or item.path.name == "test_triton.py"):
             item.add_marker(pytest.mark.gpu)
 
 
 def use_case(name: str, patch: pytest.MonkeyPatch) -> str:
     """Put a backend of `BACKEND_CASES` in the place of the one that its name means."""
     backend_name, backend = BACKEND_CASES[name]
-    if name in _WITH_KERNELS and not tiles.INTERPRETED:
+    if name in _WITH_KERNELS and not launch.INTERPRETED:
         backend = OnDevice(backend, "cuda")
     elif backend_name == "triton":
         block = 64 if name == "triton_screened" else 32
-        config = tiles.TileConfig(block=block, block_m=32, group=2, num_warps=1, num_stages=1, programs_per_sm=2)
+        config = launch.TileConfig(block=block, block_m=32, group=2, num_warps=1, num_stages=1, programs_per_sm=2)
         for kind in ("half", "tf32", "ieee"):
-            patch.setitem(tiles.TILE_CONFIGS, ("interpreter", kind), config)
+            patch.setitem(launch.TILE_CONFIGS, ("interpreter", kind), config)
     patch.setitem(registry.BACKENDS, backend_name, backend)
     return backend_name
 

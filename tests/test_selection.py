@@ -201,7 +201,7 @@ class TestSurvivors:
         assert (survivors.n_overflows, survivors.bound, survivors.bound_index) == (1, 0.5, 1)
 
     def test_a_tie_with_the_bound_survives_only_below_its_index(self):
-        """The bound rises to a value at index 5 of a panel; tiles to come in the panel hold lower and higher indices."""
+        """The bound rises to a value at index 5; tiles to come in the panel hold lower and higher indices."""
         survivors = Survivors(Query(k=3), -1.0, capacity=3)
         survivors.add(torch.tensor([0.9, 0.5, 0.5, 0.5]), torch.tensor([8, 2, 5, 6]))
         assert (survivors.bound, survivors.bound_index) == (0.5, 5)

@@ -30,7 +30,7 @@ from topk_ortho import (
     topk_ortho_loss,
     topk_pairs,
 )
-from topk_ortho.kernels import tiles
+from topk_ortho.kernels import launch
 
 N_PAIRS = 43 * 42 // 2
 
@@ -68,7 +68,7 @@ selections = pytest.mark.parametrize(("arguments", "k"), SELECTIONS.values(), id
 
 
 with_kernels = pytest.mark.parametrize(
-    "engine", ["sparse", "sparse_kernels"] if tiles.INTERPRETED else ["sparse"], indirect=True
+    "engine", ["sparse", "sparse_kernels"] if launch.INTERPRETED else ["sparse"], indirect=True
 )
 """Plain torch and kernels; on a GPU the kernels are tested by tests/test_gpu.py."""
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,50 +18,50 @@ from tests.inputs import activations, dyadic, normal, seeded
 from tests.tolerances import assert_selection, assert_within, cosine_bound, float64, loss_bound
 from topk_ortho import TopKPairs, initial_state, max_cosine_loss, topk_pairs
 from topk_ortho.backends import tiled
-from topk_ortho.backends.base import Query
+from topk_ortho.backends.base import WeightedPairs
+from topk_ortho.backends.naive import NaiveBackend
 from topk_ortho.backends.norms import column_norms
-from topk_ortho.selection import Survivors
+from topk_ortho.backends.survivors import Survivors
+from topk_ortho.backends.tiled import TiledBackend, TileShape
+from topk_ortho.definitions import Query
+from topk_ortho.warm_start import SampleSizes
 
 SHAPES = [(5, 7), (16, 32), (8, 8), (1, 1), (1, 50), (9, 200)]
 """Tile shapes; never fewer columns than rows."""
 
 
-@pytest.fixture
-def tile(monkeypatch):
-    """Set the tile shape of the CPU."""
-    return lambda rows, cols: monkeypatch.setattr(tiled, "_CPU_TILE", tiled._TileShape(rows, cols))
+SMALL = TiledBackend(tile=TileShape(48, 64))
+WITHOUT_SAMPLE = SampleSizes(least_features=2**30)
 
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Records the `Survivors` of every pass in `made`; `capacity_forced` replaces their capacity."""
+    """Records the `Survivors` of every pass in `made`."""
 
     class Recorded(Survivors):
         made: ClassVar[list[Survivors]] = []
-        capacity_forced = None
 
-        def __init__(self, query, guess):
-            super().__init__(query, guess)
-            self.capacity = Recorded.capacity_forced or self.capacity
+        def __init__(self, query, guess, capacity):
+            super().__init__(query, guess, capacity)
             self.first_guess, self.most_records, self.most_added = guess, 0, 0
             Recorded.made.append(self)
 
-        def add(self, values, index):
+        def add(self, cosines, index):
             self.most_added = max(self.most_added, index.numel())
-            super().add(values, index)
-            self.most_records = max(self.most_records, sum(map(len, self._index)))
+            super().add(cosines, index)
+            self.most_records = max(self.most_records, self.n_records)
 
     monkeypatch.setattr(tiled, "Survivors", Recorded)
     return Recorded
 
 
-def select(x, k, state=None, **query):
+def select(x, k, state=None, *, backend=SMALL, **query):
     """A selection of the backend, unpacked."""
-    selection = tiled.select_pairs(x, Query(k=k, **query), state)
+    selection = backend.topk_pairs(x, Query(k=k, **query), state)
     p = int(selection.n_selected)
     tau = query.get("tau") if query.get("n_std") is None else selection.tau
     pairs = TopKPairs(
-        selection.rows[:p], selection.cols[:p], selection.values[:p], selection.threshold, tau, x.shape[1], k
+        selection.rows[:p], selection.cols[:p], selection.cosines[:p], selection.threshold, tau, x.shape[1], k
     )
     return pairs, selection
 
@@ -77,14 +78,13 @@ class TestTiles:
 
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     @pytest.mark.parametrize("n", [2, 7, 8, 15, 16, 17, 32, 33, 43])
-    def test_cover(self, n, shape, tile):
-        tile(*shape)
+    def test_cover(self, n, shape):
         x = normal(6, n)
         norms = column_norms(x)
         gram = (x / norms).double().T @ x.double()
         seen = torch.zeros(n, n, dtype=torch.int64)
         highest_of_earlier_panels, panel = -1, 0
-        for row, col, products in tiled._upper_tiles(x, norms):
+        for row, col, products in tiled.upper_tiles(x, norms, TileShape(min(shape[0], n), min(shape[1], n))):
             assert row % shape[0] == 0
             n_rows, n_cols = products.shape
             assert n_rows <= shape[0]
@@ -103,29 +103,29 @@ class TestTiles:
 
     @settings(max_examples=100)
     @given(data=st.data())
-    def test_any_shape_any_ties(self, data, tile, passes):
+    def test_any_shape_any_ties(self, data):
         rows = data.draw(st.integers(1, 20))
-        tile(rows, data.draw(st.integers(rows, 40)))
+        tile = TileShape(rows, data.draw(st.integers(rows, 40)))
         n = data.draw(st.integers(2, 60))
         x = dyadic(6, n, seed=data.draw(st.integers(0, 20)))
         k = data.draw(st.integers(1, n * (n - 1) // 2))
-        passes.capacity_forced = k + data.draw(st.sampled_from([0, 1, 5, 10_000]))
+        backend = TiledBackend(tile=tile, capacity=k + data.draw(st.sampled_from([0, 1, 5, 10_000])))
         tau = data.draw(st.sampled_from([None, None, 0.0, 0.25]))
         similarity = data.draw(st.sampled_from(["abs", "positive"]))
         state = data.draw(st.none() | st.sampled_from([0.0, 0.24, 0.25, 0.5, 0.75, 1.0]))
         state = None if state is None else torch.tensor([state, 0.1, 1.0])
-        pairs, _ = select(x, k, state, tau=tau, similarity=similarity)
+        pairs, _ = select(x, k, state, backend=backend, tau=tau, similarity=similarity)
         assert_equals_oracle(pairs, x, k, tau=tau, similarity=similarity)
 
     @given(data=st.data())
-    def test_row_max_of_any_shape(self, data, tile):
+    def test_max_cosine_of_any_shape(self, data):
         rows = data.draw(st.integers(1, 20))
-        tile(rows, data.draw(st.integers(rows, 40)))
+        tile = TileShape(rows, data.draw(st.integers(rows, 40)))
         n = data.draw(st.integers(2, 60))
         x = dyadic(6, n, seed=data.draw(st.integers(0, 20)))
-        result = tiled.row_max(x, None, "highest")
+        result = TiledBackend(tile=tile).max_cosine(x, None, "highest")
         values, partners = oracle.max_cosines(float64(x))
-        assert result.values.tolist() == values.tolist()
+        assert result.cosines.tolist() == values.tolist()
         assert result.partners.tolist() == partners.tolist()
 
     @pytest.mark.parametrize("make", [normal, activations, dyadic])
@@ -168,25 +168,23 @@ class TestGuess:
     @adversaries
     @pytest.mark.parametrize("guess", [-1.0, 0.0, 0.25, 0.5, 0.999, 2.0], ids=str)
     @pytest.mark.parametrize("similarity", ["abs", "positive"])
-    def test_exact(self, x, guess, similarity, tile, passes, monkeypatch):
-        tile(48, 64)
-        monkeypatch.setattr(tiled, "_guess", lambda *_: guess)
-        pairs, selection = select(x, self.k, similarity=similarity, state=torch.tensor([guess, 0.1, 1.0]))
+    def test_exact(self, x, guess, similarity, passes):
+        backend = replace(SMALL, sample=WITHOUT_SAMPLE)
+        state = torch.tensor([guess, 0.1, 1.0])
+        pairs, selection = select(x, self.k, state, backend=backend, similarity=similarity)
         assert_selection(pairs, x, k=self.k, similarity=similarity)
-        assert passes.made[0].first_guess == max(guess, 0.0 if similarity == "positive" else -1.0)
+        assert passes.made[0].first_guess == pytest.approx(max(guess, 0.0 if similarity == "positive" else -1.0))
         assert len(passes.made) == selection.state[2] <= 2
 
-    def test_too_high_takes_a_second_pass(self, tile, passes):
-        tile(48, 64)
+    def test_too_high_takes_a_second_pass(self, passes):
         x = ADVERSARIES["no_ties"]
         pairs, selection = select(x, self.k, state=torch.tensor([0.999, 0.1, 1.0]))
         assert selection.state[2] == 2
         assert [p.first_guess for p in passes.made] == [pytest.approx(0.999), -1.0]
         assert_selection(pairs, x, k=self.k)
 
-    def test_high_guess_below_tau_needs_no_second_pass(self, tile, passes):
+    def test_high_guess_below_tau_needs_no_second_pass(self, passes):
         """All pairs above tau have survived: that there are fewer than k is the answer."""
-        tile(48, 64)
         x = ADVERSARIES["no_ties"]
         pairs, selection = select(x, 19_000, tau=0.6, state=torch.tensor([0.5, 0.1, 1.0]))
         assert len(pairs.rows) < 19_000
@@ -194,16 +192,14 @@ class TestGuess:
         assert_selection(pairs, x, k=19_000, tau=0.6)
 
     @pytest.mark.parametrize("n_std", [-0.5, 0.0, 1.0, 2.0])
-    def test_guess_on_either_side_of_an_adaptive_tau(self, n_std, tile, passes):
-        tile(48, 64)
+    def test_guess_on_either_side_of_an_adaptive_tau(self, n_std, passes):
         x = ADVERSARIES["no_ties"]
         for guess in (0.0, 0.1, 0.3, 0.5, 0.9):
             pairs, _ = select(x, 8000, n_std=n_std, state=torch.tensor([guess, 0.1, 1.0]))
             assert_selection(pairs, x, k=8000, tau="adaptive", n_std=n_std)
 
-    def test_sample_finds_a_good_guess(self, tile, passes):
+    def test_sample_finds_a_good_guess(self, passes):
         """One pass, and not many more records than wanted."""
-        tile(48, 64)
         for seed in range(5):
             x = normal(12, 300, seed=seed)
             passes.made.clear()
@@ -213,9 +209,8 @@ class TestGuess:
             assert 0 < only.first_guess <= pairs.threshold
             assert 2000 <= only.most_records < 3000
 
-    def test_misleading_sample(self, tile, passes):
+    def test_misleading_sample(self, passes):
         """The sampled columns are all alike, the others not: the guess is 1, or just below."""
-        tile(48, 64)
         sampled = torch.randperm(200, generator=seeded(0))[:125]
         x = normal(12, 200, seed=2)
         x[:, sampled] = x[:, sampled[:1]] * torch.arange(1, 126)
@@ -224,20 +219,17 @@ class TestGuess:
         assert passes.made[0].first_guess > 0.99
         assert_selection(pairs, x, k=9000)
 
-    def test_sample_that_sees_only_zeros(self, tile, passes):
+    def test_sample_that_sees_only_zeros(self, passes):
         """The sampled columns are dead: the guess is no help, and records overflow."""
-        tile(48, 64)
-        passes.capacity_forced = 600
         sampled = torch.randperm(200, generator=seeded(0))[:125]
         x = normal(12, 200, seed=2)
         x[:, sampled] = 0
-        pairs, _ = select(x, 500)
+        pairs, _ = select(x, 500, backend=replace(SMALL, capacity=600))
         assert passes.made[0].first_guess <= 0
         assert passes.made[0].n_overflows > 0
         assert_selection(pairs, x, k=500)
 
-    def test_warm_start_passes_over_less(self, tile, passes):
-        tile(48, 64)
+    def test_warm_start_passes_over_less(self, passes):
         x = ADVERSARIES["no_ties"]
         _, cold = select(x, self.k, state=torch.tensor([-1.0, 0.15, 0.0]))
         passes.made.clear()
@@ -249,16 +241,13 @@ class TestGuess:
 
 
 class TestOverflow:
-    """Records in excess of the capacity raise the cut; memory stays bounded, nothing is lost."""
+    """Records in excess of the capacity raise the bound; memory stays bounded, nothing is lost."""
 
     @adversaries
     @pytest.mark.parametrize("k", [1, 2, 501, 5000])
     @pytest.mark.parametrize("spare", [0, 100])
-    def test_bounded_and_exact(self, x, k, spare, tile, passes, monkeypatch):
-        tile(48, 64)
-        monkeypatch.setattr(tiled, "_guess", lambda *_: -1.0)
-        passes.capacity_forced = k + spare
-        pairs, _ = select(x, k)
+    def test_bounded_and_exact(self, x, k, spare, passes):
+        pairs, _ = select(x, k, backend=replace(SMALL, sample=WITHOUT_SAMPLE, capacity=k + spare))
         assert_selection(pairs, x, k=k)
         (only,) = passes.made
         assert only.n_overflows > 0
@@ -267,42 +256,35 @@ class TestOverflow:
 
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     @pytest.mark.parametrize("similarity", ["abs", "positive"])
-    def test_ties_at_the_cut(self, shape, similarity, tile, passes):
-        """The cut rises in mid-panel to a value that pairs to come share, some of lower and some of higher index."""
-        tile(*shape)
+    def test_ties_at_the_bound(self, shape, similarity, passes):
+        """The bound rises in mid-panel to a value that pairs to come share, some of lower and some of higher index."""
         x = dyadic(6, 43, seed=3)
         for k in (1, 3, 20, 77, 300):
-            passes.capacity_forced = k
-            pairs, _ = select(x, k, similarity=similarity)
+            backend = TiledBackend(tile=TileShape(*shape), capacity=k)
+            pairs, _ = select(x, k, backend=backend, similarity=similarity)
             assert_equals_oracle(pairs, x, k, similarity=similarity)
         assert passes.made[0].n_overflows > 0
 
-    def test_zeros_at_the_cut(self, tile, passes):
+    def test_zeros_at_the_bound(self, passes):
         """Zeros are pairs like others, the last of the order."""
-        tile(5, 7)
         x = torch.eye(43)
         x[:, 30] = x[:, 20]
         for k in (1, 2, 10, 50, 902, 903):
-            passes.capacity_forced = k
-            pairs, _ = select(x, k)
+            pairs, _ = select(x, k, backend=TiledBackend(tile=TileShape(5, 7), capacity=k))
             assert_equals_oracle(pairs, x, k)
 
     @pytest.mark.parametrize("tau", [0.0, 0.2, 0.25])
-    def test_with_a_floor(self, tau, tile, passes):
-        tile(5, 7)
+    def test_with_a_floor(self, tau, passes):
         x = dyadic(6, 43, seed=4)
         for k in (10, 200, 903):
-            passes.capacity_forced = k
-            pairs, _ = select(x, k, tau=tau)
+            pairs, _ = select(x, k, backend=TiledBackend(tile=TileShape(5, 7), capacity=k), tau=tau)
             assert_equals_oracle(pairs, x, k, tau=tau)
 
-    def test_moments_count_every_pair(self, tile, passes):
+    def test_moments_count_every_pair(self, passes):
         """An adaptive tau is of all pairs, recorded or not."""
-        tile(5, 7)
         x = normal(12, 43, seed=5)
         for capacity in (50, 10_000):
-            passes.capacity_forced = capacity
-            pairs, _ = select(x, 50, n_std=0.5)
+            pairs, _ = select(x, 50, backend=TiledBackend(tile=TileShape(5, 7), capacity=capacity), n_std=0.5)
             assert_selection(pairs, x, k=50, tau="adaptive", n_std=0.5)
 
 
@@ -327,39 +309,39 @@ class TestMemory:
     """Neither N x N nor M x k values exist at any time."""
 
     def test_the_mode_sees_what_the_reference_makes(self):
-        from topk_ortho.backends import naive
-
         with _LargestTensor() as largest:
-            naive.select_pairs(normal(8, 300), Query(k=10), None)
+            NaiveBackend().topk_pairs(normal(8, 300), Query(k=10), None)
         assert largest.n_elements >= 300 * 299 // 2
 
     @pytest.mark.parametrize("query", [{}, {"n_std": 1.0}, {"similarity": "positive"}], ids=str)
     @pytest.mark.parametrize("make", [normal, torch.ones], ids=["normal", "all_equal"])
-    def test_select_pairs(self, query, make, tile):
-        tile(64, 128)
+    def test_topk_pairs(self, query, make):
+        backend = TiledBackend(tile=TileShape(64, 128))
         n, m, k = 1500, 20, 1000
         x = make(m, n)
         with _LargestTensor() as largest:
-            tiled.select_pairs(x, Query(k=k, **query), None)
-        most = max(x.numel(), 2 * k + 2**14 + 64 * 128, tiled._SAMPLE_ROWS * tiled._SAMPLE_COLS)
+            backend.topk_pairs(x, Query(k=k, **query), None)
+        sample = backend.sample.rows * backend.sample.cols
+        most = max(x.numel(), 2 * k + 2**14 + 64 * 128, sample)
         assert largest.n_elements <= most, largest.where
         assert most < n * n / 2
 
-    def test_row_max(self, tile):
-        tile(64, 128)
+    def test_max_cosine(self):
+        backend = TiledBackend(tile=TileShape(64, 128))
         x = normal(20, 1500)
         with _LargestTensor() as largest:
-            tiled.row_max(x, None, "highest")
-            tiled.row_max(x, torch.arange(1500).tensor_split(3), "highest")
+            backend.max_cosine(x, None, "highest")
+            backend.max_cosine(x, torch.arange(1500).tensor_split(3), "highest")
         assert largest.n_elements <= x.numel(), largest.where
 
     def test_pair_gradient(self):
         n, m, k = 400, 64, 20_000
         x = normal(m, n)
-        selection = tiled.select_pairs(x, Query(k=k), None)
-        weights = torch.ones(k)
+        backend = TiledBackend()
+        selection = backend.topk_pairs(x, Query(k=k), None)
+        pairs = WeightedPairs(selection.rows, selection.cols, torch.ones(k), torch.ones(k))
         with _LargestTensor() as largest:
-            tiled.pair_gradient(x, selection.norms, selection.rows, selection.cols, selection.values, weights, weights)
+            backend.pair_gradient(x, selection.norms, selection.cosines, pairs)
         most = max(x.numel(), 2 * k)
         assert largest.n_elements <= most, largest.where
         assert most < min(n * n / 2, m * k / 10)
@@ -427,14 +409,14 @@ class TestPrecision:
     """The word decides the products, and is forgotten afterwards."""
 
     @pytest.mark.parametrize(("word", "setting"), [("highest", "ieee"), ("high", "tf32"), ("medium", "bf16")])
-    @pytest.mark.parametrize("op", ["select_pairs", "row_max"])
+    @pytest.mark.parametrize("op", ["topk_pairs", "max_cosine"])
     def test_of_the_products(self, op, word, setting):
         before = torch.backends.mkldnn.matmul.fp32_precision
         with _MatmulPrecisions() as precisions:
-            if op == "select_pairs":
-                tiled.select_pairs(normal(8, 200), Query(k=10, precision=word), None)
+            if op == "topk_pairs":
+                TiledBackend().topk_pairs(normal(8, 200), Query(k=10, precision=word), None)
             else:
-                tiled.row_max(normal(8, 200), torch.arange(200).tensor_split(2), word)
+                TiledBackend().max_cosine(normal(8, 200), torch.arange(200).tensor_split(2), word)
         assert precisions.seen == {setting}
         assert torch.backends.mkldnn.matmul.fp32_precision == before
 
@@ -445,7 +427,7 @@ class TestPrecision:
         torch.backends.mkldnn.matmul.fp32_precision = "none"
         try:
             parent.fp32_precision = "bf16"
-            tiled.select_pairs(normal(8, 200), Query(k=10), None)
+            TiledBackend().topk_pairs(normal(8, 200), Query(k=10), None)
             assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
             parent.fp32_precision = "ieee"
             assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
@@ -455,10 +437,14 @@ class TestPrecision:
 
     def test_threads_do_not_mix_their_precisions(self):
         x, words = normal(64, 400), ["highest", "medium"] * 8
-        expected = {word: tiled.select_pairs(x, Query(k=99, precision=word), None).values for word in set(words)}
+        expected = {
+            word: TiledBackend().topk_pairs(x, Query(k=99, precision=word), None).cosines for word in set(words)
+        }
         before = torch.backends.mkldnn.matmul.fp32_precision
         with ThreadPoolExecutor(4) as threads:
-            values = list(threads.map(lambda w: tiled.select_pairs(x, Query(k=99, precision=w), None).values, words))
+            values = list(
+                threads.map(lambda w: TiledBackend().topk_pairs(x, Query(k=99, precision=w), None).cosines, words)
+            )
         assert all(torch.equal(v, expected[word]) for v, word in zip(values, words, strict=True))
         assert torch.backends.mkldnn.matmul.fp32_precision == before
 
@@ -468,7 +454,7 @@ class TestPrecision:
 
         before = torch.backends.mkldnn.matmul.fp32_precision
         monkeypatch.setattr(Survivors, "add", fail)
-        monkeypatch.setattr(tiled, "_row_max_of_all", fail)
+        monkeypatch.setattr(TiledBackend, "_max_cosine_of_all", fail)
         with pytest.raises(MemoryError, match="no room"):
             topk_pairs(normal(8, 20), k=3, precision="medium", backend="tiled")
         with pytest.raises(MemoryError, match="no room"):

@@ -1,21 +1,27 @@
 """What the Triton backend does beyond the interface: where it runs, what it reads, how it cuts its work."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.language import constexpr
 
 from tests import oracle
 from tests.conftest import use_case
 from tests.inputs import FLOATING, activations, normal, seeded
 from tests.tolerances import assert_gradient, assert_within, cosine_bound, float64, gradient_bound
 from topk_ortho import custom_ops, initial_state, topk_ortho_loss, topk_pairs
-from topk_ortho.backends import registry, tiled, triton
-from topk_ortho.backends.base import Query, may_wait
+from topk_ortho.backends import device as devices
+from topk_ortho.backends import registry, triton
+from topk_ortho.backends.base import WeightedPairs
+from topk_ortho.backends.device import kernels_unavailable_reason, may_synchronize
 from topk_ortho.backends.registry import BACKENDS, resolve_backend
-from topk_ortho.kernels import tiles
+from topk_ortho.backends.tiled import TiledBackend
+from topk_ortho.backends.triton import TritonBackend
+from topk_ortho.definitions import Query
+from topk_ortho.kernels import launch
 
-on_the_cpu = pytest.mark.skipif(not tiles.INTERPRETED, reason="it runs the kernels on the CPU, and here is a GPU")
+on_the_cpu = pytest.mark.skipif(not launch.INTERPRETED, reason="it runs the kernels on the CPU, and here is a GPU")
 
 
 @pytest.fixture(params=["triton", "triton_screened"])
@@ -29,7 +35,7 @@ class TestAvailability:
 
     @pytest.fixture(autouse=True)
     def _compiled(self, monkeypatch):
-        monkeypatch.setattr(triton, "INTERPRETED", False)
+        monkeypatch.setattr(devices, "INTERPRETED", False)
 
     @pytest.mark.parametrize(
         ("device", "capability", "reason"),
@@ -43,38 +49,38 @@ class TestAvailability:
         ],
     )
     def test_devices(self, device, capability, reason, monkeypatch):
-        monkeypatch.setattr(triton, "TRITON_VERSION", (3, 9))
+        monkeypatch.setattr(devices, "TRITON_VERSION", (3, 9))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
-        actual = triton.unavailable_reason(torch.device(device))
+        actual = kernels_unavailable_reason(torch.device(device))
         assert actual is None if reason is None else reason in actual
 
     @pytest.mark.parametrize(("capability", "is_available"), [((9, 0), True), ((10, 0), False), ((12, 0), True)])
     def test_blackwell_needs_a_later_triton(self, capability, is_available, monkeypatch):
-        monkeypatch.setattr(triton, "TRITON_VERSION", (3, 6))
+        monkeypatch.setattr(devices, "TRITON_VERSION", (3, 6))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        reason = triton.unavailable_reason(torch.device("cuda"))
+        reason = kernels_unavailable_reason(torch.device("cuda"))
         assert reason is None if is_available else "needs Triton 3.9 for compute capability 10.0" in reason
 
     def test_rocm_has_no_compute_capability(self, monkeypatch):
         monkeypatch.setattr(torch.version, "hip", "7.0")
-        assert triton.unavailable_reason(torch.device("cuda")) is None
+        assert kernels_unavailable_reason(torch.device("cuda")) is None
 
     def test_without_triton(self, monkeypatch):
         reason = "Triton 3.6 or later could not be imported (no such module)"
-        monkeypatch.setattr(triton, "IMPORT_ERROR", reason)
-        assert triton.unavailable_reason(torch.device("cuda")) == reason
+        monkeypatch.setattr(devices, "IMPORT_ERROR", reason)
+        assert kernels_unavailable_reason(torch.device("cuda")) == reason
         with pytest.raises(ValueError, match=r"got 'triton': Triton 3\.6 or later could not be imported"):
             topk_pairs(torch.eye(3), backend="triton")
 
     def test_interpreted_kernels_are_for_the_cpu(self, monkeypatch):
-        monkeypatch.setattr(triton, "INTERPRETED", True)
-        assert triton.unavailable_reason(torch.device("cpu")) is None
-        assert "CPU tensors only" in triton.unavailable_reason(torch.device("cuda"))
+        monkeypatch.setattr(devices, "INTERPRETED", True)
+        assert kernels_unavailable_reason(torch.device("cpu")) is None
+        assert "CPU tensors only" in kernels_unavailable_reason(torch.device("cuda"))
 
     @pytest.mark.parametrize(("reason", "expected"), [(None, "triton"), ("it rains", "tiled")])
     def test_auto(self, reason, expected, monkeypatch):
-        monkeypatch.setattr(triton, "unavailable_reason", lambda device: reason)
+        monkeypatch.setattr(triton, "kernels_unavailable_reason", lambda device: reason)
         assert resolve_backend("auto", torch.device("cuda")) == expected
         assert resolve_backend("auto", torch.device("cpu")) == "auto"  # until it sees the data
 
@@ -84,18 +90,8 @@ class TestAvailability:
 
     def test_available_on_this_machine(self, monkeypatch):
         assert "triton" not in registry.available_backends()
-        monkeypatch.setattr(triton, "INTERPRETED", True)
+        monkeypatch.setattr(devices, "INTERPRETED", True)
         assert "triton" in registry.available_backends()
-
-    @pytest.mark.parametrize(
-        ("capability", "architecture"),
-        [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((12, 0), "sm_80")],
-    )
-    def test_architectures_have_a_table_entry(self, capability, architecture, monkeypatch):
-        monkeypatch.setattr(tiles, "INTERPRETED", constexpr(False))
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        assert tiles.architecture_of.__wrapped__(torch.device("cuda")) == architecture
-        assert all((architecture, kind) in tiles.TILE_CONFIGS for kind in ("half", "tf32", "ieee"))
 
 
 class _HostReads(TorchDispatchMode):
@@ -137,29 +133,29 @@ class TestTheWarmPath:
     @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
     @pytest.mark.usefixtures("_small_pieces")
     def test_no_host_reads(self, arguments, guess, monkeypatch):
-        monkeypatch.setattr(triton, "may_wait", lambda device, state: state is None)
+        monkeypatch.setattr(triton, "may_synchronize", lambda device, state: state is None)
         x, state = normal(24, 43), torch.tensor([guess, 0.15, 1.0])
         with _HostReads() as reads:
-            selection = BACKENDS["triton"].select_pairs(x, Query(k=60, **arguments), state)
-            weights = selection.values * 0.5
-            pairs = (selection.rows, selection.cols, selection.values, weights, weights)
-            BACKENDS["triton"].pair_gradient(x, selection.norms, *pairs)
+            selection = BACKENDS["triton"].topk_pairs(x, Query(k=60, **arguments), state)
+            weights = selection.cosines * 0.5
+            pairs = WeightedPairs(selection.rows, selection.cols, weights, weights)
+            BACKENDS["triton"].pair_gradient(x, selection.norms, selection.cosines, pairs)
         assert reads.seen == []
 
     def test_the_detector_sees_a_read(self):
         with _HostReads() as reads:
-            tiled.select_pairs(normal(24, 43), Query(k=60), None)
+            TiledBackend().topk_pairs(normal(24, 43), Query(k=60), None)
         assert any("local_scalar" in name for name in reads.seen)
 
-    def test_who_may_wait(self):
+    def test_who_may_synchronize(self):
         state = initial_state()
-        assert may_wait(torch.device("cpu"), state)
-        assert may_wait(torch.device("cuda"), None)
-        assert not may_wait(torch.device("cuda"), state)
+        assert may_synchronize(torch.device("cpu"), state)
+        assert may_synchronize(torch.device("cuda"), None)
+        assert not may_synchronize(torch.device("cuda"), state)
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
     def test_what_is_not_finite_becomes_nan(self, bad, monkeypatch):
-        monkeypatch.setattr(triton, "may_wait", lambda device, state: False)
+        monkeypatch.setattr(triton, "may_synchronize", lambda device, state: False)
         x = normal(24, 43).index_fill(1, torch.tensor([7]), bad).requires_grad_()
         state = initial_state()
         loss = topk_ortho_loss(x, k=60, backend="triton", state=state)
@@ -173,7 +169,7 @@ class TestTheWarmPath:
 
     @pytest.mark.parametrize("is_bad", [False, True])
     def test_nan_in_priority_becomes_nan(self, is_bad, monkeypatch):
-        monkeypatch.setattr(custom_ops, "may_wait", lambda device, state: False)
+        monkeypatch.setattr(custom_ops, "may_synchronize", lambda device, state: False)
         priority = torch.arange(43.0)
         if is_bad:
             priority[5] = torch.nan
@@ -186,16 +182,16 @@ class TestMemory:
     """Nothing of the size of the matrix."""
 
     @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-    def test_largest_tensor(self, precision, monkeypatch):
-        monkeypatch.setattr(triton, "_SLACK", 1000)
+    def test_largest_tensor(self, precision):
+        backend = TritonBackend(spare_records=1000)
         n, k = 400, 80
         x = normal(8, n)
         with _HostReads() as reads:
-            selection = triton.select_pairs(x, Query(k=k, precision=precision), None)
-            weights = selection.values
-            triton.pair_gradient(x, selection.norms, selection.rows, selection.cols, weights, weights, weights)
-            triton.row_max(x, None, precision)
-        assert reads.largest_bytes <= 8 * (4096 + 3 * k + triton._SLACK) < n * n  # the histogram, the records
+            selection = backend.topk_pairs(x, Query(k=k, precision=precision), None)
+            pairs = WeightedPairs(selection.rows, selection.cols, selection.cosines, selection.cosines)
+            backend.pair_gradient(x, selection.norms, selection.cosines, pairs)
+            backend.max_cosine(x, None, precision)
+        assert reads.largest_bytes <= 8 * (4096 + 3 * k + backend.spare_records) < n * n  # the histogram, the records
 
 
 @pytest.mark.usefixtures("_small_pieces")
@@ -205,7 +201,8 @@ class TestPieces:
     @pytest.mark.parametrize("m", [1, 63, 64, 65, 150])
     @pytest.mark.parametrize("layout", ["row_major", "feature_major", "feature_major_with_gaps"])
     def test_slabs(self, m, layout, monkeypatch):
-        monkeypatch.setattr(triton, "_SLAB_BYTES", 1)  # one block of rows
+        # one block of rows
+        monkeypatch.setitem(BACKENDS, "triton", replace(BACKENDS["triton"], slab_bytes=1))
         x = normal(m, 43)
         if layout != "row_major":
             wide = torch.full((43, 2 * m), torch.nan)[:, :m] if "gaps" in layout else torch.empty(43, m)
@@ -226,13 +223,12 @@ class TestPieces:
 
     @pytest.mark.parametrize("elements", [1, 12 * 14, 12 * 32, 2**26], ids=["one_by_one", "one", "two", "all"])
     @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-    def test_groups_of_chunks(self, elements, precision, monkeypatch):
-        monkeypatch.setattr(triton, "_CHUNK_COPY_ELEMENTS", elements)
+    def test_groups_of_chunks(self, elements, precision):
         x = normal(12, 43, seed=3)
         chunks = torch.randperm(43, generator=seeded(4)).tensor_split(3)  # of 15, 14 and 14
-        result = BACKENDS["triton"].row_max(x, chunks, precision)
+        result = replace(BACKENDS["triton"], chunk_copy_elements=elements).max_cosine(x, chunks, precision)
         values, _ = oracle.max_cosines(float64(x), [chunk.tolist() for chunk in chunks])
-        assert_within(actual=result.values, expected=values, bound=cosine_bound(x, precision))
+        assert_within(actual=result.cosines, expected=values, bound=cosine_bound(x, precision))
         for chunk in chunks:
             assert set(result.partners[chunk].tolist()) <= set(chunk.tolist())
 
@@ -258,13 +254,13 @@ class TestCertificate:
     @pytest.fixture
     def _lost(self, monkeypatch):
         """The pass that collects finds nothing."""
-        select = triton.gram_select
+        select = triton.gram_survivors
 
-        def lossy(operand, search, *rest, is_abs, is_first):
+        def lossy(operand, radix, *rest, is_abs, is_first):
             if is_first:
-                select(operand, search, *rest, is_abs=is_abs, is_first=True)
+                select(operand, radix, *rest, is_abs=is_abs, is_first=True)
 
-        monkeypatch.setattr(triton, "gram_select", lossy)
+        monkeypatch.setattr(triton, "gram_survivors", lossy)
 
     @pytest.mark.usefixtures("_small_pieces", "_lost")
     def test_lost_pairs_raise(self):
@@ -273,7 +269,7 @@ class TestCertificate:
 
     @pytest.mark.usefixtures("_small_pieces", "_lost")
     def test_lost_pairs_are_nan_where_nothing_waits(self, monkeypatch):
-        monkeypatch.setattr(triton, "may_wait", lambda device, state: False)
+        monkeypatch.setattr(triton, "may_synchronize", lambda device, state: False)
         loss = topk_ortho_loss(normal(24, 43), k=60, backend="triton", state=torch.tensor([0.999, 0.15, 1.0]))
         assert loss.isnan()
 
@@ -299,7 +295,7 @@ class TestCertificate:
         assert torch.equal(pairs.cols, expected.cols)
 
     def test_more_records_than_int32_numbers(self, monkeypatch):
-        monkeypatch.setattr(triton, "_MOST_RECORDS", 300)
+        monkeypatch.setitem(BACKENDS, "triton", TritonBackend(most_records=300))
         with pytest.raises(ValueError, match=r"k must be at most about 100 on the triton backend.*; got 400"):
             topk_pairs(normal(4, 43), k=400, backend="triton")
 
@@ -328,22 +324,31 @@ class TestState:
     def test_default_dtype_does_not_matter(self):
         try:
             torch.set_default_dtype(torch.float64)
-            selection = BACKENDS["triton"].select_pairs(normal(24, 43), Query(k=60), None)
+            selection = BACKENDS["triton"].topk_pairs(normal(24, 43), Query(k=60), None)
         finally:
             torch.set_default_dtype(torch.float32)
-        assert {t.dtype for t in (selection.values, selection.threshold, selection.tau)} == {torch.float32}
+        assert {t.dtype for t in (selection.cosines, selection.threshold, selection.tau)} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
-def test_float64_takes_the_tiled_path(dtype, monkeypatch):
+def test_float64_takes_the_tiled_path(dtype):
     calls = []
-    monkeypatch.setattr(tiled, "select_pairs", lambda *arguments: calls.append("select_pairs"))
-    monkeypatch.setattr(tiled, "row_max", lambda *arguments: calls.append("row_max"))
-    monkeypatch.setattr(tiled, "pair_gradient", lambda *arguments: calls.append("pair_gradient"))
+
+    class Recorder(TiledBackend):
+        def topk_pairs(self, *arguments):
+            calls.append("topk_pairs")
+
+        def max_cosine(self, *arguments):
+            calls.append("max_cosine")
+
+        def pair_gradient(self, *arguments):
+            calls.append("pair_gradient")
+
+    backend = TritonBackend(float64=Recorder())
     x = activations(12, 43, dtype=dtype)
     one = torch.ones(1, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    pair = (torch.tensor([0]), torch.tensor([1]), one, one, one)
-    triton.select_pairs(x, Query(k=3), None)
-    triton.row_max(x, None, "highest")
-    triton.pair_gradient(x, torch.ones(43, dtype=one.dtype), *pair)
-    assert calls == (["select_pairs", "row_max", "pair_gradient"] if dtype == torch.float64 else [])
+    backend.topk_pairs(x, Query(k=3), None)
+    backend.max_cosine(x, None, "highest")
+    pair = WeightedPairs(torch.tensor([0]), torch.tensor([1]), one, one)
+    backend.pair_gradient(x, torch.ones(43, dtype=one.dtype), one, pair)
+    assert calls == (["topk_pairs", "max_cosine", "pair_gradient"] if dtype == torch.float64 else [])

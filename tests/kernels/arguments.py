@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tests import oracle
 from tests.tolerances import float64
-from topk_ortho.kernels.search import Search
-from topk_ortho.kernels.tiles import INTERPRETED, Kind, Operand
+from topk_ortho.kernels.launch import INTERPRETED, Kind, Operand
+from topk_ortho.kernels.radix_select import RadixSelect
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 """Where the kernels run: in the interpreter, on CPU tensors, or on a GPU where there is one."""
@@ -68,24 +68,24 @@ def gram_of(x: Tensor) -> np.ndarray:
     return x_hat.T @ x_hat
 
 
-def search_at(
+def radix_at(
     stage: int,
     n_features: int,
     *,
-    cut: float = -1.0,
+    bound: float = -1.0,
     slack: float = 0.0,
     lowest: int = 0,
     above: int = 0,
     tie_row: int | None = None,
     n_passes: int = 1,
     failure: int = 0,
-) -> Search:
+) -> RadixSelect:
     """What an earlier kernel left behind, counters at zero."""
-    return Search(
+    return RadixSelect(
         plan=numbers(
             [stage, lowest, above, n_features if tie_row is None else tie_row, n_passes, failure], torch.int64
         ),
-        bounds=numbers([cut, slack], torch.float32),
+        bounds=numbers([bound, slack], torch.float32),
         histogram=torch.zeros(4096, dtype=torch.int64, device=DEVICE),
         row_ties=torch.zeros(n_features, dtype=torch.int32, device=DEVICE),
         n_survivors=torch.zeros(1, dtype=torch.int64, device=DEVICE),
@@ -93,14 +93,14 @@ def search_at(
     )
 
 
-def copy_of(search: Search) -> Search:
+def copy_of(radix: RadixSelect) -> RadixSelect:
     """To compare with later."""
-    return Search(*(tensor.clone() for tensor in search))
+    return RadixSelect(*(tensor.clone() for tensor in radix))
 
 
-def assert_same(*, actual: Search, expected: Search, but: tuple[str, ...] = ()) -> None:
+def assert_same(*, actual: RadixSelect, expected: RadixSelect, but: tuple[str, ...] = ()) -> None:
     """All fields are equal, to the bit, except those in `but`."""
-    for name in set(Search._fields) - set(but):
+    for name in set(RadixSelect._fields) - set(but):
         assert torch.equal(getattr(actual, name).view(torch.int32), getattr(expected, name).view(torch.int32)), name
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from topk_ortho.kernels.tiles import INTERPRETED, TILE_CONFIGS, TileConfig
+from topk_ortho.kernels.launch import INTERPRETED, TILE_CONFIGS, TileConfig
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from tests.kernels.arguments import (
     gram_of,
     inverse_of,
     operand_of,
-    search_at,
+    radix_at,
 )
 from tests.tolerances import assert_within, cosine_bound
 from topk_ortho.kernels.gram_histogram import gram_histogram, gram_row_ties
-from topk_ortho.kernels.search import DIGITS, DIGITS_OF_SIMILARITY, TIES
-from topk_ortho.kernels.tiles import Operand
+from topk_ortho.kernels.launch import Operand
+from topk_ortho.kernels.radix_select import DIGITS, DIGITS_OF_SIMILARITY, TIES
 
 FIRST = DIGITS_OF_SIMILARITY[0]
 
@@ -46,12 +46,12 @@ def count(
     operand: Operand, shift: int, bits: int, *, lowest: int = 0, floor: float = -1.0, is_abs: bool = True
 ) -> np.ndarray:
     """Counts that were added to a histogram of ones; nothing else changes."""
-    search = search_at(DIGITS.value, operand.x.shape[1], lowest=lowest, above=3)
-    search.histogram.fill_(1)
-    before = copy_of(search)
-    gram_histogram(operand, search, None, floor, shift, bits, is_abs=is_abs)
-    assert_same(actual=search, expected=before, but=("histogram",))
-    counts = (search.histogram - 1).cpu().numpy()
+    radix = radix_at(DIGITS.value, operand.x.shape[1], lowest=lowest, above=3)
+    radix.histogram.fill_(1)
+    before = copy_of(radix)
+    gram_histogram(operand, radix, None, floor, shift, bits, is_abs=is_abs)
+    assert_same(actual=radix, expected=before, but=("histogram",))
+    counts = (radix.histogram - 1).cpu().numpy()
     assert not counts[2**bits :].any()
     return counts[: 2**bits]
 
@@ -132,8 +132,8 @@ class TestHistogram:
 
 def moments_of(operand: Operand, floor: float, *, is_abs: bool) -> np.ndarray:
     moments = torch.full((operand.n_programs, 3), torch.nan, dtype=torch.float64, device=DEVICE)
-    search = search_at(DIGITS.value, operand.x.shape[1])
-    gram_histogram(operand, search, moments, floor, *FIRST, is_abs=is_abs)
+    radix = radix_at(DIGITS.value, operand.x.shape[1])
+    gram_histogram(operand, radix, moments, floor, *FIRST, is_abs=is_abs)
     return moments.cpu().numpy()
 
 
@@ -160,12 +160,12 @@ class TestRowTies:
     def ties(operand, value, *, is_abs=True):
         """Counts that were added to ones."""
         lowest = int(np.float32(value).view(np.int32))
-        search = search_at(TIES.value, operand.x.shape[1], cut=value, lowest=lowest, above=5)
-        search.row_ties.fill_(1)
-        before = copy_of(search)
-        gram_row_ties(operand, search, is_abs=is_abs)
-        assert_same(actual=search, expected=before, but=("row_ties",))
-        return (search.row_ties - 1).tolist()
+        radix = radix_at(TIES.value, operand.x.shape[1], bound=value, lowest=lowest, above=5)
+        radix.row_ties.fill_(1)
+        before = copy_of(radix)
+        gram_row_ties(operand, radix, is_abs=is_abs)
+        assert_same(actual=radix, expected=before, but=("row_ties",))
+        return (radix.row_ties - 1).tolist()
 
     @staticmethod
     def expected(cosine, value, *, is_abs=True):
@@ -206,15 +206,15 @@ class TestRowTies:
 @pytest.mark.parametrize("stage", range(5), ids=["pass", "digits", "ties", "collect", "certified"])
 def test_only_at_its_stage(stage, kernel):
     operand = operand_of(torch.ones(4, 30))
-    search = search_at(stage, 30, lowest=0x3F800000 if kernel == "row_ties" else 0)
+    radix = radix_at(stage, 30, lowest=0x3F800000 if kernel == "row_ties" else 0)
     moments = torch.full((operand.n_programs, 3), torch.nan, dtype=torch.float64, device=DEVICE)
-    before = copy_of(search)
+    before = copy_of(radix)
     if kernel == "histogram":
-        gram_histogram(operand, search, moments, -1.0, *FIRST, is_abs=True)
+        gram_histogram(operand, radix, moments, -1.0, *FIRST, is_abs=True)
         its_turn, name = stage == DIGITS.value, "histogram"
         assert moments.isnan().all() != its_turn
     else:
-        gram_row_ties(operand, search, is_abs=True)
+        gram_row_ties(operand, radix, is_abs=True)
         its_turn, name = stage == TIES.value, "row_ties"
-    assert int(getattr(search, name).sum()) == (435 if its_turn else 0)
-    assert_same(actual=search, expected=before, but=(name,))
+    assert int(getattr(radix, name).sum()) == (435 if its_turn else 0)
+    assert_same(actual=radix, expected=before, but=(name,))

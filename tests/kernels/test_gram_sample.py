@@ -15,11 +15,11 @@ from tests.kernels.arguments import (
     gram_of,
     inverse_of,
     numbers,
-    search_at,
+    radix_at,
     to_device,
 )
 from topk_ortho.kernels.gram_sample import gram_sample
-from topk_ortho.kernels.search import SAMPLE_DIGIT
+from topk_ortho.kernels.radix_select import SAMPLE_DIGIT
 
 SHIFT, BINS = SAMPLE_DIGIT[0], 2 ** SAMPLE_DIGIT[1]
 ERROR = 2.0**-6
@@ -37,13 +37,13 @@ def columns_of(n: int, n_rows: int, n_cols: int) -> tuple[np.ndarray, np.ndarray
 
 def sampled(x: Tensor, n_rows: int, n_cols: int, *, is_abs: bool = True, state: float | None = None) -> np.ndarray:
     """Histogram on the CPU, added to one of ones."""
-    search = search_at(0, x.shape[1])
-    search.histogram.fill_(1)
-    before = copy_of(search)
+    radix = radix_at(0, x.shape[1])
+    radix.histogram.fill_(1)
+    before = copy_of(radix)
     state = None if state is None else numbers([state, math.nan, math.nan], torch.float32)
-    gram_sample(to_device(x), inverse_of(x), search, state, n_rows, n_cols, is_abs=is_abs)
-    assert_same(actual=search, expected=before, but=("histogram",))
-    return (search.histogram - 1).cpu().numpy()
+    gram_sample(to_device(x), inverse_of(x), radix, state, n_rows, n_cols, is_abs=is_abs)
+    assert_same(actual=radix, expected=before, but=("histogram",))
+    return (radix.histogram - 1).cpu().numpy()
 
 
 def similarities_of(x: Tensor, n_rows: int, n_cols: int, *, is_abs: bool) -> np.ndarray:
@@ -114,9 +114,9 @@ def test_offsets_past_int32(columns, tmp_path):
     x = dyadic(7, 3) if columns else normal(3, 7)
     histograms = []
     for view in (to_device(x), far_apart(x, tmp_path, columns=columns)):
-        search = search_at(0, x.shape[1])
-        gram_sample(view, inverse_of(x), search, None, 1, 2, is_abs=True)
-        histograms.append(search.histogram.tolist())
+        radix = radix_at(0, x.shape[1])
+        gram_sample(view, inverse_of(x), radix, None, 1, 2, is_abs=True)
+        histograms.append(radix.histogram.tolist())
     assert sum(histograms[0]) == 2
     assert histograms[0] == histograms[1]
 

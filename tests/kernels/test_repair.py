@@ -15,7 +15,7 @@ from tests.inputs import EDGES, activations, dyadic, normal, seeded
 from tests.tolerances import assert_selection, float64
 from topk_ortho import TopKPairs, topk_pairs
 from topk_ortho.backends import triton
-from topk_ortho.kernels.search import DIGITS_OF_SIMILARITY
+from topk_ortho.kernels.radix_select import DIGITS_OF_SIMILARITY
 from topk_ortho.selection import MARGIN_LEAST
 
 N = 40
@@ -285,7 +285,7 @@ class TestWarmStart:
 
 
 class TestWithoutASample:
-    """A few features are not sampled: without a state, the search starts at once if not all pairs fit."""
+    """A few features are not sampled: without a state, the radix select starts at once if not all pairs fit."""
 
     @pytest.fixture(autouse=True)
     def _no_sample(self, route, monkeypatch):
@@ -299,7 +299,7 @@ class TestWithoutASample:
         _, n_passes = check(normal(12, N), N_PAIRS - 5, None)
         assert n_passes == 1
 
-    def test_many_pairs_just_below_the_cut(self):
+    def test_many_pairs_just_below_the_bound(self):
         """Cosines of 0.5, a little more or less each: more of them than fit, were the slack of a screen still there."""
         x = torch.cat([torch.ones(1, N), torch.eye(N)]) + 1e-3 * torch.randn(N + 1, N, generator=seeded(0))
         _, n_passes = check(x, 20, None)

@@ -1,4 +1,4 @@
-"""Cosines of recorded pairs, slab by slab, and how many of them reach the cut."""
+"""Cosines of recorded pairs, slab by slab, and how many of them reach the bound."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,10 @@ from torch import Tensor
 
 from tests.inputs import EDGES, dyadic, normal
 from tests.kernels import arguments
-from tests.kernels.arguments import DEVICE, assert_same, copy_of, gram_of, inverse_of, numbers, search_at, to_device
+from tests.kernels.arguments import DEVICE, assert_same, copy_of, gram_of, inverse_of, numbers, radix_at, to_device
 from tests.tolerances import assert_within, cosine_bound
+from topk_ortho.kernels.radix_select import PASS, RadixSelect
 from topk_ortho.kernels.rescore import rescore
-from topk_ortho.kernels.search import PASS, Search
 
 POISON = 123456.0
 GUARD = 50
@@ -33,29 +33,29 @@ def rescored(
     capacity: int,
     *,
     slabs: tuple[int, ...] | None = None,
-    cut: float = 0.0,
+    bound: float = 0.0,
     is_abs: bool = True,
     seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray, int, Search]:
-    """(values, expected values, certified count, search) of records between guards; x by slabs of so many rows."""
-    search = search_at(PASS.value, x.shape[1], cut=cut, slack=0.5)
-    search.n_survivors.fill_(n_records)
-    before = copy_of(search)
+) -> tuple[np.ndarray, np.ndarray, int, RadixSelect]:
+    """(values, expected values, certified count, radix) of records between guards; x by slabs of so many rows."""
+    radix = radix_at(PASS.value, x.shape[1], bound=bound, slack=0.5)
+    radix.n_survivors.fill_(n_records)
+    before = copy_of(radix)
     _, rows, cols = records_of(x.shape[1], n_records, capacity, seed)
     guarded = torch.full((GUARD + capacity + GUARD,), POISON, device=DEVICE)
     between = guarded[GUARD:-GUARD]
     parts = to_device(x).split(slabs or x.shape[0])
     for i, slab in enumerate(parts):
         rescore(
-            slab.T.contiguous(), inverse_of(x), search, between, rows, cols,
+            slab.T.contiguous(), inverse_of(x), radix, between, rows, cols,
             is_first=i == 0, is_last=i == len(parts) - 1, is_abs=is_abs,
         )  # fmt: skip
-    assert_same(actual=search, expected=before, but=("n_certified",))
+    assert_same(actual=radix, expected=before, but=("n_certified",))
     n = min(n_records, capacity)
     assert (guarded[:GUARD] == POISON).all()
     assert (guarded[GUARD + n :] == POISON).all()
     expected = gram_of(x)[rows[:n].cpu().numpy(), cols[:n].cpu().numpy()]
-    return between[:n].cpu().numpy(), expected, int(search.n_certified), search
+    return between[:n].cpu().numpy(), expected, int(radix.n_certified), radix
 
 
 def check(x: Tensor, n_records: int, capacity: int | None = None, **options) -> int:
@@ -63,7 +63,7 @@ def check(x: Tensor, n_records: int, capacity: int | None = None, **options) -> 
     values, expected, n_certified, _ = rescored(x, n_records, capacity, **options)
     assert_within(actual=values, expected=expected, bound=cosine_bound(x))
     s = np.abs(values) if options.get("is_abs", True) else values
-    assert n_certified == (s >= np.float32(options.get("cut", 0.0))).sum()
+    assert n_certified == (s >= np.float32(options.get("bound", 0.0))).sum()
     return n_certified
 
 
@@ -75,7 +75,7 @@ def test_rows(m):
 @pytest.mark.parametrize("n_records", [0, 1, 31, 32, 33, 257, 300, 1000])
 def test_records(n_records):
     """None, a part of a block, more blocks than programs."""
-    check(normal(12, 40), n_records, cut=0.3)
+    check(normal(12, 40), n_records, bound=0.3)
 
 
 @pytest.mark.parametrize(
@@ -91,33 +91,33 @@ def test_no_more_than_are_stored(n_records, capacity):
 @pytest.mark.parametrize("slabs", [(12,), (1, 11), (6, 6), (1, 1, 10), (5, 4, 3)], ids=str)
 def test_slabs(slabs, is_abs):
     """Values add up over slabs; only the last one counts."""
-    n_certified = check(normal(12, 40), 300, slabs=slabs, cut=0.3, is_abs=is_abs)
+    n_certified = check(normal(12, 40), 300, slabs=slabs, bound=0.3, is_abs=is_abs)
     assert 0 < n_certified < 300
 
 
-@pytest.mark.parametrize("cut", [-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 2.0])
+@pytest.mark.parametrize("bound", [-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 2.0])
 @pytest.mark.parametrize("is_abs", [True, False], ids=["abs", "signed"])
-def test_pairs_at_the_cut_are_certified(cut, is_abs):
+def test_pairs_at_the_bound_are_certified(bound, is_abs):
     """Cosines are multiples of 1/4: to the bit."""
-    values, expected, n_certified, _ = rescored(dyadic(6, 40), 200, 200, cut=cut, is_abs=is_abs, slabs=(2, 4))
+    values, expected, n_certified, _ = rescored(dyadic(6, 40), 200, 200, bound=bound, is_abs=is_abs, slabs=(2, 4))
     assert values.tolist() == expected.tolist()
-    assert n_certified == ((np.abs(expected) if is_abs else expected) >= cut).sum()
+    assert n_certified == ((np.abs(expected) if is_abs else expected) >= bound).sum()
 
 
 def test_a_sum_is_clamped_at_the_end_only():
     """A slab may be beyond 1 where a later one takes it back."""
-    search = search_at(PASS.value, 2)
-    search.n_survivors.fill_(1)
+    radix = radix_at(PASS.value, 2)
+    radix.n_survivors.fill_(1)
     x = torch.tensor([[3.0, 1.0], [2.0, -1.0]], device=DEVICE)
     values, rows, cols = torch.empty(1, device=DEVICE), numbers([0], torch.int32), numbers([1], torch.int32)
     ones = torch.ones(2, device=DEVICE)
     for i, expected in ((0, 3.0), (1, 1.0)):
         slab = x[i : i + 1].T.contiguous()
-        rescore(slab, ones, search, values, rows, cols, is_first=i == 0, is_last=i == 1, is_abs=True)
+        rescore(slab, ones, radix, values, rows, cols, is_first=i == 0, is_last=i == 1, is_abs=True)
         assert values.tolist() == [expected]
     for sign in (1.0, -1.0):
         slab = (x[:1] * torch.tensor([sign, 1.0], device=DEVICE)).T.contiguous()
-        rescore(slab, ones, search, values, rows, cols, is_first=True, is_last=True, is_abs=True)
+        rescore(slab, ones, radix, values, rows, cols, is_first=True, is_last=True, is_abs=True)
         assert values.tolist() == [sign]
 
 
@@ -130,12 +130,12 @@ def test_a_view_of_contiguous_columns():
     """What the backend passes where columns of x lie contiguous."""
     holder = torch.full((41, 80), torch.nan)
     x = holder[:40, 3:73].copy_(normal(70, 40).T).T
-    search = search_at(PASS.value, 40)
-    search.n_survivors.fill_(90)
+    radix = radix_at(PASS.value, 40)
+    radix.n_survivors.fill_(90)
     values, rows, cols = records_of(40, 90, 90)
     lines = to_device(x).T
     assert lines.stride() == (80, 1)
-    rescore(lines, inverse_of(x), search, values, rows, cols, is_first=True, is_last=True, is_abs=True)
+    rescore(lines, inverse_of(x), radix, values, rows, cols, is_first=True, is_last=True, is_abs=True)
     expected = gram_of(x)[rows.cpu().numpy(), cols.cpu().numpy()]
     assert_within(actual=values, expected=expected, bound=cosine_bound(x))
 
@@ -143,25 +143,25 @@ def test_a_view_of_contiguous_columns():
 def test_offsets_past_int32(tmp_path):
     """Lines are far apart, their entries are not."""
     x = normal(7, 3)
-    search = search_at(PASS.value, 3)
-    search.n_survivors.fill_(3)
+    radix = radix_at(PASS.value, 3)
+    radix.n_survivors.fill_(3)
     rows, cols = numbers([0, 0, 1], torch.int32), numbers([1, 2, 2], torch.int32)
     values = torch.full((3,), POISON, device=DEVICE)
     lines = arguments.far_apart(x, tmp_path, columns=True).T
-    rescore(lines, inverse_of(x), search, values, rows, cols, is_first=True, is_last=True, is_abs=True)
+    rescore(lines, inverse_of(x), radix, values, rows, cols, is_first=True, is_last=True, is_abs=True)
     assert_within(actual=values, expected=gram_of(x)[[0, 0, 1], [1, 2, 2]], bound=cosine_bound(x))
 
 
 @pytest.mark.parametrize("stage", range(1, 5), ids=["digits", "ties", "collect", "certified"])
 def test_only_after_a_pass(stage):
     x = normal(12, 40)
-    search = search_at(stage, 40)
-    search.n_survivors.fill_(50)
-    before = copy_of(search)
+    radix = radix_at(stage, 40)
+    radix.n_survivors.fill_(50)
+    before = copy_of(radix)
     values, rows, cols = records_of(40, 50, 50)
     rescore(
-        to_device(x).T.contiguous(), inverse_of(x), search, values, rows, cols,
+        to_device(x).T.contiguous(), inverse_of(x), radix, values, rows, cols,
         is_first=True, is_last=True, is_abs=True,
     )  # fmt: skip
     assert (values == POISON).all()
-    assert_same(actual=search, expected=before)
+    assert_same(actual=radix, expected=before)

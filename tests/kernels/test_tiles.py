@@ -1,6 +1,5 @@
-"""Which tile a program computes, the product of a tile, its quarters, and the table of shapes."""
+"""Which tile a program computes, the product of a tile, its quarters, its cosines, and rounding."""
 
-import dataclasses
 from types import FunctionType, SimpleNamespace
 
 import numpy as np
@@ -11,20 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tests.inputs import VIEWS, normal, seeded
-from tests.kernels.arguments import DEVICE, far_apart, operand_of, to_device
+from tests.kernels.arguments import DEVICE, far_apart, to_device
 from tests.tolerances import assert_within, float64
-from topk_ortho.kernels import tiles
-from topk_ortho.kernels.tiles import (
-    INTERPRETED,
-    LEAN_CONFIGS,
-    TILE_CONFIGS,
-    TileConfig,
-    cosines,
-    gram_tile,
-    quarters,
-    round_to,
-    triangle_tile,
-)
+from topk_ortho.kernels.launch import INTERPRETED, LEAN_CONFIGS, TILE_CONFIGS
+from topk_ortho.kernels.tiles import cosines, gram_tile, quarters, round_to, triangle_tile
 
 
 @triton.jit
@@ -66,10 +55,10 @@ def assert_tiles(actual: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarr
             raise AssertionError(f"{name} of tile {first + at} is {ours[at]}, expected {theirs[at]}")
 
 
-EVERY_CONFIG = {("lean", *key): config for key, config in LEAN_CONFIGS.items()} | {
-    ("full", *key): config for key, config in TILE_CONFIGS.items()
-}
-SHIPPED = sorted({(c.block, c.group) for (_, arch, _), c in EVERY_CONFIG.items() if arch != "interpreter"})
+SHIPPED = sorted({
+    (c.block, c.group)
+    for configs in (TILE_CONFIGS, LEAN_CONFIGS) for (arch, _), c in configs.items() if arch != "interpreter"
+})  # fmt: skip
 
 
 class _TorchAsTriton(SimpleNamespace):
@@ -290,59 +279,3 @@ def test_cosines(n, first_row, first_col):
     assert_within(actual=actual.cpu().numpy()[is_pair], expected=expected[is_pair], bound=2.0**-22)
     if is_pair.sum() > 20:
         assert {-1.0, 1.0} < set(actual.cpu().numpy()[is_pair].tolist())
-
-
-KINDS = ("half", "tf32", "ieee")
-SHARED_MEMORY = {"sm_80": (99, 164), "sm_90": (227, 227), "sm_100": (227, 227), "gfx942": (64, 64)}
-"""KB for a program and for a multiprocessor; for sm_80 the former of the smaller chips that use its entries too."""
-
-
-class TestTileConfigs:
-    """The tables are complete, and every entry is possible; test_compile_report.py says how well it does."""
-
-    def test_every_kind_of_every_architecture(self):
-        assert set(TILE_CONFIGS) == {(arch, kind) for arch in (*SHARED_MEMORY, "interpreter") for kind in KINDS}
-        assert set(LEAN_CONFIGS) < set(TILE_CONFIGS)
-
-    @pytest.mark.parametrize("key", EVERY_CONFIG, ids="-".join)
-    def test_shape(self, key):
-        config = EVERY_CONFIG[key]
-        for number in (config.block, config.block_m, config.num_warps):
-            assert number > 0
-            assert number & (number - 1) == 0, "not a power of two"
-        assert config.block >= 64, "a quarter of a tile is too narrow for a matrix unit"
-        assert config.block_m >= 16
-        assert min(config.group, config.num_stages, config.programs_per_sm) >= 1
-        n_tile_rows = 2**20 // config.block
-        assert (2 * n_tile_rows + 1) ** 2 < 2**31, "triangle_tile squares it in int32"
-
-    @pytest.mark.parametrize("key", [key for key in EVERY_CONFIG if "interpreter" not in key], ids="-".join)
-    def test_fits(self, key):
-        _, arch, kind = key
-        config = EVERY_CONFIG[key]
-        of_program, of_all = SHARED_MEMORY[arch]
-        bytes_used = config.num_stages * 2 * config.block * config.block_m * (2 if kind == "half" else 4)
-        assert bytes_used <= 1024 * of_program
-        assert config.programs_per_sm * bytes_used <= 1024 * of_all
-        n_sums = config.block**2 / (32 * config.num_warps)
-        assert n_sums < (config.max_registers or 255) - 32, "sums leave no registers"
-        if arch.startswith("sm_") and config.max_registers is not None:
-            assert 32 * config.num_warps * config.programs_per_sm * config.max_registers <= 65536
-
-    def test_options(self):
-        config = TileConfig(
-            block=64, block_m=16, group=1, num_warps=4, num_stages=2, programs_per_sm=1, max_registers=96
-        )
-        assert config.options("sm_80") == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True, "maxnreg": 96}
-        assert "maxnreg" not in config.options("gfx942")
-        assert "maxnreg" not in dataclasses.replace(config, max_registers=None).options("sm_80")
-
-    @pytest.mark.parametrize(("n", "n_tiles"), [(2, 1), (64, 1), (65, 3), (128, 3), (129, 6)])
-    def test_programs(self, n, n_tiles, monkeypatch):
-        """As many as run at once, but never more than tiles."""
-        operand = operand_of(torch.ones(3, n))
-        config = TileConfig(block=64, block_m=16, group=1, num_warps=4, num_stages=1, programs_per_sm=2)
-        monkeypatch.setattr(tiles, "tile_config", lambda device, kind: config)
-        monkeypatch.setattr(tiles, "n_multiprocessors", lambda device: 2)
-        assert operand.n_tiles == n_tiles
-        assert operand.n_programs == min(n_tiles, 4)

@@ -9,15 +9,16 @@ try:
     from topk_ortho.kernels import (  # noqa: F401  # all of them, so that a Triton which lacks something shows here
         coactivation,
         gram_histogram,
-        gram_row_max,
         gram_sample,
-        gram_select,
+        gram_survivors,
+        max_cosine,
+        norms,
         pair_gradient,
+        radix_select,
         rescore,
         round_columns,
-        search,
     )
-    from topk_ortho.kernels.tiles import INTERPRETED, TRITON_VERSION
+    from topk_ortho.kernels.launch import INTERPRETED, TRITON_VERSION
 
     IMPORT_ERROR = None
 except (ImportError, AttributeError) as error:  # none installed, or one that is too old

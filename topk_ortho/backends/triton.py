@@ -2,7 +2,7 @@
 
 The kernels are `topk_ortho.kernels`; here they are put in order. Nothing is read on the host once a warm-start state is
 given: every call enqueues the same kernels, and those of a repair return at once unless the first pass failed (see
-`topk_ortho.kernels.search`). float32 columns in "highest" precision are first screened in fp16, whose rounding is
+`topk_ortho.kernels.radix_select`). float32 columns in "highest" precision are first screened in fp16, whose rounding is
 bounded, and what may be selected is computed again in float32. float64 has no kernels: it goes to `tiled`.
 
 Extra memory: O(k) records, for row-major x a slab of its transpose, and for float32 columns in "highest" or "medium"
@@ -26,17 +26,17 @@ from topk_ortho.selection import Selection, finish
 from topk_ortho.warm_start import MARGIN_LEAST, MARGIN_START, SampleSizes, sample_rank
 
 if IMPORT_ERROR is None:
-    from topk_ortho.kernels import search as searches
+    from topk_ortho.kernels import radix_select
     from topk_ortho.kernels.gram_histogram import gram_histogram, gram_row_ties
-    from topk_ortho.kernels.gram_row_max import gram_row_max
     from topk_ortho.kernels.gram_sample import gram_sample
-    from topk_ortho.kernels.gram_select import gram_select
+    from topk_ortho.kernels.gram_survivors import gram_survivors
+    from topk_ortho.kernels.launch import Kind, Operand, current_device
+    from topk_ortho.kernels.max_cosine import max_cosine
     from topk_ortho.kernels.norms import NOT_FINITE, Norms, column_norms
     from topk_ortho.kernels.pair_gradient import BLOCK_M
     from topk_ortho.kernels.pair_gradient import pair_gradient as gather_gradient
     from topk_ortho.kernels.rescore import rescore
     from topk_ortho.kernels.round_columns import SCALE, round_columns
-    from topk_ortho.kernels.tiles import Kind, Operand, has_tf32
 
 _MARGIN_MOST = 0.4  # of the warm-start guess, as a share of k: the records hold 1.5 k
 
@@ -146,7 +146,7 @@ class TritonBackend:
             state=state,
             norms=norms,
             operands=operands,
-            search=searches.new_search(x.device, n_features),
+            radix=radix_select.new_radix_select(x.device, n_features),
             cosines=torch.empty(capacity, dtype=torch.float32, device=x.device),
             rows=rows,
             cols=cols,
@@ -158,20 +158,20 @@ class TritonBackend:
         n_rows, n_cols = self.sample.shape(n_features)
         rank = sample_rank(n_rows * n_cols, k, n_pairs(n_features)) if can_overflow and n_rows else 0
         if rank > 0:
-            gram_sample(x, norms.inverse, call.search, guess, n_rows, n_cols, is_abs=call.is_abs)
-        searches.begin(call.search, operands.flags, guess, operands.deviation, rank, x.shape[0], can_overflow)
+            gram_sample(x, norms.inverse, call.radix, guess, n_rows, n_cols, is_abs=call.is_abs)
+        radix_select.begin(call.radix, operands.flags, guess, operands.deviation, rank, x.shape[0], can_overflow)
         return call
 
     def _first_pass(self, call: "_Call") -> None:
         """Record what exceeds the bound; of a screened operand, compute it again in the precision asked for."""
         operands, records = call.operands, (call.cosines, call.rows, call.cols)
         floor = floor_of(call.query)
-        gram_select(operands.first, call.search, *records, call.moments, floor, is_abs=call.is_abs, is_first=True)
+        gram_survivors(operands.first, call.radix, *records, call.moments, floor, is_abs=call.is_abs, is_first=True)
         if operands.deviation is not None:
             n_slabs = -(-call.x.shape[0] // self._slab_rows(call.x))
             for i, x_slab in enumerate(self._feature_major(call.x)):
                 rescore(
-                    x_slab, call.norms.inverse, call.search, *records,
+                    x_slab, call.norms.inverse, call.radix, *records,
                     is_first=i == 0, is_last=i == n_slabs - 1, is_abs=call.is_abs,
                 )  # fmt: skip
 
@@ -219,7 +219,7 @@ class _Call(NamedTuple):
     state: Tensor | None
     norms: "Norms"
     operands: _Operands
-    search: "searches.Search"
+    radix: "radix_select.RadixSelect"
     cosines: Tensor
     """float32 [capacity], of the records"""
     rows: Tensor
@@ -252,10 +252,10 @@ class _Call(NamedTuple):
 
 def _certify(call: _Call) -> None:
     """Decide on the device whether the first pass kept at least k pairs, and no more than fit."""
-    search = call.search
+    radix = call.radix
     if call.operands.deviation is None:  # all that it kept are above the bound in the precision asked for
-        search = search._replace(n_certified=search.n_survivors)
-    searches.certify(search, call.query.k, call.capacity, floor_of(call.query), call.adaptive_tau())
+        radix = radix._replace(n_certified=radix.n_survivors)
+    radix_select.certify(radix, call.query.k, call.capacity, floor_of(call.query), call.adaptive_tau())
 
 
 def _repair(call: _Call) -> None:
@@ -263,25 +263,25 @@ def _repair(call: _Call) -> None:
 
     The kernels return at once if the first pass was certified.
     """
-    operand, search, floor = call.operands.repair, call.search, floor_of(call.query)
-    for i, (shift, bits) in enumerate(searches.DIGITS_OF_SIMILARITY):
-        gram_histogram(operand, search, call.moments if i == 0 else None, floor, shift, bits, is_abs=call.is_abs)
-        searches.next_digit(search, shift, bits, call.query.k, call.capacity)
-    gram_row_ties(operand, search, is_abs=call.is_abs)
-    searches.tie_row(search, call.query.k)
+    operand, radix, floor = call.operands.repair, call.radix, floor_of(call.query)
+    for i, (shift, bits) in enumerate(radix_select.DIGITS_OF_SIMILARITY):
+        gram_histogram(operand, radix, call.moments if i == 0 else None, floor, shift, bits, is_abs=call.is_abs)
+        radix_select.next_digit(radix, shift, bits, call.query.k, call.capacity)
+    gram_row_ties(operand, radix, is_abs=call.is_abs)
+    radix_select.tie_row(radix, call.query.k)
     records = (call.cosines, call.rows, call.cols)
-    gram_select(operand, search, *records, None, floor, is_abs=call.is_abs, is_first=False)
+    gram_survivors(operand, radix, *records, None, floor, is_abs=call.is_abs, is_first=False)
 
 
 def _finish(call: _Call) -> Selection:
     """Put the records in order and select; certify the last pass once more."""
-    query, search, norms = call.query, call.search, call.norms
-    n_records = search.n_survivors.clamp_max(call.capacity)
+    query, radix, norms = call.query, call.radix, call.norms
+    n_records = radix.n_survivors.clamp_max(call.capacity)
     similarity, cosines, index = _in_order(call, n_records)
     state = call.state
     if state is not None:
         margins = (MARGIN_START, MARGIN_LEAST, _MARGIN_MOST)
-        following = searches.next_state(search, _as_kernels_read(state), similarity, n_records, query.k, margins)
+        following = radix_select.next_state(radix, _as_kernels_read(state), similarity, n_records, query.k, margins)
         state = following.to(state.dtype)
     tau = call.adaptive_tau()
     selection = finish(
@@ -289,7 +289,7 @@ def _finish(call: _Call) -> Selection:
     )
     # what certified the selection, once more over the last pass; a kernel that counts unlike it collects shows here
     floor = selection.tau.clamp_min(floor_of(query))
-    is_wrong = ((search.n_survivors < query.k) & (search.bounds[:1] > floor)) | (search.n_survivors > call.capacity)
+    is_wrong = ((radix.n_survivors < query.k) & (radix.bounds[:1] > floor)) | (radix.n_survivors > call.capacity)
     if may_synchronize(call.x.device, call.state):
         if is_wrong.item():
             raise RuntimeError("the triton backend lost pairs; please report this with the shape and dtype of x")
@@ -323,7 +323,7 @@ def _as_kernels_read(state: Tensor) -> Tensor:
 def _kind(x: Tensor, precision: Precision) -> "Kind":
     if x.dtype != torch.float32:
         return "half"
-    return "tf32" if precision == "high" and has_tf32(x.device) else "ieee"
+    return "tf32" if precision == "high" and current_device().has_tf32 else "ieee"
 
 
 def _rounded(x: Tensor, norms: "Norms") -> tuple["Operand", Tensor]:
@@ -381,7 +381,7 @@ def _max_cosine_of_chunks(
         both = _plain_and_scaled(x, norms, _kind(x, precision))
         operands, flags = [both.first, both.repair], both.flags
     for operand in operands:
-        gram_row_max(operand, flags, best, n_chunks, n_columns // n_chunks, largest, n_larger)
+        max_cosine(operand, flags, best, n_chunks, n_columns // n_chunks, largest, n_larger)
     ordered = (best >> 32).int()
     cosines = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
     return cosines, 2**32 - 1 - (best & (2**32 - 1))

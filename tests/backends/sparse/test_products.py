@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tests.inputs import seeded
 from topk_ortho.backends.sparse.coordinates import Coordinates
 from topk_ortho.backends.sparse.products import Slabs
-from topk_ortho.kernels import tiles
+from topk_ortho.kernels import launch
 
-ENGINES = ["torch", "kernels"] if tiles.INTERPRETED else ["torch"]
+ENGINES = ["torch", "kernels"] if launch.INTERPRETED else ["torch"]
 
 
 @pytest.fixture(params=ENGINES)
@@ -84,9 +84,9 @@ class TestSlabs:
         """Sums of float32 products are rounded once."""
         x = torch.tensor([[2**12, 2**12], [1, 1], [1, 1]])
         (slab,) = slabs().of(coordinates_of(x, dtype))
-        met = slab.cosines().cosines
-        assert sums.dtype == dtype
-        assert sums.item() == 2**24 + 2
+        cosines = slab.cosines().cosines
+        assert cosines.dtype == dtype
+        assert cosines.item() == 2**24 + 2
 
 
 class TestGradient:

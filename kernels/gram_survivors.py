@@ -1,14 +1,15 @@
-"""Record the pairs of columns whose similarity exceeds the cut, streaming the upper triangle of the gram.
+"""Record the pairs of columns whose similarity exceeds the bound, streaming the upper triangle of the gram.
 
-    cosine[i, j] = gram[i, j] * factor[i] * factor[j], recorded iff i < j and its similarity is above the bound of row i
+    cosine[i, j] = gram[i, j] * factor[i] * factor[j],    recorded iff i < j and it exceeds the bound of row i
 
-Every survivor is counted, only the first `capacity` are stored: `topk_ortho.kernels.search` compares the two. The order
-of the records is undefined. In the same pass, if asked for, the mean of |cosine| over all pairs and the sum of squared
-deviations from it, each tile's about its own mean (Chan, Golub and LeVeque, 1983), so that nothing cancels.
+Every survivor is counted, but only the first `capacity` are stored; `radix_select.certify` compares the two numbers.
+The order of the records is undefined. The same pass computes, if asked to, the mean of |cosine| over all pairs and the
+sum of squared deviations from it. Each part of a tile takes deviations from its own mean, and the results are joined by
+the formula of Chan, Golub and LeVeque (1983), so that nothing cancels.
 
-Survivors are rare: about 16 in a tile at a fraction of 1e-3. Rows of a tile are peeled one survivor at a time, all rows
-at once, so that a quarter of a tile needs one atomic addition and as many steps as its fullest row has survivors. The
-usual way, an atomic or a scan for each element, takes 180 to 255 registers a thread here; this takes 127.
+Survivors are rare: about 16 in a tile of 128 x 128 at a fraction of 1e-3. All rows of a quarter of a tile look for
+their next survivor at the same time. So a quarter needs one atomic addition, and as many steps as its fullest row has
+survivors. The usual way, an atomic or a scan for each element, takes 180 to 255 registers a thread; this takes 127.
 """
 
 from dataclasses import replace
@@ -17,13 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topk_ortho.kernels.search import COLLECT, PASS, Search, above, stage_of
-from topk_ortho.kernels.tiles import Operand, cosines, gram_tile, quarters, triangle_tile
+from topk_ortho.kernels.launch import Operand
+from topk_ortho.kernels.radix_select import COLLECT, PASS, RadixSelect, row_bounds, stage_of
+from topk_ortho.kernels.tiles import cosines, quartered_tile
 
 
 @triton.jit
 def add_moments(cosine, count, mean, squares):
-    """Moments (count, mean, sum of squared deviations; float64) with the |cosine| of a part of a tile added."""
+    """Join the |cosine| of a part of a tile to moments: count, mean and sum of squared deviations, float64."""
     is_pair = cosine == cosine
     n_pairs = tl.sum(tl.sum(is_pair.to(tl.int32), axis=1), axis=0)
     magnitude = tl.where(is_pair, tl.abs(cosine), 0.0)
@@ -39,7 +41,7 @@ def add_moments(cosine, count, mean, squares):
 
 @triton.jit
 def store_moments(moments_ptr, count, mean, squares):
-    """Into the line of this program."""
+    """Write the moments to the line of this program."""
     line = moments_ptr + 3 * tl.program_id(0)
     tl.store(line, count)
     tl.store(line + 1, mean)
@@ -72,7 +74,7 @@ def _record(
 
 
 @triton.jit
-def _gram_select_kernel(
+def _gram_survivors_kernel(
     x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr,  # [M, N], [N] float32 x 2
     plan_ptr, bounds_ptr,                                # [6] int64, [2] float32
     values_ptr, rows_ptr, cols_ptr, n_survivors_ptr,     # [capacity] float32, int32, int32, [1] int64
@@ -89,17 +91,13 @@ def _gram_select_kernel(
     squares = tl.zeros((), tl.float64)
     n_tile_rows = tl.cdiv(N, BLOCK)
     for tile in range(tl.program_id(0), n_tile_rows * (n_tile_rows + 1) // 2, tl.num_programs(0)):
-        tile_row, tile_col = triangle_tile(tile, n_tile_rows, GROUP)
-        gram = gram_tile(
-            x_ptr, stride_xm, stride_xn, scale_ptr, M, N, tile_row * BLOCK, tile_col * BLOCK,
-            BLOCK, BLOCK_M, PRECISION, SCALED,
-        )  # fmt: skip
-        offs_row = tile_row * BLOCK + tl.arange(0, BLOCK)
-        bound = above(bounds_ptr, plan_ptr, floor, offs_row)
-        parts = quarters(gram)
+        parts, offs_row, first_col = quartered_tile(
+            tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, M, N, BLOCK, BLOCK_M, GROUP, PRECISION, SCALED
+        )
+        bound = row_bounds(bounds_ptr, plan_ptr, floor, offs_row)
         for part in tl.static_range(4):
-            offs_col = tile_col * BLOCK + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-            cosine = cosines(parts[part], factor_ptr, offs_row, offs_col, N)
+            offs_col = first_col + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+            cosine = cosines(parts[part], factor_ptr, offs_row, offs_col, N, float("nan"))
             if HAS_MOMENTS:
                 count, mean, squares = add_moments(cosine, count, mean, squares)
             _record(
@@ -109,21 +107,23 @@ def _gram_select_kernel(
         store_moments(moments_ptr, count, mean, squares)
 
 
-def gram_select(
-    operand: Operand, search: Search, values: Tensor, rows: Tensor, cols: Tensor, moments: Tensor | None, floor: float,
-    *, is_abs: bool, is_first: bool,
+def gram_survivors(
+    operand: Operand, radix: RadixSelect, values: Tensor, rows: Tensor, cols: Tensor, moments: Tensor | None,
+    floor: float, *, is_abs: bool, is_first: bool,
 ) -> None:  # fmt: skip
-    """Fill the records [capacity] and `search.n_survivors`, if the search is at PASS (`is_first`) or COLLECT.
+    """Fill the records [capacity] and `radix.n_survivors`; returns at once unless the stage is the right one.
 
-    `moments` float64 [operand.n_programs, 3] takes (count, mean, sum of squared deviations) of |cosine| by program.
+    That is PASS if `is_first`, else COLLECT. `moments` float64 [operand.n_programs, 3] receives the count, the mean and
+    the sum of squared deviations of the |cosine| that each program saw.
     """
-    if is_first and moments is None and operand.scale is None:  # COLLECT repeats the very products that were counted
+    # COLLECT must repeat the very products that were counted, so it takes the same block sizes as they did
+    if is_first and moments is None and operand.scale is None:
         operand = replace(operand, is_lean=True)
     assert values.numel() < 2**31 - 2**16, "slots are int32"
-    _gram_select_kernel[(operand.n_programs,)](
-        plan_ptr=search.plan, bounds_ptr=search.bounds,
-        values_ptr=values, rows_ptr=rows, cols_ptr=cols, n_survivors_ptr=search.n_survivors,
-        moments_ptr=search.plan if moments is None else moments,
+    _gram_survivors_kernel[(operand.n_programs,)](
+        plan_ptr=radix.plan, bounds_ptr=radix.bounds,
+        values_ptr=values, rows_ptr=rows, cols_ptr=cols, n_survivors_ptr=radix.n_survivors,
+        moments_ptr=radix.plan if moments is None else moments,
         capacity=values.numel(), floor=floor,
         STAGE=(PASS if is_first else COLLECT).value, IS_ABS=is_abs, HAS_MOMENTS=moments is not None,
         **operand.arguments(),

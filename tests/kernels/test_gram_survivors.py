@@ -19,13 +19,13 @@ from tests.kernels.arguments import (
     gram_of,
     inverse_of,
     operand_of,
-    search_at,
+    radix_at,
     to_device,
 )
 from tests.tolerances import assert_within, cosine_bound
-from topk_ortho.kernels.gram_select import gram_select
-from topk_ortho.kernels.search import COLLECT, PASS
-from topk_ortho.kernels.tiles import INTERPRETED, TILE_CONFIGS, Operand
+from topk_ortho.kernels.gram_survivors import gram_survivors
+from topk_ortho.kernels.launch import INTERPRETED, TILE_CONFIGS, Operand
+from topk_ortho.kernels.radix_select import COLLECT, PASS
 
 POISON = 123456
 GUARD = 40
@@ -35,7 +35,7 @@ class Records(NamedTuple):
     pairs: dict[tuple[int, int], float]
     """Stored, by (row, col)"""
     n_survivors: int
-    search: object
+    radix: object
 
 
 def select(
@@ -43,16 +43,16 @@ def select(
 ) -> Records:
     """Run between guard words, check them, and read the records; everything but the count must stay as it was."""
     stage = (PASS if is_first else COLLECT).value
-    search = search_at(stage, operand.x.shape[1], **fields)
-    before = copy_of(search)
+    radix = radix_at(stage, operand.x.shape[1], **fields)
+    before = copy_of(radix)
     buffers = [
         torch.full((GUARD + capacity + GUARD,), POISON, dtype=dtype, device=DEVICE)
         for dtype in (torch.float32, torch.int32, torch.int32)
     ]
     values, rows, cols = (b[GUARD:-GUARD] for b in buffers)
-    gram_select(operand, search, values, rows, cols, None, floor, is_abs=is_abs, is_first=is_first)
-    assert_same(actual=search, expected=before, but=("n_survivors",))
-    n_survivors = int(search.n_survivors)
+    gram_survivors(operand, radix, values, rows, cols, None, floor, is_abs=is_abs, is_first=is_first)
+    assert_same(actual=radix, expected=before, but=("n_survivors",))
+    n_survivors = int(radix.n_survivors)
     n_stored = min(n_survivors, capacity)
     for buffer in buffers:
         assert (buffer[:GUARD] == POISON).all(), "written before the records"
@@ -61,13 +61,13 @@ def select(
     pairs = dict(zip(zip(rows.tolist(), cols.tolist(), strict=True), values.tolist(), strict=True))
     pairs.pop((POISON, POISON), None)
     assert len(pairs) == n_stored, "a pair is recorded twice"
-    return Records(pairs, n_survivors, search)
+    return Records(pairs, n_survivors, radix)
 
 
 def survivors_of(
     cosine: np.ndarray,
     *,
-    cut: float = -1.0,
+    bound: float = -1.0,
     tie_row: int | None = None,
     floor: float = -1.0,
     slack: float = 0.0,
@@ -80,10 +80,10 @@ def survivors_of(
         for col in range(row + 1, n):
             s = abs(cosine[row, col]) if is_abs else cosine[row, col]
             if slack:
-                is_kept = s > max(cut, floor) - slack
+                is_kept = s > max(bound, floor) - slack
             else:
-                is_tied = s == cut and (tie_row is None or row <= tie_row)
-                is_kept = (s > cut or is_tied) and s > floor
+                is_tied = s == bound and (tie_row is None or row <= tie_row)
+                is_kept = (s > bound or is_tied) and s > floor
             if is_kept:
                 found[row, col] = cosine[row, col]
     return found
@@ -96,7 +96,7 @@ def assert_close_records(records: Records, expected: dict[tuple[int, int], float
     assert_within(actual=actual, expected=np.array(list(expected.values())), bound=bound)
 
 
-def cut_in_a_gap(cosine: np.ndarray, gap: float) -> float:
+def bound_in_a_gap(cosine: np.ndarray, gap: float) -> float:
     """A number that no similarity is nearer to than `gap`, with a third of them above it."""
     s = np.sort(np.abs(cosine[np.triu_indices(len(cosine), 1)]))
     wide = (np.diff(s) > 2 * gap).nonzero()[0]
@@ -122,8 +122,8 @@ class TestRecords:
             "floor": data.draw(st.sampled_from([-1.0, -1.0, 0.0, 0.25, abs(a_value)])),
             "is_abs": data.draw(st.booleans()),
         }
-        cut = abs(a_value) if data.draw(st.booleans()) else data.draw(st.sampled_from([0.1, 0.5, 1.0]))
-        fields |= {"cut": cut, "tie_row": data.draw(st.integers(-1, n))}
+        bound = abs(a_value) if data.draw(st.booleans()) else data.draw(st.sampled_from([0.1, 0.5, 1.0]))
+        fields |= {"bound": bound, "tie_row": data.draw(st.integers(-1, n))}
         if not fields["is_abs"]:
             fields["floor"] = max(0.0, fields["floor"])  # what the backend asks for
         is_first = data.draw(st.booleans())
@@ -136,7 +136,7 @@ class TestRecords:
     @pytest.mark.parametrize("is_abs", [True, False], ids=["abs", "signed"])
     @pytest.mark.parametrize("n", [2, 3, 15, 16, 17, 32, 33, 49])
     def test_all_pairs(self, n, is_abs):
-        """No cut: every row of a tile is full."""
+        """No bound: every row of a tile is full."""
         operand, cosine = exact_products(n, seed=n)
         expected = survivors_of(cosine, is_abs=is_abs, floor=-1.0)
         assert len(expected) == n * (n - 1) // 2
@@ -152,7 +152,7 @@ class TestRecords:
 
     def test_nothing(self):
         operand, _ = exact_products(40)
-        assert select(operand, cut=1.0).n_survivors == 0
+        assert select(operand, bound=1.0).n_survivors == 0
 
     @pytest.mark.parametrize("n_missing", [1, 17, 779])
     def test_a_capacity_that_is_too_small(self, n_missing):
@@ -165,16 +165,16 @@ class TestRecords:
     @pytest.mark.parametrize("tie_row", [-1, 0, 5, 16, 39])
     def test_ties_up_to_a_row(self, tie_row):
         x = torch.ones(4, 40)
-        expected = survivors_of(np.ones((40, 40)), cut=1.0, tie_row=tie_row)
-        records = select(operand_of(x), cut=1.0, tie_row=tie_row)
+        expected = survivors_of(np.ones((40, 40)), bound=1.0, tie_row=tie_row)
+        records = select(operand_of(x), bound=1.0, tie_row=tie_row)
         assert records.n_survivors == len(expected) == sum(39 - row for row in range(tie_row + 1))
         assert records.pairs.keys() == expected.keys()
 
     def test_slack(self):
         operand, cosine = exact_products(40)
-        fields = {"cut": 0.5, "slack": 0.0625}
+        fields = {"bound": 0.5, "slack": 0.0625}
         expected = survivors_of(cosine, **fields)
-        assert len(expected) > len(survivors_of(cosine, cut=0.5))
+        assert len(expected) > len(survivors_of(cosine, bound=0.5))
         assert select(operand, **fields).pairs == expected
 
     @pytest.mark.parametrize("programs", [1, 2, 6, 99])
@@ -187,26 +187,26 @@ class TestRecords:
             fields = {name: getattr(config, name) for name in ("block", "block_m", "group", "num_warps", "num_stages")}
             monkeypatch.setitem(TILE_CONFIGS, key, type(config)(**fields, programs_per_sm=programs))
             assert operand.n_programs == min(programs, 6)
-        assert select(operand, cut=0.25).pairs == survivors_of(cosine, cut=0.25)
+        assert select(operand, bound=0.25).pairs == survivors_of(cosine, bound=0.25)
 
     def test_slots_are_int32(self):
         operand, _ = exact_products(4)
         values, ints = torch.empty(1).expand(2**31), torch.empty(1, dtype=torch.int32).expand(2**31)
         with pytest.raises(AssertionError, match="slots are int32"):
-            gram_select(operand, search_at(0, 4), values, ints, ints, None, -1.0, is_abs=True, is_first=True)
+            gram_survivors(operand, radix_at(0, 4), values, ints, ints, None, -1.0, is_abs=True, is_first=True)
 
 
 @pytest.mark.usefixtures("small_tiles")
 class TestProducts:
-    """Against float64, with a cut that rounding does not reach."""
+    """Against float64, with a bound that rounding does not reach."""
 
     @staticmethod
-    def check(x: Tensor, operand: Operand, bound: float | None = None) -> None:
-        cosine, bound = gram_of(x), bound or cosine_bound(x)
-        cut = cut_in_a_gap(cosine, bound)
-        expected = survivors_of(cosine, cut=cut)
+    def check(x: Tensor, operand: Operand) -> None:
+        cosine, error = gram_of(x), cosine_bound(x)
+        bound = bound_in_a_gap(cosine, error)
+        expected = survivors_of(cosine, bound=bound)
         assert 10 < len(expected) < 0.9 * x.shape[1] * (x.shape[1] - 1) / 2
-        assert_close_records(select(operand, cut=cut), expected, bound)
+        assert_close_records(select(operand, bound=bound), expected, error)
 
     @pytest.mark.parametrize("m", [2, 31, 32, 33, 70])
     def test_ragged(self, m):
@@ -232,14 +232,14 @@ class TestProducts:
         self.check(x, operand_of(x, is_scaled=True))
 
     def test_dead_columns(self):
-        """Cosine 0 to every other, which a cut of 0 keeps."""
+        """Cosine 0 to every other, which a bound of 0 keeps."""
         x = torch.eye(20)
         x[:, 7] = x[:, 3]
         x[:, [0, 11, 19]] = 0
-        assert set(select(operand_of(x), cut=0.5).pairs) == {(3, 7)}
-        assert select(operand_of(x), cut=0.0).n_survivors == 190
-        assert select(operand_of(x), cut=0.0, tie_row=-1).n_survivors == 1
-        assert select(operand_of(x), cut=0.0, floor=0.0, is_abs=False).n_survivors == 1
+        assert set(select(operand_of(x), bound=0.5).pairs) == {(3, 7)}
+        assert select(operand_of(x), bound=0.0).n_survivors == 190
+        assert select(operand_of(x), bound=0.0, tie_row=-1).n_survivors == 1
+        assert select(operand_of(x), bound=0.0, floor=0.0, is_abs=False).n_survivors == 1
 
     @pytest.mark.parametrize("columns", [False, True], ids=["rows_far_apart", "columns_far_apart"])
     def test_offsets_past_int32(self, columns, tmp_path):
@@ -263,8 +263,8 @@ class TestRealTiles:
     @pytest.mark.parametrize("is_scaled", [False, True], ids=["plain", "scaled"])
     def test_select(self, is_scaled):
         x = dyadic(8, 150, seed=2)
-        expected = survivors_of(gram_of(x), cut=0.5, tie_row=70)
-        records = select(operand_of(x, is_scaled=is_scaled), 5000, cut=0.5, tie_row=70)
+        expected = survivors_of(gram_of(x), bound=0.5, tie_row=70)
+        records = select(operand_of(x, is_scaled=is_scaled), 5000, bound=0.5, tie_row=70)
         assert 1000 < len(expected) < 5000
         assert records.pairs == expected
 
@@ -273,12 +273,12 @@ class TestMoments:
     """(count, mean, sum of squared deviations) of |cosine|, a line for each program."""
 
     @staticmethod
-    def moments(operand, *, cut=1.0, is_abs=True):
+    def moments(operand, *, bound=1.0, is_abs=True):
         moments = torch.full((operand.n_programs, 3), torch.nan, dtype=torch.float64, device=DEVICE)
-        search = search_at(PASS.value, operand.x.shape[1], cut=cut)
+        radix = radix_at(PASS.value, operand.x.shape[1], bound=bound)
         values = torch.empty(5000, device=DEVICE)
         rows, cols = (torch.empty(5000, dtype=torch.int32, device=DEVICE) for _ in range(2))
-        gram_select(operand, search, values, rows, cols, moments, -1.0, is_abs=is_abs, is_first=True)
+        gram_survivors(operand, radix, values, rows, cols, moments, -1.0, is_abs=is_abs, is_first=True)
         return moments.cpu().numpy()
 
     @staticmethod
@@ -289,31 +289,31 @@ class TestMoments:
         variance = (squares + count * (mean - mean_of_all) ** 2).sum() / count.sum()
         return count.sum(), mean_of_all, variance**0.5
 
-    def check(self, x, bound=None, **options):
+    def check(self, x, error=None, **options):
         operand = operand_of(x)
         moments = self.moments(operand, **options)
         assert len(moments) > 1 or operand.n_tiles == 1, "one program is not the general case"
         magnitude = np.abs(gram_of(x)[np.triu_indices(x.shape[1], 1)])
         count, mean, std = self.joined(moments)
         assert count == magnitude.size
-        bound = cosine_bound(x) if bound is None else bound
-        assert_within(actual=mean, expected=magnitude.mean(), bound=bound)
-        assert_within(actual=std, expected=magnitude.std(), bound=bound)
+        error = cosine_bound(x) if error is None else error
+        assert_within(actual=mean, expected=magnitude.mean(), bound=error)
+        assert_within(actual=std, expected=magnitude.std(), bound=error)
 
     @pytest.mark.parametrize("n", [2, 16, 17, 33])
     @pytest.mark.parametrize("make", [normal, activations, dyadic])
     def test_against_float64(self, make, n, small_tiles):
         self.check(make(20, n, seed=n))
 
-    @pytest.mark.parametrize(("cut", "is_abs"), [(0.0, True), (0.5, False), (1.0, True)])
-    def test_of_all_pairs_whatever_is_selected(self, cut, is_abs, small_tiles):
-        self.check(normal(20, 50), cut=cut, is_abs=is_abs)
+    @pytest.mark.parametrize(("bound", "is_abs"), [(0.0, True), (0.5, False), (1.0, True)])
+    def test_of_all_pairs_whatever_is_selected(self, bound, is_abs, small_tiles):
+        self.check(normal(20, 50), bound=bound, is_abs=is_abs)
 
     @pytest.mark.parametrize("cosine", [0.5, 0.3, 0.999], ids=str)
     def test_all_cosines_equal(self, cosine, small_tiles):
         """The standard deviation is 0, and what rounding leaves of it is no more than a rounding."""
         x = torch.cat([torch.full((1, 60), cosine**0.5), torch.eye(60) * (1 - cosine) ** 0.5])
-        self.check(x, bound=2.0**-22)
+        self.check(x, error=2.0**-22)
 
     def test_few_large_among_many_small(self, small_tiles):
         self.check(torch.eye(12).repeat(1, 5))
@@ -338,15 +338,15 @@ class TestMoments:
 def test_only_at_its_stage(stage, is_first):
     """Else nothing at all is written."""
     operand = operand_of(normal(5, 30))
-    search = search_at(stage, 30)
-    before = copy_of(search)
+    radix = radix_at(stage, 30)
+    before = copy_of(radix)
     values = torch.full((500,), POISON, dtype=torch.float32, device=DEVICE)
     rows, cols = (torch.full((500,), POISON, dtype=torch.int32, device=DEVICE) for _ in range(2))
     moments = torch.full((operand.n_programs, 3), POISON, dtype=torch.float64, device=DEVICE)
-    gram_select(operand, search, values, rows, cols, moments, -1.0, is_abs=True, is_first=is_first)
+    gram_survivors(operand, radix, values, rows, cols, moments, -1.0, is_abs=True, is_first=is_first)
     its_turn = stage == (PASS if is_first else COLLECT).value
-    assert (int(search.n_survivors) == 435) == its_turn
-    assert_same(actual=search, expected=before, but=("n_survivors",) if its_turn else ())
+    assert (int(radix.n_survivors) == 435) == its_turn
+    assert_same(actual=radix, expected=before, but=("n_survivors",) if its_turn else ())
     for tensor in (values, rows, cols, moments):
         assert (tensor == POISON).all() != its_turn
 
@@ -355,9 +355,9 @@ def test_the_order_of_columns_does_not_matter(small_tiles):
     """The same pairs survive, under their new names."""
     operand, cosine = exact_products(40, n_values=5)
     new_name = torch.randperm(40, generator=seeded(0)).tolist()
-    cut = float(np.median(np.abs(cosine)))
-    expected = {tuple(sorted((new_name[r], new_name[c]))) for r, c in select(operand, cut=cut).pairs}
+    bound = float(np.median(np.abs(cosine)))
+    expected = {tuple(sorted((new_name[r], new_name[c]))) for r, c in select(operand, bound=bound).pairs}
     x = torch.empty_like(operand.x)
     x[:, new_name] = operand.x
     moved = Operand(x=x, factor=operand.factor, scale=None, kind="ieee")
-    assert set(select(moved, cut=cut).pairs) == expected
+    assert set(select(moved, bound=bound).pairs) == expected

@@ -19,8 +19,8 @@ from tests.kernels.arguments import (
     operand_of,
 )
 from tests.tolerances import assert_within, cosine_bound, float64
-from topk_ortho.kernels.gram_row_max import gram_row_max
-from topk_ortho.kernels.tiles import Operand
+from topk_ortho.kernels.launch import Operand
+from topk_ortho.kernels.max_cosine import max_cosine
 
 NOTHING = -(2**63)
 
@@ -32,7 +32,7 @@ def run(operand: Operand, sizes: list[int], stride: int, *, flags: int | None = 
     best = torch.full((operand.x.shape[1],), NOTHING, dtype=torch.int64, device=DEVICE)
     n_larger = sizes.count(sizes[0])
     assert set(sizes[n_larger:]) <= {sizes[0] - 1}
-    gram_row_max(operand, numbers([flags], torch.int32), best, len(sizes), stride, sizes[0], n_larger)
+    max_cosine(operand, numbers([flags], torch.int32), best, len(sizes), stride, sizes[0], n_larger)
     return best.cpu()
 
 
@@ -227,5 +227,5 @@ def test_flags_choose_the_operand(flags, is_scaled, small_tiles):
 def test_what_is_larger_already_stays(small_tiles):
     operand = operand_of(torch.eye(20))
     best = torch.full((20,), 7 << 32, dtype=torch.int64, device=DEVICE)
-    gram_row_max(operand, numbers([0], torch.int32), best, 1, 20, 20, 1)
+    max_cosine(operand, numbers([0], torch.int32), best, 1, 20, 20, 1)
     assert (best == 7 << 32).all()

@@ -1,11 +1,11 @@
 """What the compilers make of every kernel, and whether it keeps what its config promises; needs no GPU.
 
-    python -m topk_ortho.kernels.compile_report [--json]
+    python -m bench.compile_report [--json]
 
-Launchers are called with tensors that have no memory; their launches are recorded instead of made, and compiled for
-each architecture as Triton would compile them there. So it is what ships that is reported, block sizes and options
-included. The exit status is 1 if something does not compile or a gate fails, see `violations`. Two processes take about
-3 minutes, or 1 if Triton has all of it in its cache.
+The launchers are called with tensors that have no memory, on a device that is not there: Triton compiles for it what it
+would compile at such a launch, and then launches nothing. So what is reported is what ships, block sizes and options
+included. The exit status is 1 if something does not compile or breaks a promise, see `violations`. The report takes
+about 9 minutes of processor time, which two processes share, and 2 if Triton has all of it in its cache.
 
 x is [4096, 65536], row-major unless said otherwise. Kernels over gram tiles are compiled for each kind of operand
 (bf16, float32 as tf32, float32 as it is) as the backend launches them: the first pass not scaled, the passes of a
@@ -14,7 +14,6 @@ are absolute, tensors are aligned to 16 bytes, and, for AMD, below 2 GB.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -27,89 +26,71 @@ import re
 import subprocess
 import sys
 import tempfile
-import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-from unittest import mock
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
 import topk_ortho.kernels
-from topk_ortho.kernels import search as searches
-from topk_ortho.kernels import tiles
+from topk_ortho.kernels import radix_select
 from topk_ortho.kernels.coactivation import coactivation_products, coactivation_spread, coactivation_sums
 from topk_ortho.kernels.gram_histogram import gram_histogram, gram_row_ties
-from topk_ortho.kernels.gram_row_max import gram_row_max
 from topk_ortho.kernels.gram_sample import gram_sample
-from topk_ortho.kernels.gram_select import gram_select
+from topk_ortho.kernels.gram_survivors import gram_survivors
+from topk_ortho.kernels.launch import INTERPRETED, Kind, Operand
+from topk_ortho.kernels.max_cosine import max_cosine
 from topk_ortho.kernels.norms import column_norms
 from topk_ortho.kernels.pair_gradient import pair_gradient
 from topk_ortho.kernels.rescore import rescore
 from topk_ortho.kernels.round_columns import round_columns
 
-MAIN_LOOP_KERNELS = {"gram_select", "gram_histogram", "gram_row_ties", "gram_row_max"}
-"""Those over gram tiles: where the time goes."""
+MAIN_LOOP_KERNELS = {"gram_survivors", "gram_histogram", "gram_row_ties", "max_cosine"}
+"""The kernels over gram tiles, where the time goes."""
 SPARSE_KERNELS = {"coactivation_products", "coactivation_sums", "coactivation_spread"}
-"""Those over the products of sparse features."""
+"""The kernels over the products of sparse features."""
 _PERSISTENT_KERNELS = MAIN_LOOP_KERNELS | {"rescore"}
 
 _M, _N, _CAPACITY = 4096, 65536, 3_286_826  # a capacity that 16 does not divide, as most
 _META = torch.device("meta")
-_POINTERS = {
-    torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-    torch.int64: "*i64", torch.int32: "*i32",
-}  # fmt: skip
 _LOCAL_MEMORY = re.compile(r"LDL|STL")
 _MATRIX = re.compile(r"HMMA|HGMMA|UTC\w*MMA|v_mfma")
 _MULTIPLY_ADD = re.compile(r"FFMA|v_(pk_)?fmac?_f32")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Architecture:
+class _Architecture(NamedTuple):
     """Limits that its maker documents."""
 
-    target: Any
+    target: GPUTarget
     matrix_instruction: str
     """How the names of its matrix instructions begin"""
     shared_bytes: int
     """Shared memory that a program may have"""
     shared_bytes_per_sm: int
     shared_bytes_reserved: int
-    """Of a multiprocessor, by the system for each program"""
-    registers: int
-    """In a quarter of a multiprocessor, which runs a quarter of its warps: 32-bit registers of a lane"""
+    """Shared memory of a multiprocessor that the system takes for each program"""
     max_warps: int
-    """In such a quarter"""
+    """Warps in a quarter of a multiprocessor"""
 
 
 # NVIDIA: CUDA C++ Programming Guide, technical specifications per compute capability. AMD: CDNA 3 ISA, occupancy.
-ARCHITECTURES: dict[str, _Architecture] = {
-    # also the table entry of compute capability 8.6, 8.9 and 12.0, so their 99 KB, not the 163 KB of 8.0, are its limit
-    "sm_80": _Architecture(
-        target=GPUTarget("cuda", 80, 32), matrix_instruction="HMMA", shared_bytes=99 * 1024,
-        shared_bytes_per_sm=164 * 1024, shared_bytes_reserved=1024, registers=512, max_warps=16,
-    ),
-    "sm_90": _Architecture(
-        target=GPUTarget("cuda", 90, 32), matrix_instruction="HGMMA", shared_bytes=227 * 1024,
-        shared_bytes_per_sm=228 * 1024, shared_bytes_reserved=1024, registers=512, max_warps=16,
-    ),
-    "sm_100": _Architecture(
-        target=GPUTarget("cuda", 100, 32), matrix_instruction="UTCHMMA", shared_bytes=227 * 1024,
-        shared_bytes_per_sm=228 * 1024, shared_bytes_reserved=1024, registers=512, max_warps=16,
-    ),
-    "gfx942": _Architecture(
-        target=GPUTarget("hip", "gfx942", 64), matrix_instruction="v_mfma", shared_bytes=64 * 1024,
-        shared_bytes_per_sm=64 * 1024, shared_bytes_reserved=0, registers=512, max_warps=8,
-    ),
-}  # fmt: skip
-_TENSOR_MEMORY_COLUMNS = 512  # of a multiprocessor of sm_100
+# The entry sm_80 of the tables serves compute capability 8.6, 8.9 and 12.0 too, so its limit is their 99 KB.
+ARCHITECTURES = {
+    "sm_80": _Architecture(GPUTarget("cuda", 80, 32), "HMMA", 99 * 1024, 164 * 1024, 1024, 16),
+    "sm_90": _Architecture(GPUTarget("cuda", 90, 32), "HGMMA", 227 * 1024, 228 * 1024, 1024, 16),
+    "sm_100": _Architecture(GPUTarget("cuda", 100, 32), "UTCHMMA", 227 * 1024, 228 * 1024, 1024, 16),
+    "gfx942": _Architecture(GPUTarget("hip", "gfx942", 64), "v_mfma", 64 * 1024, 64 * 1024, 0, 8),
+}
+_REGISTERS = 512
+"""32-bit registers of a lane in a quarter of a multiprocessor, which runs a quarter of its warps"""
+_TENSOR_MEMORY_COLUMNS = 512
+"""Tensor memory of a multiprocessor of sm_100"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,18 +100,18 @@ class Record:
     kernel: str
     variant: str
     architecture: str
-    kind: Literal["half", "tf32", "ieee"] | None
-    """Of its product, None if it has no tile config"""
+    kind: Kind | None
+    """Kind of its operand, None if it is not over gram tiles"""
     num_warps: int
     programs_per_sm: int | None
-    """As launched, None if the grid follows the size of x"""
+    """Programs that are launched for a multiprocessor, None if their number follows the size of x"""
     max_registers: int | None
     registers: int
-    """Of a thread; on AMD vector registers, accumulators included"""
+    """Registers of a thread; on AMD vector registers, accumulators included"""
     stack_bytes: int
-    """Of a thread"""
+    """Stack of a thread"""
     n_spills: int
-    """Instructions that go to the stack; on AMD spilled vector registers"""
+    """Instructions that access the stack; on AMD spilled vector registers"""
     shared_bytes: int
     tensor_memory_columns: int
     """0 but on sm_100"""
@@ -140,20 +121,20 @@ class Record:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """How messages call it."""
         return f"{self.kernel} ({self.variant}) on {self.architecture}"
 
 
 class Code(NamedTuple):
-    """Assembly, as far as it matters here."""
+    """Instructions and loops of an assembly."""
 
     opcodes: list[str]
     loops: list[range]
-    """Places in `opcodes` between the target of a backward jump and the jump"""
+    """Places in `opcodes` from the target of a backward jump to the jump"""
 
     @property
     def main_loop(self) -> range | None:
-        """The innermost loop with a matrix instruction; else that with most multiply-adds, or just the largest."""
+        """The innermost loop with a matrix instruction; without one, that with most multiply-adds, or the largest."""
         innermost = [loop for loop in self.loops if not any(_is_inside(other, loop) for other in self.loops)]
         with_matrix = [loop for loop in self.loops if any(_MATRIX.match(self.opcodes[place]) for place in loop)]
         if with_matrix:
@@ -161,12 +142,12 @@ class Code(NamedTuple):
         return max(innermost, key=lambda loop: (self.count(_MULTIPLY_ADD, loop), len(loop)), default=None)
 
     def count(self, pattern: re.Pattern[str], places: range | None = None) -> int:
-        """Opcodes that begin with the pattern."""
+        """Number of opcodes that begin with the pattern."""
         places = range(len(self.opcodes)) if places is None else places
         return sum(pattern.match(self.opcodes[place]) is not None for place in places)
 
     def matrix_instructions(self) -> dict[str, int]:
-        """How many of each."""
+        """How often each matrix instruction occurs."""
         return dict(Counter(opcode for opcode in self.opcodes if _MATRIX.match(opcode)))
 
 
@@ -175,7 +156,7 @@ def _is_inside(inner: range, outer: range) -> bool:
 
 
 def parse_sass(text: str) -> Code:
-    """Of `cuobjdump -sass`."""
+    """Code from the output of `cuobjdump -sass`."""
     opcodes: list[str] = []
     jumps, place_of = [], {}
     for address, opcode, operands in re.findall(
@@ -190,7 +171,7 @@ def parse_sass(text: str) -> Code:
 
 
 def parse_amdgcn(text: str) -> Code:
-    """Of the assembly of the AMD backend of LLVM."""
+    """Code from the assembly that the AMD backend of LLVM writes."""
     opcodes: list[str] = []
     jumps, place_of = [], {}
     for line in text.split(".amdgpu_metadata")[0].splitlines():
@@ -212,12 +193,12 @@ def _loops(jumps: Iterable[tuple[int, Any]], place_of: dict[Any, int]) -> Iterat
 
 
 def parse_resource_usage(text: str) -> tuple[int, int]:
-    """(registers, stack bytes) of `cuobjdump -res-usage`."""
+    """(registers, stack bytes) from the output of `cuobjdump -res-usage`."""
     return _number(r"\bREG:(\d+)", text), _number(r"\bSTACK:(\d+)", text)
 
 
 def parse_metadata(text: str) -> tuple[int, int, int]:
-    """(vector registers, stack bytes, spilled vector registers) of the metadata of amdgcn."""
+    """(vector registers, stack bytes, spilled vector registers) from the metadata in an AMD assembly."""
     fields = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
     registers, stack_bytes, n_spills = (_number(rf"\.{field}:\s+(\d+)", text) for field in fields)
     return registers, stack_bytes, n_spills
@@ -233,17 +214,18 @@ def max_programs(record: Record) -> int:
     """Programs that fit on a multiprocessor at once."""
     limits = ARCHITECTURES[record.architecture]
     allocated = -(-record.registers // 8) * 8
-    warps = 4 * min(limits.max_warps, limits.registers // allocated)
+    warps = 4 * min(limits.max_warps, _REGISTERS // allocated)
     by_shared = limits.shared_bytes_per_sm // max(1, record.shared_bytes + limits.shared_bytes_reserved)
     by_tensor_memory = _TENSOR_MEMORY_COLUMNS // max(1, record.tensor_memory_columns)
     return min(warps // record.num_warps, by_shared, by_tensor_memory)
 
 
 def violations(records: Iterable[Record], kernels: Iterable[str]) -> list[str]:
-    """What is promised and not kept, a line each.
+    """Broken promises, a line each.
 
     - Every kernel has a record for every architecture.
     - Kernels over gram tiles and over sparse features have no stack and do not spill.
+    - Kernels over sparse features use at most 64 registers, so that many programs hide each other's waits.
     - Kinds "half" and "tf32" use the matrix unit.
     - A program has no more shared memory and registers than allowed.
     - The programs of a persistent launch that a multiprocessor is meant to hold at once fit on it.
@@ -260,6 +242,8 @@ def violations(records: Iterable[Record], kernels: Iterable[str]) -> list[str]:
         limits = ARCHITECTURES[record.architecture]
         if record.kernel in MAIN_LOOP_KERNELS | SPARSE_KERNELS and (record.stack_bytes > 0 or record.n_spills > 0):
             found.append(f"{record.name} has {record.stack_bytes} bytes of stack, {record.n_spills} spills")
+        if record.kernel in SPARSE_KERNELS and record.registers > 64:
+            found.append(f"{record.name} has {record.registers} registers, more than 64")
         is_found = any(name.startswith(limits.matrix_instruction) for name in record.matrix_instructions)
         if record.kind in ("half", "tf32") and not is_found:
             found.append(f"{record.name} has no {limits.matrix_instruction}")
@@ -277,14 +261,17 @@ def violations(records: Iterable[Record], kernels: Iterable[str]) -> list[str]:
     return found
 
 
-class _Variant(NamedTuple):
+class Variant(NamedTuple):
+    """A launch to report."""
+
     label: str
     launch: Callable[[], object]
+    kind: Kind | None = None
 
 
-def _operand(dtype: torch.dtype, kind: str, *, is_scaled: bool = False, is_feature_major: bool = False) -> Any:
+def _operand(dtype: torch.dtype, kind: Kind, *, is_scaled: bool = False, is_feature_major: bool = False) -> Operand:
     x = _empty(_N, _M, dtype=dtype).T if is_feature_major else _empty(_M, _N, dtype=dtype)
-    return tiles.Operand(x=x, factor=_empty(_N), scale=_empty(_N) if is_scaled else None, kind=kind)
+    return Operand(x=x, factor=_empty(_N), scale=_empty(_N) if is_scaled else None, kind=kind)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -292,41 +279,48 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @functools.cache
-def _variants() -> list[_Variant]:
-    """One launch each."""
+def variants() -> list[Variant]:
+    """All launches of the report."""
     return [*_gram_variants(), *_other_variants(), *_sparse_variants()]
 
 
-def _gram_variants() -> Iterator[_Variant]:
-    search = searches.new_search(_META, _N)
+def _gram_variants() -> Iterator[Variant]:
+    radix = radix_select.new_radix_select(_META, _N)
     values, rows, cols = _empty(_CAPACITY), *(_empty(_CAPACITY, dtype=torch.int32) for _ in range(2))
     moments = _empty(1, 3, dtype=torch.float64)
     flags, best = _empty(1, dtype=torch.int32), _empty(_N, dtype=torch.int64)
 
-    def select(operand: Any, moments: torch.Tensor | None = None, is_first: bool = True) -> None:
-        gram_select(operand, search, values, rows, cols, moments, 0.0, is_abs=True, is_first=is_first)
+    def survivors(operand: Operand, moments: torch.Tensor | None = None, is_first: bool = True) -> None:
+        gram_survivors(operand, radix, values, rows, cols, moments, 0.0, is_abs=True, is_first=is_first)
 
-    def histogram(operand: Any, moments: torch.Tensor | None, digit: int) -> None:
-        gram_histogram(operand, search, moments, 0.0, *searches.DIGITS_OF_SIMILARITY[digit], is_abs=True)
+    def histogram(operand: Operand, moments: torch.Tensor | None, digit: int) -> None:
+        gram_histogram(operand, radix, moments, 0.0, *radix_select.DIGITS_OF_SIMILARITY[digit], is_abs=True)
 
-    bind = functools.partial
-    for kind, dtype in (("half", torch.bfloat16), ("tf32", torch.float32), ("ieee", torch.float32)):
+    partial = functools.partial
+    kinds: tuple[tuple[Kind, torch.dtype], ...] = (
+        ("half", torch.bfloat16), ("tf32", torch.float32), ("ieee", torch.float32),
+    )  # fmt: skip
+    for kind, dtype in kinds:
         plain, scaled = _operand(dtype, kind), _operand(dtype, kind, is_scaled=True)
-        yield _Variant(kind, bind(select, plain))
-        yield _Variant(f"{kind}, feature-major", bind(select, _operand(dtype, kind, is_feature_major=True)))
-        yield _Variant(f"{kind}, moments", bind(select, plain, moments))
-        yield _Variant(f"{kind}, scaled", bind(select, scaled, None, False))
-        yield _Variant(f"{kind}, scaled, first digit", bind(histogram, scaled, None, 0))
-        yield _Variant(f"{kind}, scaled, first digit, moments", bind(histogram, scaled, moments, 0))
-        yield _Variant(f"{kind}, scaled, last digit", bind(histogram, scaled, None, -1))
-        yield _Variant(f"{kind}, scaled", bind(gram_row_ties, scaled, search, is_abs=True))
-        yield _Variant(kind, bind(gram_row_max, plain, flags, best, 1, _N, _N, 1))
-        yield _Variant(f"{kind}, scaled", bind(gram_row_max, scaled, flags, best, 1, _N, _N, 1))
-    yield _Variant("half, fp16", bind(select, _operand(torch.float16, "half")))
+        feature_major = _operand(dtype, kind, is_feature_major=True)
+        for label, launch in (
+            ("", partial(survivors, plain)),
+            (", feature-major", partial(survivors, feature_major)),
+            (", moments", partial(survivors, plain, moments)),
+            (", scaled", partial(survivors, scaled, None, False)),
+            (", scaled, first digit", partial(histogram, scaled, None, 0)),
+            (", scaled, first digit, moments", partial(histogram, scaled, moments, 0)),
+            (", scaled, last digit", partial(histogram, scaled, None, -1)),
+            (", scaled", partial(gram_row_ties, scaled, radix, is_abs=True)),
+            ("", partial(max_cosine, plain, flags, best, 1, _N, _N, 1)),
+            (", scaled", partial(max_cosine, scaled, flags, best, 1, _N, _N, 1)),
+        ):
+            yield Variant(kind + label, launch, kind)
+    yield Variant("half, fp16", partial(survivors, _operand(torch.float16, "half")), "half")
 
 
-def _other_variants() -> Iterator[_Variant]:
-    search = searches.new_search(_META, _N)
+def _other_variants() -> Iterator[Variant]:
+    radix = radix_select.new_radix_select(_META, _N)
     per_feature, one, state = _empty(_N), _empty(1), _empty(3)
     flags, count = _empty(1, dtype=torch.int32), _empty(1, dtype=torch.int64)
     rows, cols = (_empty(_CAPACITY, dtype=torch.int32) for _ in range(2))
@@ -334,47 +328,49 @@ def _other_variants() -> Iterator[_Variant]:
     offsets, partners = _empty(_N + 1, dtype=torch.int64), _empty(2 * _CAPACITY, dtype=torch.int32)
     weights = _empty(2 * _CAPACITY)
     k = _CAPACITY // 2
-    bind = functools.partial
+    partial = functools.partial
     for dtype, label in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         x, x_slab = _empty(_M, _N, dtype=dtype), _empty(_N, 256, dtype=dtype)
-        yield _Variant(label, bind(column_norms, x, 1e-12))
-        yield _Variant(label, bind(gram_sample, x, per_feature, search, state, 256, 1024, is_abs=True))
-        yield _Variant(
+        yield Variant(label, partial(column_norms, x, 1e-12))
+        yield Variant(label, partial(gram_sample, x, per_feature, radix, state, 256, 1024, is_abs=True))
+        yield Variant(
             label,
-            bind(pair_gradient, x_slab, per_feature, per_feature, offsets, partners, weights, weights, x_slab, 1e-12),
+            partial(
+                pair_gradient, x_slab, per_feature, per_feature, offsets, partners, weights, weights, x_slab, 1e-12
+            ),
         )
-    yield _Variant("fp32", bind(round_columns, _empty(_M, _N), per_feature))
-    yield _Variant(
+    yield Variant("fp32", partial(round_columns, _empty(_M, _N), per_feature))
+    yield Variant(
         "fp32",
-        bind(
-            rescore, _empty(_N, 256), per_feature, search, values, rows, cols,
+        partial(
+            rescore, _empty(_N, 256), per_feature, radix, values, rows, cols,
             is_first=False, is_last=True, is_abs=True,
         ),
     )  # fmt: skip
-    yield _Variant("cold", bind(searches.begin, search, flags, None, None, 262, _M, True))
-    yield _Variant("warm, rounded", bind(searches.begin, search, flags, state, one, 262, _M, True))
-    yield _Variant("", bind(searches.certify, search, k, _CAPACITY, 0.0, None))
-    yield _Variant("adaptive tau", bind(searches.certify, search, k, _CAPACITY, 0.0, one))
-    for shift, bits in searches.DIGITS_OF_SIMILARITY:
-        yield _Variant(f"{bits} bits from {shift}", bind(searches.next_digit, search, shift, bits, k, _CAPACITY))
-    yield _Variant("", bind(searches.tie_row, search, k))
-    yield _Variant("", bind(searches.next_state, search, state, values, count, k, (0.1, 0.01, 0.4)))
+    yield Variant("cold", partial(radix_select.begin, radix, flags, None, None, 262, _M, True))
+    yield Variant("warm, rounded", partial(radix_select.begin, radix, flags, state, one, 262, _M, True))
+    yield Variant("", partial(radix_select.certify, radix, k, _CAPACITY, 0.0, None))
+    yield Variant("adaptive tau", partial(radix_select.certify, radix, k, _CAPACITY, 0.0, one))
+    for shift, bits in radix_select.DIGITS_OF_SIMILARITY:
+        yield Variant(f"{bits} bits from {shift}", partial(radix_select.next_digit, radix, shift, bits, k, _CAPACITY))
+    yield Variant("", partial(radix_select.tie_row, radix, k))
+    yield Variant("", partial(radix_select.next_state, radix, state, values, count, k, (0.1, 0.01, 0.4)))
 
 
-def _sparse_variants() -> Iterator[_Variant]:
+def _sparse_variants() -> Iterator[Variant]:
     """2**18 entries of which every one meets 32 others that follow it, in float32 and float64."""
     n_entries, n_products = 2**18, 2**23
     places, starts = _empty(n_entries, dtype=torch.int64), _empty(n_entries + 1, dtype=torch.int64)
     out = _empty(n_entries, dtype=torch.float64)
-    bind = functools.partial
+    partial = functools.partial
     for dtype, label in ((torch.float32, "fp32"), (torch.float64, "fp64")):
         values, products = _empty(n_entries, dtype=dtype), _empty(n_products, dtype=dtype)
         for key_dtype in (torch.int32, torch.int64):
             keys, keyed = _empty(n_products, dtype=key_dtype), f"{label}, {str(key_dtype).removeprefix('torch.')} keys"
-            yield _Variant(keyed, bind(coactivation_products, places, starts, places, values, 7, _N, keys, products))
-            yield _Variant(keyed, bind(coactivation_sums, keys, products, products))
-        yield _Variant(
-            label, bind(coactivation_spread, places, products, products, places, places, places, values, out)
+            yield Variant(keyed, partial(coactivation_products, places, starts, places, values, 7, _N, keys, products))
+            yield Variant(keyed, partial(coactivation_sums, keys, products, products))
+        yield Variant(
+            label, partial(coactivation_spread, places, products, products, places, places, places, values, out)
         )
 
 
@@ -384,7 +380,6 @@ def shipped_kernels() -> dict[str, Any]:
     modules = [
         importlib.import_module(f"topk_ortho.kernels.{module.name}")
         for module in pkgutil.iter_modules(topk_ortho.kernels.__path__)
-        if module.name != Path(__file__).stem
     ]
     return {
         match[1]: value
@@ -394,88 +389,75 @@ def shipped_kernels() -> dict[str, Any]:
     }
 
 
-class _Launch(NamedTuple):
-    name: str
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    options: dict[str, Any]
+class AbsentDevice(DriverBase):  # type: ignore[misc]
+    """In place of the driver of a GPU of one multiprocessor: launches compile as they would there, and run nothing."""
 
+    def __init__(self, architecture: str, *, compiles: bool = True) -> None:
+        self.utils = self
+        self.compiles = compiles
+        self.kernel: JITFunction[Any] | None = None
+        """What was launched last"""
+        self.arguments: dict[str, Any] = {}
+        """Its arguments as Triton sees them: their types by name, and the values of constants by place"""
+        self.binary: Any = None
+        """What it was compiled to"""
+        self.n_programs = 0
+        """Programs on the first axis of its grid"""
+        self._target = ARCHITECTURES[architecture].target
+        triton.runtime.driver.set_active(self)
+        triton.knobs.runtime.jit_cache_hook = self._before_compiling
+        triton.knobs.runtime.jit_post_compile_hook = self._after_compiling
 
-def _recorded(launch: Callable[[], object], architecture: str) -> _Launch:
-    """The launch that a launcher would make on a device of one multiprocessor."""
-    launches: list[_Launch] = []
+    def _before_compiling(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        self.kernel, self.arguments = fn.jit_function, compile
+        return not self.compiles
 
-    def instead(name: str, kernel: Any) -> Callable[..., None]:
-        def run(*args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
-            given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-            arguments = {argument: given.pop(argument) for argument in kernel.arg_names}
-            launches.append(_Launch(name, kernel, grid, arguments, given))
+    def _after_compiling(self, *, key: str, fn: Any, **_: Any) -> None:
+        self.binary = fn.jit_function.device_caches[self.get_current_device()][0][key]
 
-        return run
+    @property
+    def kernel_name(self) -> str:
+        """Name of what was launched last, as its launcher is called."""
+        return "" if self.kernel is None else self.kernel.__name__.removeprefix("_").removesuffix("_kernel")
 
-    properties = types.SimpleNamespace(multi_processor_count=1)
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(tiles, "architecture_of", return_value=architecture))
-        patches.enter_context(mock.patch.object(torch.cuda, "get_device_properties", return_value=properties))
-        for name, kernel in shipped_kernels().items():
-            patches.enter_context(mock.patch.object(kernel, "run", instead(name, kernel)))
-        launch()
-    (recorded,) = launches
-    return recorded
+    # From here on, what Triton asks of a driver.
 
+    def get_current_target(self) -> GPUTarget:  # noqa: D102
+        return self._target
 
-def _source(launch: _Launch, is_amd: bool) -> Any:
-    """A kernel with its arguments specialised as Triton does at a launch."""
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for parameter in launch.kernel.params:
-        value, place = launch.arguments[parameter.name], (parameter.num,)
-        is_special = not parameter.do_not_specialize
-        is_aligned = False
-        attributes[place] = []
-        if parameter.is_constexpr or (type(value) is int and value == 1 and is_special):
-            signature[parameter.name], constants[place] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = _POINTERS[value.dtype]
-            is_aligned = value.storage_offset() * value.element_size() % 16 == 0
-            if is_amd and value.untyped_storage().nbytes() < 2**31:
-                attributes[place].append(["tt.pointer_range", 32])
-        elif type(value) is int:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            is_aligned = value % 16 == 0
-        else:
-            assert type(value) is float, f"{launch.name}: {parameter.name} is {value!r}"
-            signature[parameter.name] = "fp32"
-        if is_aligned and is_special and not parameter.do_not_specialize_on_alignment:
-            attributes[place].insert(0, ["tt.divisibility", 16])
-    return ASTSource(
-        launch.kernel, signature, constants, {place: value for place, value in attributes.items() if value}
-    )
+    def get_current_device(self) -> int:  # noqa: D102
+        return id(self)  # no other device has this number, by which Triton keeps what it compiled
 
+    def get_current_stream(self, device: int) -> int:  # noqa: D102
+        return 0
 
-def _kind_of(launch: _Launch) -> Literal["half", "tf32", "ieee"] | None:
-    if launch.name not in MAIN_LOOP_KERNELS:
-        return None
-    if launch.arguments["x_ptr"].dtype != torch.float32:
-        return "half"
-    return "tf32" if launch.arguments["PRECISION"] == "tf32" else "ieee"
+    def get_device_properties(self, device: int) -> dict[str, int]:  # noqa: D102
+        return {"multiprocessor_count": 1, "max_shared_mem": 2**31 - 1}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, ...]:  # noqa: D102
+        return None, None, 0, 0, 1024  # module, function, registers, spills, most threads of a program
+
+    def launcher_cls(self, source: object, metadata: object) -> Callable[..., None]:  # noqa: D102
+        def launch(grid_0: int, *_: object) -> None:
+            self.n_programs = grid_0
+
+        return launch
+
+    is_active = map_python_to_cpp_type = get_active_torch_device = get_benchmarker = None
 
 
 def compiled(task: tuple[str, int]) -> Record | str:
     """The record of (architecture, number of the variant), or why there is none."""
     architecture, number = task
-    target = ARCHITECTURES[architecture].target
-    variant = _variants()[number]
-    launch = _recorded(variant.launch, architecture)
-    is_amd = target.backend == "hip"
+    variant = variants()[number]
+    device = AbsentDevice(architecture)
     try:
-        binary = triton.compile(_source(launch, is_amd), target=target, options=launch.options)
+        variant.launch()
     except Exception as error:  # of many types; Triton prints the details itself
         reason = " ".join(str(error).split())[:200]
-        return f"{launch.name} ({variant.label}) on {architecture} does not compile: {reason}"
-    if is_amd:
+        return f"{device.kernel_name} ({variant.label}) on {architecture} does not compile: {reason}"
+    binary, metadata = device.binary, device.binary.metadata
+    if "amdgcn" in binary.asm:
         code = parse_amdgcn(binary.asm["amdgcn"])
         registers, stack_bytes, n_spills = parse_metadata(binary.asm["amdgcn"])
     else:
@@ -485,18 +467,18 @@ def compiled(task: tuple[str, int]) -> Record | str:
         n_spills = code.count(_LOCAL_MEMORY)
     main_loop = code.main_loop
     return Record(
-        kernel=launch.name,
+        kernel=device.kernel_name,
         variant=variant.label,
         architecture=architecture,
-        kind=_kind_of(launch),
-        num_warps=binary.metadata.num_warps,
-        programs_per_sm=launch.grid[0] if launch.name in _PERSISTENT_KERNELS else None,
-        max_registers=launch.options.get("maxnreg"),
+        kind=variant.kind,
+        num_warps=metadata.num_warps,
+        programs_per_sm=device.n_programs if device.kernel_name in _PERSISTENT_KERNELS else None,
+        max_registers=getattr(metadata, "maxnreg", None),
         registers=registers,
         stack_bytes=stack_bytes,
         n_spills=n_spills,
-        shared_bytes=binary.metadata.shared,
-        tensor_memory_columns=getattr(binary.metadata, "tmem_size", None) or 0,
+        shared_bytes=metadata.shared,
+        tensor_memory_columns=getattr(metadata, "tmem_size", None) or 0,
         matrix_instructions=code.matrix_instructions(),
         main_loop_instructions=None if main_loop is None else len(main_loop),
     )
@@ -537,16 +519,14 @@ def _table(records: list[Record]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report; 1 if a gate fails."""
-    parser = argparse.ArgumentParser(
-        prog="python -m topk_ortho.kernels.compile_report", description=__doc__.split("\n")[0]
-    )
+    """Print the report; returns 1 if a promise is broken."""
+    parser = argparse.ArgumentParser(prog="python -m bench.compile_report", description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print the records as JSON")
     options = parser.parse_args(arguments)
-    if tiles.INTERPRETED.value or not all(isinstance(kernel, JITFunction) for kernel in shipped_kernels().values()):
+    if INTERPRETED.value or not all(isinstance(kernel, JITFunction) for kernel in shipped_kernels().values()):
         sys.exit("TRITON_INTERPRET is set: interpreted kernels cannot be compiled, unset it")
 
-    tasks = [(architecture, number) for number in range(len(_variants())) for architecture in ARCHITECTURES]
+    tasks = [(architecture, number) for number in range(len(variants())) for architecture in ARCHITECTURES]
     context = multiprocessing.get_context("spawn")  # torch has threads
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=context) as pool:
         results = list(pool.map(compiled, tasks))

@@ -1,4 +1,4 @@
-"""Every stage of the search alone, and the chain of them on lists of numbers."""
+"""Every stage of the radix select alone, and the chain of them on lists of numbers."""
 
 import math
 from itertools import pairwise
@@ -12,9 +12,9 @@ import triton.language as tl
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tests.kernels.arguments import DEVICE, assert_same, copy_of, numbers, search_at
+from tests.kernels.arguments import DEVICE, assert_same, copy_of, numbers, radix_at
 from topk_ortho import selection
-from topk_ortho.kernels.search import (
+from topk_ortho.kernels.radix_select import (
     CERTIFIED,
     COLLECT,
     DIGITS,
@@ -25,12 +25,12 @@ from topk_ortho.kernels.search import (
     SAMPLE_DIGIT,
     SHORTFALL,
     TIES,
-    above,
     begin,
     certify,
-    new_search,
+    new_radix_select,
     next_digit,
     next_state,
+    row_bounds,
     tie_row,
 )
 
@@ -62,26 +62,26 @@ def from_the_top(histogram, wanted, counted=0):
     return None
 
 
-def test_new_search_is_blank():
-    search = new_search(DEVICE, N)
+def test_a_new_radix_select_is_blank():
+    radix = new_radix_select(DEVICE, N)
     for name in ("plan", "histogram", "row_ties", "n_survivors", "n_certified"):
-        assert not getattr(search, name).any(), name
-    assert [tuple(t.shape) for t in search] == [(6,), (2,), (4096,), (N,), (1,), (1,)]
-    search.histogram.fill_(1)
-    assert search.plan.tolist() + search.n_survivors.tolist() == [0] * 7, "they share memory"
+        assert not getattr(radix, name).any(), name
+    assert [tuple(t.shape) for t in radix] == [(6,), (2,), (4096,), (N,), (1,), (1,)]
+    radix.histogram.fill_(1)
+    assert radix.plan.tolist() + radix.n_survivors.tolist() == [0] * 7, "they share memory"
 
 
 class TestBegin:
-    """The first cut, and the stage that it leads to."""
+    """The first bound, and the stage that it leads to."""
 
     @staticmethod
     def begin(*, state=None, flags=0, deviation=None, rank=0, histogram=None, can_overflow=True, m=12):
-        """(search, plan, cut, slack) from poison."""
-        search = search_at(77, N, cut=math.nan, slack=math.nan, lowest=7, above=7, tie_row=7, n_passes=7, failure=7)
+        """(radix, plan, bound, slack) from poison."""
+        radix = radix_at(77, N, bound=math.nan, slack=math.nan, lowest=7, above=7, tie_row=7, n_passes=7, failure=7)
         if histogram is not None:
-            search.histogram.copy_(torch.from_numpy(histogram))
+            radix.histogram.copy_(torch.from_numpy(histogram))
         begin(
-            search,
+            radix,
             numbers([flags], torch.int32),
             None if state is None else numbers([state, math.nan, math.nan], torch.float32),
             None if deviation is None else numbers([deviation], torch.float32),
@@ -89,7 +89,7 @@ class TestBegin:
             m,
             can_overflow,
         )
-        return search, search.plan.tolist(), *search.bounds.tolist()
+        return radix, radix.plan.tolist(), *radix.bounds.tolist()
 
     @pytest.mark.parametrize(
         ("arguments", "stage"),
@@ -106,13 +106,13 @@ class TestBegin:
         ],
     )
     def test_stage(self, arguments, stage):
-        search, plan, cut, _ = self.begin(**arguments)
+        radix, plan, bound, _ = self.begin(**arguments)
         assert plan == [STAGES[stage], 0, 0, N, int(stage == "pass"), NO_FAILURE.value]
-        assert cut == arguments.get("state", -1.0)
-        assert search.n_survivors.tolist() == search.n_certified.tolist() == [0]
+        assert bound == arguments.get("state", -1.0)
+        assert radix.n_survivors.tolist() == radix.n_certified.tolist() == [0]
 
     @pytest.mark.parametrize(
-        ("guess", "cut"),
+        ("guess", "bound"),
         [
             (0.5, 0.5),
             (0.0, 0.0),
@@ -128,16 +128,16 @@ class TestBegin:
         ],
         ids=str,
     )
-    def test_guess_of_the_state(self, guess, cut):
-        """What is no guess falls back on the sample; no cut is above 1, which every cosine would miss."""
+    def test_guess_of_the_state(self, guess, bound):
+        """What is no guess falls back on the sample; no bound is above 1, which every cosine would miss."""
         histogram = np.zeros(4096, dtype=np.int64)
-        if cut == "sampled":
-            histogram[4000], cut = 10, float_of((4000 << SHIFT) + (1 << (SHIFT - 1)))
+        if bound == "sampled":
+            histogram[4000], bound = 10, float_of((4000 << SHIFT) + (1 << (SHIFT - 1)))
         _, plan, actual, _ = self.begin(state=guess, rank=5, histogram=histogram)
-        assert actual == cut
+        assert actual == bound
         assert plan[0] == PASS.value
-        assert plan[3] == (-1 if cut == 0 else N), (
-            "zeros may be many: they are kept only if the search finds them needed"
+        assert plan[3] == (-1 if bound == 0 else N), (
+            "zeros may be many: they are kept only if the radix select finds them needed"
         )
 
     @given(data=st.data())
@@ -152,26 +152,26 @@ class TestBegin:
         rank = data.draw(st.integers(1, int(histogram.sum())))
         found, n_from, n_beyond = from_the_top(histogram, rank)
         low, high = float_of(found << SHIFT), float_of((found + 1) << SHIFT)
-        search, plan, cut, _ = self.begin(rank=rank, histogram=histogram)
+        radix, plan, bound, _ = self.begin(rank=rank, histogram=histogram)
         expected = high - (high - low) * (rank - n_beyond) / (n_from - n_beyond) if found else 0
-        assert cut == pytest.approx(expected, rel=1e-6, abs=1e-37)
-        assert low <= cut < high
+        assert bound == pytest.approx(expected, rel=1e-6, abs=1e-37)
+        assert low <= bound < high
         assert plan == [PASS.value, 0, 0, N if found else -1, 1, NO_FAILURE.value]
-        assert not search.histogram.any()
+        assert not radix.histogram.any()
 
     @pytest.mark.parametrize(("rank", "stage"), [(30, "pass"), (31, "digits")], ids=["all_of_it", "one_too_few"])
     def test_the_sample_holds_too_few(self, rank, stage):
         histogram = np.zeros(4096, dtype=np.int64)
         histogram[[0, 3000, 4000]] = 10
-        search, plan, cut, _ = self.begin(rank=rank, histogram=histogram)
+        radix, plan, bound, _ = self.begin(rank=rank, histogram=histogram)
         assert plan[0] == STAGES[stage]
-        assert (cut == -1.0) == (stage == "digits")
-        assert not search.histogram.any()
+        assert (bound == -1.0) == (stage == "digits")
+        assert not radix.histogram.any()
 
     def test_a_state_outranks_the_sample(self):
         """Nothing was sampled then."""
-        _, plan, cut, _ = self.begin(state=0.75, rank=5, histogram=np.zeros(4096, dtype=np.int64))
-        assert (plan[0], cut) == (PASS.value, 0.75)
+        _, plan, bound, _ = self.begin(state=0.75, rank=5, histogram=np.zeros(4096, dtype=np.int64))
+        assert (plan[0], bound) == (PASS.value, 0.75)
 
     @pytest.mark.parametrize("m", [1, 12, 4096, 32768])
     @pytest.mark.parametrize("deviation", [0.0, 1e-4, 2.0**-8, 2.0**-7])
@@ -190,64 +190,64 @@ class TestBegin:
         assert plan[0] == DIGITS.value
         assert slack == 0
 
-    def test_no_sampled_cut_is_above_one(self):
+    def test_no_sampled_bound_is_above_one(self):
         histogram = np.zeros(4096, dtype=np.int64)
         histogram[ONE >> SHIFT] = 100
-        *_, cut, _ = self.begin(rank=10, histogram=histogram)
-        assert cut <= 1
+        *_, bound, _ = self.begin(rank=10, histogram=histogram)
+        assert bound <= 1
 
 
 @triton.jit
-def _above_kernel(bounds_ptr, plan_ptr, floor, bound_ptr, n, BLOCK: tl.constexpr):
+def _row_bounds_kernel(bounds_ptr, plan_ptr, floor, result_ptr, n, BLOCK: tl.constexpr):
     rows = tl.arange(0, BLOCK)
-    tl.store(bound_ptr + rows, above(bounds_ptr, plan_ptr, floor, rows), mask=rows < n)
+    tl.store(result_ptr + rows, row_bounds(bounds_ptr, plan_ptr, floor, rows), mask=rows < n)
 
 
-class TestAbove:
-    """similarity > bound means: above the cut, or equal to it in a row up to tie_row; and above the floor."""
+class TestRowBounds:
+    """To exceed it is to be above the bound, or equal to it in a row up to tie_row, and above the floor."""
 
     @staticmethod
-    def bounds(*, floor=-1.0, **fields):
-        search, bound = search_at(PASS.value, N, **fields), torch.empty(6, device=DEVICE)
-        _above_kernel[(1,)](search.bounds, search.plan, floor, bound, 6, BLOCK=8)
-        return bound.cpu().numpy()
+    def row_bounds(*, floor=-1.0, **fields):
+        radix, result = radix_at(PASS.value, N, **fields), torch.empty(6, device=DEVICE)
+        _row_bounds_kernel[(1,)](radix.bounds, radix.plan, floor, result, 6, BLOCK=8)
+        return result.cpu().numpy()
 
     SIMILARITIES = np.unique(
         np.concatenate(
             [np.nextafter(np.float32(c), np.float32([-2, c, 2])) for c in (-1.0, -0.5, -0.3, 0.0, 0.3, 0.5, 0.7, 1.0)]
         )
     )
-    """Around every cut and every floor below; -0.0 is 0.0."""
+    """Around every bound and every floor below; -0.0 is 0.0."""
     SIMILARITIES = SIMILARITIES[(SIMILARITIES >= -1) & (SIMILARITIES <= 1)]
 
     @pytest.mark.parametrize("tie_row", [-1, 0, 3, N])
     @pytest.mark.parametrize("floor", [-1.0, 0.0, 0.3, 0.5, 0.7])
-    @pytest.mark.parametrize("cut", [float_of(1), 0.3, 0.5, float_of(bits_of(0.5) - 1), 1.0], ids=str)
-    def test_positive_cuts(self, cut, floor, tie_row):
-        bound = self.bounds(cut=cut, floor=floor, tie_row=tie_row)
-        cut, floor = np.float32(cut), np.float32(floor)
+    @pytest.mark.parametrize("bound", [float_of(1), 0.3, 0.5, float_of(bits_of(0.5) - 1), 1.0], ids=str)
+    def test_positive_bounds(self, bound, floor, tie_row):
+        by_row = self.row_bounds(bound=bound, floor=floor, tie_row=tie_row)
+        bound, floor = np.float32(bound), np.float32(floor)
         for row in range(6):
             for s in self.SIMILARITIES:
-                is_kept = (s > cut or (s == cut and row <= tie_row)) and s > floor
-                assert (s > bound[row]) == is_kept, (row, s)
+                is_kept = (s > bound or (s == bound and row <= tie_row)) and s > floor
+                assert (s > by_row[row]) == is_kept, (row, s)
 
     @pytest.mark.parametrize("floor", [-1.0, 0.0, 0.3])
-    @pytest.mark.parametrize("cut", [0.0, -0.3, -1.0])
-    def test_a_cut_of_zero_or_less_keeps_zeros(self, cut, floor):
+    @pytest.mark.parametrize("bound", [0.0, -0.3, -1.0])
+    def test_a_bound_of_zero_or_less_keeps_zeros(self, bound, floor):
         """|cosine| = 0 is a pair like others; below zero there is nothing to tell apart."""
-        bound = self.bounds(cut=cut, floor=floor)
+        by_row = self.row_bounds(bound=bound, floor=floor)
         for s in self.SIMILARITIES[self.SIMILARITIES >= 0]:
-            assert (s > bound[0]) == (s > np.float32(floor)), s
+            assert (s > by_row[0]) == (s > np.float32(floor)), s
 
     def test_zeros_that_are_tied(self):
-        bound = self.bounds(cut=0.0, tie_row=2)
-        assert (bound[:3] < 0).all()
-        assert (bound[3:] == 0).all()
+        by_row = self.row_bounds(bound=0.0, tie_row=2)
+        assert (by_row[:3] < 0).all()
+        assert (by_row[3:] == 0).all()
 
-    @pytest.mark.parametrize(("cut", "floor"), [(0.5, -1.0), (0.5, 0.7), (-1.0, 0.3)])
-    def test_slack_lowers_cut_and_floor(self, cut, floor):
-        bound = self.bounds(cut=cut, floor=floor, slack=0.125)
-        assert bound == pytest.approx(max(cut, floor) - 0.125, abs=1e-7)
+    @pytest.mark.parametrize(("bound", "floor"), [(0.5, -1.0), (0.5, 0.7), (-1.0, 0.3)])
+    def test_slack_lowers_bound_and_floor(self, bound, floor):
+        by_row = self.row_bounds(bound=bound, floor=floor, slack=0.125)
+        assert by_row == pytest.approx(max(bound, floor) - 0.125, abs=1e-7)
 
 
 class TestCertify:
@@ -255,14 +255,14 @@ class TestCertify:
 
     K, CAPACITY = 100, 150
 
-    def certify(self, *, stage="pass", n_survivors=120, n_certified=None, cut=0.5, floor=-1.0, tau=None):
-        search = search_at(STAGES[stage], N, cut=cut, slack=0.125)
-        search.n_survivors.fill_(n_survivors)
-        search.n_certified.fill_(n_survivors if n_certified is None else n_certified)
-        before = copy_of(search)
+    def certify(self, *, stage="pass", n_survivors=120, n_certified=None, bound=0.5, floor=-1.0, tau=None):
+        radix = radix_at(STAGES[stage], N, bound=bound, slack=0.125)
+        radix.n_survivors.fill_(n_survivors)
+        radix.n_certified.fill_(n_survivors if n_certified is None else n_certified)
+        before = copy_of(radix)
         tau = None if tau is None else numbers([tau], torch.float32)
-        certify(search, self.K, self.CAPACITY, floor, tau)
-        return search, before
+        certify(radix, self.K, self.CAPACITY, floor, tau)
+        return radix, before
 
     @pytest.mark.parametrize(
         ("arguments", "is_certified"),
@@ -272,39 +272,39 @@ class TestCertify:
             pytest.param({"n_survivors": 150}, True, id="capacity"),
             pytest.param({"n_survivors": 151}, False, id="one_more_than_capacity"),
             pytest.param({"n_survivors": 2**33}, False, id="more_than_int32"),
-            pytest.param({"n_survivors": 140, "n_certified": 99}, False, id="too_few_reach_the_cut"),
-            pytest.param({"n_survivors": 150, "n_certified": 99}, False, id="too_few_reach_the_cut_of_capacity"),
-            pytest.param({"n_survivors": 140, "n_certified": 100}, True, id="enough_reach_the_cut"),
-            pytest.param({"n_survivors": 151, "n_certified": 100}, False, id="enough_reach_the_cut_but_none_fit"),
-            pytest.param({"n_survivors": 0, "cut": -1.0}, True, id="no_cut_and_no_pair"),
-            pytest.param({"n_survivors": 9, "cut": 0.25, "floor": 0.25}, True, id="cut_at_the_floor"),
-            pytest.param({"n_survivors": 9, "cut": 0.24, "floor": 0.25}, True, id="cut_below_the_floor"),
-            pytest.param({"n_survivors": 9, "cut": 0.26, "floor": 0.25}, False, id="cut_above_the_floor"),
-            pytest.param({"n_survivors": 151, "cut": 0.25, "floor": 0.25}, False, id="cut_at_the_floor_none_fit"),
-            pytest.param({"n_survivors": 9, "tau": 0.5}, True, id="cut_at_tau"),
-            pytest.param({"n_survivors": 9, "tau": 0.49}, False, id="cut_above_tau"),
+            pytest.param({"n_survivors": 140, "n_certified": 99}, False, id="too_few_reach_the_bound"),
+            pytest.param({"n_survivors": 150, "n_certified": 99}, False, id="too_few_reach_the_bound_of_capacity"),
+            pytest.param({"n_survivors": 140, "n_certified": 100}, True, id="enough_reach_the_bound"),
+            pytest.param({"n_survivors": 151, "n_certified": 100}, False, id="enough_reach_the_bound_but_none_fit"),
+            pytest.param({"n_survivors": 0, "bound": -1.0}, True, id="no_bound_and_no_pair"),
+            pytest.param({"n_survivors": 9, "bound": 0.25, "floor": 0.25}, True, id="bound_at_the_floor"),
+            pytest.param({"n_survivors": 9, "bound": 0.24, "floor": 0.25}, True, id="bound_below_the_floor"),
+            pytest.param({"n_survivors": 9, "bound": 0.26, "floor": 0.25}, False, id="bound_above_the_floor"),
+            pytest.param({"n_survivors": 151, "bound": 0.25, "floor": 0.25}, False, id="bound_at_the_floor_none_fit"),
+            pytest.param({"n_survivors": 9, "tau": 0.5}, True, id="bound_at_tau"),
+            pytest.param({"n_survivors": 9, "tau": 0.49}, False, id="bound_above_tau"),
             pytest.param({"n_survivors": 9, "tau": 0.49, "floor": 0.5}, True, id="floor_above_tau"),
             pytest.param({"n_survivors": 9, "tau": -0.5, "floor": -1.0}, False, id="tau_below_zero"),
         ],
     )
     def test_edges(self, arguments, is_certified):
-        search, before = self.certify(**arguments)
+        radix, before = self.certify(**arguments)
         if is_certified:
-            assert search.plan[0] == CERTIFIED.value
-            assert torch.equal(search.plan[1:], before.plan[1:])
-            assert_same(actual=search, expected=before, but=("plan",))
+            assert radix.plan[0] == CERTIFIED.value
+            assert torch.equal(radix.plan[1:], before.plan[1:])
+            assert_same(actual=radix, expected=before, but=("plan",))
         else:
             failure = OVERFLOW if arguments["n_survivors"] > self.CAPACITY else SHORTFALL
-            assert search.plan.tolist() == [DIGITS.value, *before.plan[1:5].tolist(), failure.value]
-            assert search.bounds.tolist() == [before.bounds[0], 0.0], "what is not rounded has no slack"
-            assert search.n_survivors.tolist() == search.n_certified.tolist() == [0]
-            assert_same(actual=search, expected=before, but=("plan", "bounds", "n_survivors", "n_certified"))
+            assert radix.plan.tolist() == [DIGITS.value, *before.plan[1:5].tolist(), failure.value]
+            assert radix.bounds.tolist() == [before.bounds[0], 0.0], "what is not rounded has no slack"
+            assert radix.n_survivors.tolist() == radix.n_certified.tolist() == [0]
+            assert_same(actual=radix, expected=before, but=("plan", "bounds", "n_survivors", "n_certified"))
 
     @stages_but("pass")
     @pytest.mark.parametrize("n_survivors", [0, 120])
     def test_only_after_a_pass(self, stage, n_survivors):
-        search, before = self.certify(stage=stage, n_survivors=n_survivors)
-        assert_same(actual=search, expected=before)
+        radix, before = self.certify(stage=stage, n_survivors=n_survivors)
+        assert_same(actual=radix, expected=before)
 
 
 class TestNextDigit:
@@ -328,32 +328,32 @@ class TestNextDigit:
             data.draw(st.integers(k, 2 * k)) if answer is None else max(k, answer[1] + data.draw(st.integers(-1, 1)))
         )
 
-        search = search_at(DIGITS.value, N, cut=0.5, lowest=lowest, above=n_above, tie_row=N - 9, n_passes=3, failure=2)
-        search.histogram.copy_(torch.from_numpy(histogram))
-        next_digit(search, shift, bits, k, capacity)
+        radix = radix_at(DIGITS.value, N, bound=0.5, lowest=lowest, above=n_above, tie_row=N - 9, n_passes=3, failure=2)
+        radix.histogram.copy_(torch.from_numpy(histogram))
+        next_digit(radix, shift, bits, k, capacity)
 
         if answer is None:
-            expected, cut = [COLLECT.value, lowest, n_above, N - 9, 4], -1.0
+            expected, bound = [COLLECT.value, lowest, n_above, N - 9, 4], -1.0
         else:
             found, n_from, n_beyond = answer
             lowest += found << shift
-            cut = float_of(lowest)
+            bound = float_of(lowest)
             if n_from <= capacity:
                 expected = [COLLECT.value, lowest, n_above, 2**31 - 1, 4]
             else:
                 expected = [DIGITS.value if shift else TIES.value, lowest, n_beyond, N - 9, 4]
-        assert search.plan.tolist() == [*expected, 2]
-        assert search.bounds.tolist() == [cut, 0.0]
-        assert not search.histogram.any()
-        assert search.n_survivors.tolist() == [0]
+        assert radix.plan.tolist() == [*expected, 2]
+        assert radix.bounds.tolist() == [bound, 0.0]
+        assert not radix.histogram.any()
+        assert radix.n_survivors.tolist() == [0]
 
     @stages_but("digits")
     def test_only_when_digits_were_counted(self, stage):
-        search = search_at(STAGES[stage], N)
-        search.histogram[17] = 1000
-        before = copy_of(search)
-        next_digit(search, *DIGITS_OF_SIMILARITY[0], 10, 20)
-        assert_same(actual=search, expected=before)
+        radix = radix_at(STAGES[stage], N)
+        radix.histogram[17] = 1000
+        before = copy_of(radix)
+        next_digit(radix, *DIGITS_OF_SIMILARITY[0], 10, 20)
+        assert_same(actual=radix, expected=before)
 
     def test_digits_cover_every_similarity(self):
         """Without a gap or an overlap, and 1.0 is within the first."""
@@ -376,22 +376,22 @@ class TestChain:
     """What the stages find together, histograms counted here."""
 
     @staticmethod
-    def search_for(values, rows, k, capacity, floor):
-        """Values [p] of pairs by row, through DIGITS and TIES; (search, kept)."""
+    def selected_by(values, rows, k, capacity, floor):
+        """Values [p] of pairs by row, through DIGITS and TIES; (radix, kept)."""
         bits = values.view(np.int32)
-        search = search_at(DIGITS.value, N, n_passes=0)
+        radix = radix_at(DIGITS.value, N, n_passes=0)
         for shift, n_bits in DIGITS_OF_SIMILARITY:
-            if search.plan[0] == DIGITS.value:
-                digit = (bits.astype(np.int64) - int(search.plan[1])) >> shift
+            if radix.plan[0] == DIGITS.value:
+                digit = (bits.astype(np.int64) - int(radix.plan[1])) >> shift
                 counted = digit[(values > floor) & (digit >= 0) & (digit < 2**n_bits)]
-                search.histogram.add_(torch.from_numpy(np.bincount(counted, minlength=4096)).to(DEVICE))
-            next_digit(search, shift, n_bits, k, capacity)
-        if search.plan[0] == TIES.value:
-            tied = rows[bits == int(search.plan[1])]
-            search.row_ties.copy_(torch.from_numpy(np.bincount(tied, minlength=N)))
-        tie_row(search, k)
-        cut, last_row = float(search.bounds[0]), int(search.plan[3])
-        return search, (values > floor) & ((values > cut) | ((values == cut) & (rows <= last_row)))
+                radix.histogram.add_(torch.from_numpy(np.bincount(counted, minlength=4096)).to(DEVICE))
+            next_digit(radix, shift, n_bits, k, capacity)
+        if radix.plan[0] == TIES.value:
+            tied = rows[bits == int(radix.plan[1])]
+            radix.row_ties.copy_(torch.from_numpy(np.bincount(tied, minlength=N)))
+        tie_row(radix, k)
+        bound, last_row = float(radix.bounds[0]), int(radix.plan[3])
+        return radix, (values > floor) & ((values > bound) | ((values == bound) & (rows <= last_row)))
 
     @given(data=st.data())
     def test_keeps_the_first_k_and_no_more_than_fit(self, data):
@@ -402,9 +402,9 @@ class TestChain:
         # ties of one row cannot be told apart
         capacity = k + data.draw(st.sampled_from([0, 1, 5])) + np.bincount(rows).max()
         floor = data.draw(st.sampled_from([-1.0, 0.0, 0.25, 0.75]))
-        search, kept = self.search_for(values, rows, k, int(capacity), floor)
+        radix, kept = self.selected_by(values, rows, k, int(capacity), floor)
 
-        assert search.plan[0] == COLLECT.value
+        assert radix.plan[0] == COLLECT.value
         passing = values > floor
         assert min(k, passing.sum()) <= kept.sum() <= capacity
         order = np.lexsort((np.arange(len(values)), -values))
@@ -416,11 +416,11 @@ class TestChain:
         values = np.linspace(0.5, 1, 500, dtype=np.float32)
         rows = np.arange(500)
         same = np.full(500, 0.5, dtype=np.float32)
-        assert self.search_for(values, rows, 100, 300, -1.0)[0].plan[4] == 1
-        assert self.search_for(values, rows, 100, 103, -1.0)[0].plan[4] == 2
-        assert self.search_for(same, rows, 100, 300, -1.0)[0].plan[4] == len(DIGITS_OF_SIMILARITY) + 1
-        assert self.search_for(same, rows, 100, 500, -1.0)[0].plan[4] == 1
-        assert self.search_for(same, rows, 100, 300, 0.5)[0].plan[4] == 1
+        assert self.selected_by(values, rows, 100, 300, -1.0)[0].plan[4] == 1
+        assert self.selected_by(values, rows, 100, 103, -1.0)[0].plan[4] == 2
+        assert self.selected_by(same, rows, 100, 300, -1.0)[0].plan[4] == len(DIGITS_OF_SIMILARITY) + 1
+        assert self.selected_by(same, rows, 100, 500, -1.0)[0].plan[4] == 1
+        assert self.selected_by(same, rows, 100, 300, 0.5)[0].plan[4] == 1
 
 
 class TestTieRow:
@@ -434,26 +434,26 @@ class TestTieRow:
         ties[data.draw(st.integers(0, n - 1))] += 1
         n_above = data.draw(st.integers(0, 100))
         wanted = data.draw(st.integers(1, int(ties.sum())))
-        search = search_at(TIES.value, n, cut=0.5, lowest=bits_of(0.5), above=n_above, n_passes=4)
-        search.row_ties.copy_(torch.from_numpy(ties))
-        tie_row(search, n_above + wanted)
+        radix = radix_at(TIES.value, n, bound=0.5, lowest=bits_of(0.5), above=n_above, n_passes=4)
+        radix.row_ties.copy_(torch.from_numpy(ties))
+        tie_row(radix, n_above + wanted)
         expected = int(np.searchsorted(np.cumsum(ties), wanted))
-        assert search.plan.tolist() == [COLLECT.value, bits_of(0.5), n_above, expected, 5, 0]
-        assert search.bounds.tolist() == [0.5, 0.0]
+        assert radix.plan.tolist() == [COLLECT.value, bits_of(0.5), n_above, expected, 5, 0]
+        assert radix.bounds.tolist() == [0.5, 0.0]
 
     def test_more_ties_than_int32(self):
-        search = search_at(TIES.value, 4, above=5)
-        search.row_ties.fill_(2**31 - 1)
-        tie_row(search, 5 + 2**32)
-        assert search.plan[3] == 2
+        radix = radix_at(TIES.value, 4, above=5)
+        radix.row_ties.fill_(2**31 - 1)
+        tie_row(radix, 5 + 2**32)
+        assert radix.plan[3] == 2
 
     @stages_but("ties")
     def test_only_when_ties_were_counted(self, stage):
-        search = search_at(STAGES[stage], N)
-        search.row_ties.fill_(3)
-        before = copy_of(search)
-        tie_row(search, 10)
-        assert_same(actual=search, expected=before)
+        radix = radix_at(STAGES[stage], N)
+        radix.row_ties.fill_(3)
+        before = copy_of(radix)
+        tie_row(radix, 10)
+        assert_same(actual=radix, expected=before)
 
 
 class TestNextState:
@@ -465,12 +465,12 @@ class TestNextState:
 
     @staticmethod
     def state_after(state, similarity, n_ordered, k, *, margins=MARGINS, stage="certified", n_passes=1, failure=0):
-        search = search_at(STAGES[stage], N, n_passes=n_passes, failure=failure)
-        before, copy = numbers(state, torch.float32), copy_of(search)
+        radix = radix_at(STAGES[stage], N, n_passes=n_passes, failure=failure)
+        before, copy = numbers(state, torch.float32), copy_of(radix)
         similarity = torch.from_numpy(similarity).to(DEVICE)
-        actual = next_state(search, before, similarity, numbers([n_ordered], torch.int64), k, margins)
+        actual = next_state(radix, before, similarity, numbers([n_ordered], torch.int64), k, margins)
         assert before.tolist() == pytest.approx(state, nan_ok=True), "state is read, never written"
-        assert_same(actual=search, expected=copy)
+        assert_same(actual=radix, expected=copy)
         return actual.cpu()
 
     @given(data=st.data())
@@ -522,7 +522,7 @@ class TestNextState:
         )
         assert actual[1] == pytest.approx(after)
 
-    def test_a_search_without_a_first_pass(self):
+    def test_a_radix_select_without_a_first_pass(self):
         """Nothing failed: the margin shrinks as after a success."""
         similarity = np.linspace(1, 0, 500, dtype=np.float32)
         actual = self.state_after([-1.0, 0.2, 0.0], similarity, 300, 100, stage="collect", n_passes=2)

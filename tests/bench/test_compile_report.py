@@ -95,7 +95,7 @@ class TestSass:
         assert code.count(compile_report._LOCAL_MEMORY) == n_spills
 
     def test_resource_usage(self):
-        text = "Resource usage:\n Function _gram_select_kernel:\n  REG:127 STACK:40 SHARED:0 LOCAL:0 CONSTANT[0]:636"
+        text = "Resource usage:\n Function _gram_survivors_kernel:\n  REG:127 STACK:40 SHARED:0 LOCAL:0 CONSTANT[0]:636"
         assert parse_resource_usage(text) == (127, 40)
 
     def test_unknown_format(self):
@@ -105,7 +105,7 @@ class TestSass:
 
 AMDGCN = """
 	.text
-_gram_select_kernel:                    ; @_gram_select_kernel
+_gram_survivors_kernel:                    ; @_gram_survivors_kernel
 ; %bb.0:
 	s_load_dwordx2 s[2:3], s[0:1], 0x0
 	s_cbranch_scc1 .LBB0_4
@@ -127,7 +127,7 @@ _gram_select_kernel:                    ; @_gram_select_kernel
 amdhsa.kernels:
   - .agpr_count:     40
     .group_segment_fixed_size: 0
-    .name:           _gram_select_kernel
+    .name:           _gram_survivors_kernel
     .private_segment_fixed_size: 332
     .sgpr_spill_count: 14
     .vgpr_count:     296
@@ -167,7 +167,7 @@ GOOD = {
 def record(architecture="sm_90", **fields):
     """One that keeps all promises, but for `fields`."""
     good = {
-        "kernel": "gram_select", "variant": "half", "kind": "half", "programs_per_sm": 2, "max_registers": None,
+        "kernel": "gram_survivors", "variant": "half", "kind": "half", "programs_per_sm": 2, "max_registers": None,
         "stack_bytes": 0, "n_spills": 0, "shared_bytes": 32768, "tensor_memory_columns": 0,
         "main_loop_instructions": 124,
     }  # fmt: skip
@@ -182,7 +182,7 @@ WITHOUT_MATRIX = {
 class TestGates:
     @pytest.mark.parametrize("architecture", GOOD)
     def test_all_kept(self, architecture):
-        assert violations([record(a) for a in GOOD], ["gram_select"]) == []
+        assert violations([record(a) for a in GOOD], ["gram_survivors"]) == []
         assert violations([record(architecture, kind="ieee", matrix_instructions={})], []) == []
 
     @pytest.mark.parametrize("kernel", sorted(MAIN_LOOP_KERNELS | SPARSE_KERNELS))
@@ -215,7 +215,7 @@ class TestGates:
     def test_registers(self):
         assert violations([record(max_registers=127)], []) == []
         (line,) = violations([record(max_registers=120)], [])
-        assert line == "gram_select (half) on sm_90 has 127 registers, more than 120"
+        assert line == "gram_survivors (half) on sm_90 has 127 registers, more than 120"
 
     @pytest.mark.parametrize("architecture", GOOD)
     def test_programs(self, architecture):
@@ -223,9 +223,9 @@ class TestGates:
         assert line.endswith("is launched with 3 programs per multiprocessor, which holds 2")
 
     def test_every_kernel(self):
-        found = violations([record()], ["gram_select", "norms"])
+        found = violations([record()], ["gram_survivors", "norms"])
         assert len(found) == 3 + 4
-        assert found[0] == "gram_select has no variant for sm_80"
+        assert found[0] == "gram_survivors has no variant for sm_80"
 
     @pytest.mark.parametrize(
         ("architecture", "fields", "expected"),
@@ -312,7 +312,7 @@ class TestWhatShips:
         }
         assert all(len(set(n)) == len(n) for n in names.values())
         assert len({tuple(sorted(n)) for n in names.values()}) == 1
-        select = {variant for kernel, variant in names["sm_90"] if kernel == "gram_select"}
+        select = {variant for kernel, variant in names["sm_90"] if kernel == "gram_survivors"}
         assert {"half", "half, fp16", "half, feature-major", "half, moments", "half, scaled", "tf32", "ieee"} <= select
 
     @pytest.mark.parametrize("architecture", HARDWARE)
@@ -363,9 +363,9 @@ class TestWhatShips:
         by_name = {(r["kernel"], r["variant"], r["architecture"]): r for r in report["records"]}
         for architecture in HARDWARE:
             for kind in ("half", "tf32", "ieee"):
-                first = by_name["gram_select", f"{kind}, moments", architecture]
+                first = by_name["gram_survivors", f"{kind}, moments", architecture]
                 counted = by_name["gram_histogram", f"{kind}, scaled, first digit, moments", architecture]
-                collected = by_name["gram_select", f"{kind}, scaled", architecture]
+                collected = by_name["gram_survivors", f"{kind}, scaled", architecture]
                 for name in ("programs_per_sm", "num_warps", "max_registers"):
                     assert first[name] == counted[name] == collected[name]
 
@@ -373,7 +373,7 @@ class TestWhatShips:
         """Two programs on a multiprocessor: one multiplies while the other looks for survivors."""
         (first,) = (
             r for r in report["records"]
-            if (r["kernel"], r["variant"], r["architecture"]) == ("gram_select", "half", "sm_90")
+            if (r["kernel"], r["variant"], r["architecture"]) == ("gram_survivors", "half", "sm_90")
         )  # fmt: skip
         assert first["matrix_instructions"]["HGMMA.64x128x16.F32.BF16"] > 0
         assert (first["stack_bytes"], first["programs_per_sm"]) == (0, 2)

@@ -1,0 +1,213 @@
+"""How kernels over gram tiles are launched: block sizes by architecture, the device, and the arguments they share.
+
+A kernel over gram tiles is persistent: as many programs are launched as run at once, and each takes every n-th tile. So
+a launch that has nothing to do ends at once, and what a program sums up does not depend on timing.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+"""Whether TRITON_INTERPRET=1 was set when the kernels were imported: then they run on the CPU, in NumPy."""
+
+Kind = Literal["half", "tf32", "ieee"]
+"""What is multiplied: bf16 or fp16 numbers; float32 numbers truncated to tf32; float32 numbers as they are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TileConfig:
+    """Block sizes and launch options of a kernel over gram tiles."""
+
+    block: int
+    """Side of the square tile of the gram."""
+    block_m: int
+    """Rows of x that are multiplied at a step."""
+    group: int
+    """Tile rows that form a band; a program goes through the tiles band by band, see `tiles.triangle_tile`."""
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+    """Programs that a multiprocessor is meant to hold at once; registers and shared memory must allow it."""
+    max_registers: int | None = None
+    """Registers that a thread may use, None to leave it to the compiler; on AMD the programs decide it."""
+
+    def options(self, architecture: str) -> dict[str, Any]:
+        """Options of Triton at a launch."""
+        options: dict[str, Any] = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,  # Triton 3.10 changes the default
+        }
+        if architecture.startswith("gfx"):
+            options["waves_per_eu"] = max(1, self.programs_per_sm * self.num_warps // 4)  # 4 SIMD units share the waves
+        elif architecture.startswith("sm_") and self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
+
+
+# The entries were chosen by the registers and shared memory that `python -m bench.compile_report` shows (Triton 3.9);
+# none was timed on its hardware yet. Tiles of 128 x 128 are the largest that leave room for more than their sums.
+TILE_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
+    # A multiprocessor holds one program of 8 warps, because scaling, moments and maxima take up to 255 registers a
+    # thread. The limit is named because ptxas, left alone, spills on sm_100 rather than exceed 128. The entries of
+    # sm_80 use 32 to 48 KB of shared memory, so that consumer chips of compute capability 8.6, 8.9 and 12.0, which have
+    # 99 KB, can use them.
+    ("sm_80", "half"): TileConfig(
+        block=128, block_m=32, group=8, num_warps=8, num_stages=4, programs_per_sm=1, max_registers=255
+    ),
+    ("sm_80", "tf32"): TileConfig(
+        block=128, block_m=16, group=8, num_warps=8, num_stages=4, programs_per_sm=1, max_registers=255
+    ),
+    ("sm_90", "half"): TileConfig(
+        block=128, block_m=64, group=8, num_warps=8, num_stages=3, programs_per_sm=1, max_registers=255
+    ),
+    # 16 rows a step: 32 take all registers, because tf32 is transposed on its way into shared memory
+    ("sm_90", "tf32"): TileConfig(
+        block=128, block_m=16, group=8, num_warps=8, num_stages=4, programs_per_sm=1, max_registers=255
+    ),
+    # the sums are in tensor memory
+    ("sm_100", "half"): TileConfig(
+        block=128, block_m=64, group=8, num_warps=8, num_stages=3, programs_per_sm=1, max_registers=255
+    ),
+    ("sm_100", "tf32"): TileConfig(
+        block=128, block_m=32, group=8, num_warps=8, num_stages=3, programs_per_sm=1, max_registers=255
+    ),
+    # A compute unit has 64 KB of LDS, which the sums pass through: room for one program. Its 8 waves may use 256
+    # registers each, and scaled bf16 spills with 64 rows a step. There is a matrix unit for "ieee" too.
+    ("gfx942", "half"): TileConfig(block=128, block_m=32, group=8, num_warps=8, num_stages=2, programs_per_sm=1),
+    ("gfx942", "tf32"): TileConfig(block=128, block_m=32, group=8, num_warps=8, num_stages=2, programs_per_sm=1),
+    ("gfx942", "ieee"): TileConfig(block=128, block_m=16, group=8, num_warps=8, num_stages=2, programs_per_sm=1),
+    # In NumPy a step costs its dispatch, so the steps are few and large. With two programs their order cannot matter
+    # unnoticed.
+    ("interpreter", "half"): TileConfig(block=64, block_m=256, group=2, num_warps=1, num_stages=1, programs_per_sm=2),
+}
+for _architecture in ("sm_80", "sm_90", "sm_100"):
+    # Without a matrix unit 1024 of the 1143 to 1245 instructions of a step multiply and add; with tiles of 64 it would
+    # be 512 of 620. These kernels take up to 255 registers too, but ptxas spills in max_cosine if that limit is named.
+    TILE_CONFIGS[_architecture, "ieee"] = TileConfig(
+        block=128, block_m=16, group=8, num_warps=8, num_stages=2, programs_per_sm=1
+    )
+for _kind in ("tf32", "ieee"):
+    TILE_CONFIGS["interpreter", _kind] = TILE_CONFIGS["interpreter", "half"]
+
+# For a first pass that neither scales nor takes moments: a multiprocessor holds two programs, so that one multiplies
+# while the other looks for survivors. Where there is no entry here, `TILE_CONFIGS` holds for this pass too.
+LEAN_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
+    # 4 warps with up to 255 registers, because 8 warps with 128 spill; so do 4 warps with 32 rows a step
+    ("sm_80", "half"): TileConfig(
+        block=128, block_m=16, group=8, num_warps=4, num_stages=5, programs_per_sm=2, max_registers=255
+    ),
+    ("sm_80", "tf32"): TileConfig(
+        block=128, block_m=16, group=8, num_warps=4, num_stages=4, programs_per_sm=2, max_registers=255
+    ),
+    # 65,536 / (2 * 256) = 128 registers a thread. The epilogue keeps to them without a spill because it goes through
+    # the tile by quarters. A program has 96 KB of shared memory (tf32: 64).
+    ("sm_90", "half"): TileConfig(
+        block=128, block_m=64, group=8, num_warps=8, num_stages=3, programs_per_sm=2, max_registers=128
+    ),
+    ("sm_90", "tf32"): TileConfig(
+        block=128, block_m=16, group=8, num_warps=8, num_stages=4, programs_per_sm=2, max_registers=128
+    ),
+    ("sm_100", "half"): TileConfig(
+        block=128, block_m=64, group=8, num_warps=8, num_stages=3, programs_per_sm=2, max_registers=128
+    ),
+    ("sm_100", "tf32"): TileConfig(
+        block=128, block_m=32, group=8, num_warps=8, num_stages=3, programs_per_sm=2, max_registers=128
+    ),
+    # 4 waves a program, with up to 256 registers and 32 KB of LDS, half of what there is
+    ("gfx942", "half"): TileConfig(block=128, block_m=32, group=8, num_warps=4, num_stages=2, programs_per_sm=2),
+    ("gfx942", "tf32"): TileConfig(block=128, block_m=16, group=8, num_warps=4, num_stages=2, programs_per_sm=2),
+    ("gfx942", "ieee"): TileConfig(block=128, block_m=16, group=8, num_warps=4, num_stages=2, programs_per_sm=2),
+}
+
+
+class Device(NamedTuple):
+    """What a launch depends on."""
+
+    architecture: str
+    """Key of `TILE_CONFIGS`: the device's own architecture, or the nearest that has an entry"""
+    n_multiprocessors: int
+    """Multiprocessors (NVIDIA) or compute units (AMD)"""
+    has_tf32: bool
+    """Whether the matrix unit takes tf32: that of every NVIDIA architecture here does, of AMD's only gfx942"""
+
+
+def current_device() -> Device:
+    """The device that Triton launches on, which the caller has made the current one."""
+    if INTERPRETED.value:
+        return Device("interpreter", n_multiprocessors=1, has_tf32=True)
+    driver = triton.runtime.driver.active
+    return _device(driver, driver.get_current_device())
+
+
+@functools.cache
+def _device(driver: Any, number: int) -> Device:
+    target = driver.get_current_target()
+    n_multiprocessors = driver.utils.get_device_properties(number)["multiprocessor_count"]
+    if target.backend == "hip":
+        return Device("gfx942", n_multiprocessors, has_tf32=target.arch == "gfx942")
+    architecture = {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "sm_80")
+    return Device(architecture, n_multiprocessors, has_tf32=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Operand:
+    """What the kernels multiply: gram = (x * scale).T @ (x * scale), cosine = gram * factor[row] * factor[col]."""
+
+    x: Tensor
+    """[M, N] float32, bfloat16 or float16, any strides"""
+    factor: Tensor
+    """float32 [N]"""
+    scale: Tensor | None
+    """float32 [N], powers of two; None multiplies x as it is"""
+    kind: Kind
+    is_lean: bool = False
+    """Whether `LEAN_CONFIGS` is looked up before `TILE_CONFIGS`"""
+
+    @property
+    def config(self) -> TileConfig:
+        """Its entry of the tables for the current device."""
+        key = current_device().architecture, self.kind
+        return (LEAN_CONFIGS.get(key) if self.is_lean else None) or TILE_CONFIGS[key]
+
+    @property
+    def n_tiles(self) -> int:
+        """Tiles in the upper triangle of the gram."""
+        n_tile_rows = -(-self.x.shape[1] // self.config.block)
+        return n_tile_rows * (n_tile_rows + 1) // 2
+
+    @property
+    def n_resident(self) -> int:
+        """Programs that the device runs at once."""
+        n_programs: int = current_device().n_multiprocessors * self.config.programs_per_sm
+        return n_programs
+
+    @property
+    def n_programs(self) -> int:
+        """Programs of a launch."""
+        return min(self.n_tiles, self.n_resident)
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments and options that every kernel over gram tiles takes."""
+        config = self.config
+        return {
+            "x_ptr": self.x,
+            "stride_xm": self.x.stride(0),
+            "stride_xn": self.x.stride(1),
+            "factor_ptr": self.factor,
+            "scale_ptr": self.scale if self.scale is not None else self.factor,
+            "M": self.x.shape[0],
+            "N": self.x.shape[1],
+            "BLOCK": config.block,
+            "BLOCK_M": config.block_m,
+            "GROUP": config.group,
+            "PRECISION": "tf32" if self.kind == "tf32" else "ieee",
+            "SCALED": self.scale is not None,
+            **config.options(current_device().architecture),
+        }

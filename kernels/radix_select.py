@@ -1,0 +1,310 @@
+"""Radix select on the device: find a bound that at least k pairs exceed, and no more than the records can hold.
+
+Every call enqueues the same kernels, in the same order. One number on the device, the stage, says whose turn it is: a
+kernel reads it first and returns at once if it is not its own. So the host never reads a result to decide what to
+launch next, whatever the data are.
+
+    PASS     The gram is streamed once with a guess as the bound. If at least k pairs were recorded and all of them fit
+             the capacity, the stage becomes CERTIFIED and the remaining kernels have nothing to do.
+    DIGITS   Otherwise the k-th similarity is found exactly, by one pass for each digit of its bits (8, 8, 7 and 7 bits
+             wide, the highest first). The bits of floats >= 0 order as the floats do, and those of 1.0 are below 2**30.
+             The stage ends early, as soon as the pairs from some digit on fit the capacity.
+    TIES     If the pairs equal to the k-th similarity alone do not fit, a pass counts them by row, to find the last row
+             whose ties are needed.
+    COLLECT  A pass records what was found: at least k pairs and at most `capacity`, by construction.
+
+A pair is recorded if its similarity exceeds the bound, or equals it and the row of the pair is at most `tie_row`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PASS, DIGITS, TIES, COLLECT, CERTIFIED = (tl.constexpr(stage) for stage in range(5))
+STAGE, LOWEST, ABOVE, TIE_ROW, PASSES_SO_FAR, FAILURE = (tl.constexpr(place) for place in range(6))
+"""Places in `RadixSelect.plan`."""
+BOUND, SLACK = (tl.constexpr(place) for place in range(2))
+"""Places in `RadixSelect.bounds`."""
+GUESS, MARGIN, N_PASSES = (tl.constexpr(place) for place in range(3))
+"""Places in a warm-start state."""
+NO_FAILURE, SHORTFALL, OVERFLOW = (tl.constexpr(failure) for failure in range(3))
+"""What went wrong in the first pass: nothing, it recorded too few pairs, or there were more than fit."""
+DIGITS_OF_SIMILARITY = ((22, 8), (14, 8), (7, 7), (0, 7))
+"""(shift, bits) of each digit, the highest first. Triton 3.6 compiles a histogram to instructions in proportion to
+its bins, so that digits of 12 bits would take longer than the products."""
+SAMPLE_DIGIT = (18, 12)
+"""(shift, bits) of the digit that the histogram of the sample counts. A bin is 1/32 to 1/16 of a similarity wide;
+within it the guess is interpolated linearly."""
+
+
+class RadixSelect(NamedTuple):
+    """Tensors that the kernels of one call share."""
+
+    plan: Tensor
+    """int64 [6]: the stage; the bits of the smallest similarity that may still be the k-th; the number of pairs known
+    to be above that digit; the last row whose ties are recorded; passes over the gram so far; the failure of the first
+    pass"""
+    bounds: Tensor
+    """float32 [2]: the bound; the slack, by which a similarity may fall short of the bound in the rounded products of
+    a pass and still be recorded"""
+    histogram: Tensor
+    """int64 [4096], number of pairs by digit"""
+    row_ties: Tensor
+    """int32 [N], number of pairs equal to the k-th similarity, by row"""
+    n_survivors: Tensor
+    """int64 [1], number of pairs that the last pass found, whether or not they fit"""
+    n_certified: Tensor
+    """int64 [1], number of those that reach the bound in the precision asked for"""
+
+
+def new_radix_select(device: torch.device, n_features: int) -> RadixSelect:
+    """Tensors for a new call, before its first kernel."""
+    zeros = torch.zeros(6 + 4096 + 2, dtype=torch.int64, device=device)
+    return RadixSelect(
+        plan=zeros[:6],
+        bounds=torch.empty(2, dtype=torch.float32, device=device),
+        histogram=zeros[6:-2],
+        row_ties=torch.zeros(n_features, dtype=torch.int32, device=device),
+        n_survivors=zeros[-2:-1],
+        n_certified=zeros[-1:],
+    )
+
+
+@triton.jit
+def stage_of(plan_ptr):
+    """The current stage."""
+    return tl.load(plan_ptr + STAGE)
+
+
+@triton.jit
+def row_bounds(bounds_ptr, plan_ptr, floor, offs_row):
+    """For every row, what a similarity must exceed to be recorded: the bound with ties, floor and slack counted in."""
+    bound = tl.load(bounds_ptr + BOUND)
+    just_below = (bound.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
+    just_below = tl.where(bound > 0, just_below, -1.0)
+    by_row = tl.where(offs_row <= tl.load(plan_ptr + TIE_ROW), just_below, bound)
+    return tl.maximum(by_row, floor) - tl.load(bounds_ptr + SLACK)
+
+
+@triton.jit
+def _highest_bin_with(wanted, histogram, n_above, BINS: tl.constexpr):
+    """(bin, number of pairs from it on, number of pairs beyond it) for the highest bin with `wanted` pairs from it on.
+
+    `n_above` pairs are above all bins and count as well. If there are fewer than `wanted` in all, the bin is -1.
+    """
+    from_bin = n_above + tl.sum(histogram, axis=0) - tl.cumsum(histogram, axis=0) + histogram
+    bins = tl.arange(0, BINS)
+    found = tl.max(tl.where(from_bin >= wanted, bins, -1), axis=0)
+    n_from = tl.sum(tl.where(bins == found, from_bin, 0), axis=0)
+    return found, n_from, n_from - tl.sum(tl.where(bins == found, histogram, 0), axis=0)
+
+
+@triton.jit
+def _begin_kernel(
+    plan_ptr, bounds_ptr, histogram_ptr,  # [6] int64, [2] float32, [4096] int64
+    flags_ptr, state_ptr, deviation_ptr,  # [1] int32, [3] float32, [1] float32
+    rank, n_features, M, can_overflow,
+    HAS_STATE: tl.constexpr, IS_ROUNDED: tl.constexpr,
+    SHIFT: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    bound = -1.0
+    if rank > 0:
+        bins = tl.arange(0, BINS)
+        histogram = tl.load(histogram_ptr + bins)
+        found, n_from, n_beyond = _highest_bin_with(rank, histogram, 0, BINS)
+        tl.store(histogram_ptr + bins, tl.zeros((BINS,), tl.int64))
+        if found >= 0:
+            # the sample is taken to be spread evenly within the bin
+            low = (found << SHIFT).to(tl.float32, bitcast=True)
+            high = ((found + 1) << SHIFT).to(tl.float32, bitcast=True)
+            share = (rank - n_beyond).to(tl.float32) / (n_from - n_beyond).to(tl.float32)
+            bound = tl.where(found > 0, tl.minimum(high - (high - low) * share, 1.0), 0.0)
+    if HAS_STATE:
+        guess = tl.load(state_ptr + GUESS)
+        bound = tl.where(guess > -1.0, tl.minimum(guess, 1.0), bound)
+    slack = 0.0
+    flags = tl.load(flags_ptr)
+    stage = tl.where(flags > 0, DIGITS, PASS)
+    if IS_ROUNDED:
+        # Products of fp16 numbers are exact in float32. Every addition of the pass errs by at most 2**-23 times a sum
+        # of magnitudes, which the norms bound, provided that the matrix unit keeps one bit more than float32 while it
+        # aligns its terms. M / 4 + 32 further units cover what it drops before that, and the sums of `rescore`. The
+        # factor 1.01 covers the norms of rounded columns and the rounding of this formula.
+        deviation = tl.load(deviation_ptr)
+        slack = 1.01 * (2.0 * deviation + deviation * deviation + (M + M // 4 + 32) * 2.0**-23)
+        stage = PASS
+    # without a guess a pass would record every pair, which is in vain if they cannot fit
+    stage = tl.where((bound <= -1.0) & (can_overflow > 0), DIGITS, stage)
+    tl.store(bounds_ptr + BOUND, bound)
+    tl.store(bounds_ptr + SLACK, tl.where(stage == PASS, slack, 0.0))
+    tl.store(plan_ptr + STAGE, stage.to(tl.int64))
+    tl.store(plan_ptr + LOWEST, tl.zeros((), tl.int64))
+    tl.store(plan_ptr + ABOVE, tl.zeros((), tl.int64))
+    # Pairs equal to the guess may be needed, so they are recorded. But there may be very many zeros, and they are
+    # needed only if fewer than k pairs are above 0, which the pass then shows.
+    tl.store(plan_ptr + TIE_ROW, tl.where(bound == 0.0, -1, n_features).to(tl.int64))
+    tl.store(plan_ptr + PASSES_SO_FAR, tl.where(stage == PASS, 1, 0).to(tl.int64))
+    tl.store(plan_ptr + FAILURE, tl.full((), NO_FAILURE, tl.int64))
+
+
+@triton.jit
+def _certify_kernel(
+    plan_ptr, bounds_ptr, n_survivors_ptr, n_certified_ptr,  # [6] int64, [2] float32, [1] int64 x 2
+    tau_ptr,                                                 # [1] float32
+    k, capacity, floor,
+    IS_ADAPTIVE: tl.constexpr,
+):  # fmt: skip
+    if stage_of(plan_ptr) == PASS:
+        n_survivors = tl.load(n_survivors_ptr)
+        if IS_ADAPTIVE:
+            floor = tl.maximum(floor, tl.load(tau_ptr))
+        is_complete = (tl.load(n_certified_ptr) >= k) | (tl.load(bounds_ptr + BOUND) <= floor)
+        if is_complete & (n_survivors <= capacity):
+            tl.store(plan_ptr + STAGE, tl.full((), CERTIFIED, tl.int64))
+        else:
+            tl.store(plan_ptr + STAGE, tl.full((), DIGITS, tl.int64))
+            tl.store(plan_ptr + FAILURE, tl.where(n_survivors > capacity, OVERFLOW, SHORTFALL).to(tl.int64))
+            tl.store(bounds_ptr + SLACK, 0.0)
+            tl.store(n_survivors_ptr, tl.zeros((), tl.int64))
+            tl.store(n_certified_ptr, tl.zeros((), tl.int64))
+
+
+@triton.jit
+def _next_digit_kernel(
+    plan_ptr, bounds_ptr, histogram_ptr,  # [6] int64, [2] float32, [4096] int64
+    k, capacity,
+    SHIFT: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    if stage_of(plan_ptr) == DIGITS:
+        bins = tl.arange(0, BINS)
+        histogram = tl.load(histogram_ptr + bins)
+        tl.store(histogram_ptr + bins, tl.zeros((BINS,), tl.int64))
+        found, n_from, n_beyond = _highest_bin_with(k, histogram, tl.load(plan_ptr + ABOVE), BINS)
+        lowest = tl.load(plan_ptr + LOWEST) + (tl.maximum(found, 0).to(tl.int64) << SHIFT)
+        tl.store(plan_ptr + PASSES_SO_FAR, tl.load(plan_ptr + PASSES_SO_FAR) + 1)
+        if found < 0:  # fewer than k pairs are above the floor: record them all
+            tl.store(bounds_ptr + BOUND, -1.0)
+            tl.store(plan_ptr + STAGE, tl.full((), COLLECT, tl.int64))
+        else:
+            tl.store(plan_ptr + LOWEST, lowest)
+            tl.store(bounds_ptr + BOUND, lowest.to(tl.int32).to(tl.float32, bitcast=True))
+            if n_from <= capacity:
+                tl.store(plan_ptr + TIE_ROW, tl.full((), 2147483647, tl.int64))  # ties of every row
+                tl.store(plan_ptr + STAGE, tl.full((), COLLECT, tl.int64))
+            else:
+                tl.store(plan_ptr + ABOVE, n_beyond)
+                if SHIFT == 0:
+                    tl.store(plan_ptr + STAGE, tl.full((), TIES, tl.int64))
+
+
+@triton.jit
+def _tie_row_kernel(
+    plan_ptr, row_ties_ptr,  # [6] int64, [N] int32
+    k, n_features,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    if stage_of(plan_ptr) == TIES:
+        wanted = k - tl.load(plan_ptr + ABOVE)
+        n_before = tl.zeros((), tl.int64)
+        tie_row = tl.zeros((), tl.int64)
+        for first in range(0, n_features, BLOCK):
+            offs = first + tl.arange(0, BLOCK)
+            ties = tl.load(row_ties_ptr + offs, mask=offs < n_features, other=0).to(tl.int64)
+            up_to = n_before + tl.cumsum(ties, axis=0)
+            tie_row += tl.sum(tl.where((up_to < wanted) & (offs < n_features), 1, 0), axis=0)
+            n_before += tl.sum(ties, axis=0)
+        tl.store(plan_ptr + TIE_ROW, tie_row)
+        tl.store(plan_ptr + PASSES_SO_FAR, tl.load(plan_ptr + PASSES_SO_FAR) + 1)
+        tl.store(plan_ptr + STAGE, tl.full((), COLLECT, tl.int64))
+
+
+@triton.jit
+def _next_state_kernel(
+    state_ptr, next_state_ptr,      # [3] float32 x 2
+    plan_ptr,                       # [6] int64
+    similarity_ptr, n_ordered_ptr,  # [capacity] float32 descending, [1] int64 of them hold pairs
+    k, margin_start, margin_least, margin_most,
+):  # fmt: skip
+    """The warm start of the next call.
+
+    The margin doubles after a shortfall (the guess was too high), is halved after an overflow (the guess was too low),
+    and shrinks slowly after a success. The next guess is the similarity at rank (1 + margin) k, or what a straight line
+    through the ranks (1 - margin) k and k says of that rank if fewer pairs are known.
+    """
+    is_repaired = stage_of(plan_ptr) != CERTIFIED
+    failure = tl.load(plan_ptr + FAILURE)
+    margin = tl.load(state_ptr + MARGIN)
+    margin = tl.where((margin >= margin_least) & (margin <= margin_most), margin, margin_start)
+    factor = tl.where(failure == SHORTFALL, 2.0, tl.where(failure == OVERFLOW, 0.5, 0.98))
+    margin = tl.minimum(margin_most, tl.maximum(margin_least, factor * margin))
+    n_ordered = tl.load(n_ordered_ptr)
+    rank = tl.ceil((1 + margin) * tl.cast(k, tl.float32)).to(tl.int64)
+    inner_rank = tl.maximum(tl.floor((1 - margin) * tl.cast(k, tl.float32)).to(tl.int64), 1)
+    inner_rank = tl.minimum(inner_rank, k)
+    guess = -1.0
+    if n_ordered >= rank:
+        guess = tl.load(similarity_ptr + rank - 1)
+    elif n_ordered >= k:
+        guess = 2 * tl.load(similarity_ptr + k - 1) - tl.load(similarity_ptr + inner_rank - 1)
+    n_passes = tl.load(plan_ptr + PASSES_SO_FAR) + tl.where(is_repaired, 1, 0)
+    tl.store(next_state_ptr + GUESS, guess)
+    tl.store(next_state_ptr + MARGIN, margin)
+    tl.store(next_state_ptr + N_PASSES, n_passes.to(tl.float32))
+
+
+def begin(
+    radix: RadixSelect, flags: Tensor, state: Tensor | None, deviation: Tensor | None, rank: int, n_rows: int,
+    can_overflow: bool,
+) -> None:  # fmt: skip
+    """Choose the first bound: the guess in `state`, else the similarity at `rank` in the sampled histogram, else none.
+
+    `deviation` comes with an operand from `round_columns`. Without it the operand has the columns as they are, and
+    `flags` of the norms may say that they must not be multiplied: then the first pass is left out.
+    """
+    shift, bits = SAMPLE_DIGIT
+    _begin_kernel[(1,)](
+        radix.plan, radix.bounds, radix.histogram,
+        flags, flags if state is None else state, flags if deviation is None else deviation,
+        rank, radix.row_ties.numel(), n_rows, int(can_overflow),
+        HAS_STATE=state is not None, IS_ROUNDED=deviation is not None, SHIFT=shift, BINS=2**bits,
+        num_warps=8, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def certify(radix: RadixSelect, k: int, capacity: int, floor: float, tau: Tensor | None) -> None:
+    """After the first pass: go to CERTIFIED, or to DIGITS. `tau` float32 [1] is an adaptive floor, known only now."""
+    _certify_kernel[(1,)](
+        radix.plan, radix.bounds, radix.n_survivors, radix.n_certified,
+        radix.bounds if tau is None else tau, k, capacity, floor, IS_ADAPTIVE=tau is not None, num_warps=1,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def next_digit(radix: RadixSelect, shift: int, bits: int, k: int, capacity: int) -> None:
+    """After the pass that counted a digit: narrow the range that holds the k-th similarity, or end the stage."""
+    _next_digit_kernel[(1,)](
+        radix.plan, radix.bounds, radix.histogram, k, capacity, SHIFT=shift, BINS=2**bits, num_warps=8,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def tie_row(radix: RadixSelect, k: int) -> None:
+    """After the pass that counted ties: find the last row whose ties are needed to make up k."""
+    _tie_row_kernel[(1,)](
+        radix.plan, radix.row_ties, k, radix.row_ties.numel(), BLOCK=1024, num_warps=4, enable_fp_fusion=True
+    )
+
+
+def next_state(
+    radix: RadixSelect, state: Tensor, similarity: Tensor, n_ordered: Tensor, k: int,
+    margins: tuple[float, float, float],
+) -> Tensor:  # fmt: skip
+    """Warm-start state float32 [3] for the next call; `margins` are the initial, the smallest and the largest one."""
+    result = torch.empty_like(state)
+    _next_state_kernel[(1,)](
+        state, result, radix.plan, similarity, n_ordered, k, *margins, num_warps=1, enable_fp_fusion=True
+    )
+    return result

@@ -1,0 +1,99 @@
+"""The tables of block sizes, what is read off the device, and how many programs a launch has."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from tests.kernels.arguments import operand_of
+from topk_ortho.kernels import launch
+from topk_ortho.kernels.launch import LEAN_CONFIGS, TILE_CONFIGS, TileConfig
+
+EVERY_CONFIG = {("lean", *key): config for key, config in LEAN_CONFIGS.items()} | {
+    ("full", *key): config for key, config in TILE_CONFIGS.items()
+}
+
+KINDS = ("half", "tf32", "ieee")
+SHARED_MEMORY = {"sm_80": (99, 164), "sm_90": (227, 227), "sm_100": (227, 227), "gfx942": (64, 64)}
+"""KB for a program and for a multiprocessor; for sm_80 the former of the smaller chips that use its entries too."""
+
+
+class TestTileConfigs:
+    """The tables are complete, and every entry is possible; test_compile_report.py says how well it does."""
+
+    def test_every_kind_of_every_architecture(self):
+        assert set(TILE_CONFIGS) == {(arch, kind) for arch in (*SHARED_MEMORY, "interpreter") for kind in KINDS}
+        assert set(LEAN_CONFIGS) < set(TILE_CONFIGS)
+
+    @pytest.mark.parametrize("key", EVERY_CONFIG, ids="-".join)
+    def test_shape(self, key):
+        config = EVERY_CONFIG[key]
+        for number in (config.block, config.block_m, config.num_warps):
+            assert number > 0
+            assert number & (number - 1) == 0, "not a power of two"
+        assert config.block >= 64, "a quarter of a tile is too narrow for a matrix unit"
+        assert config.block_m >= 16
+        assert min(config.group, config.num_stages, config.programs_per_sm) >= 1
+        n_tile_rows = 2**20 // config.block
+        assert (2 * n_tile_rows + 1) ** 2 < 2**31, "triangle_tile squares it in int32"
+
+    @pytest.mark.parametrize("key", [key for key in EVERY_CONFIG if "interpreter" not in key], ids="-".join)
+    def test_fits(self, key):
+        _, arch, kind = key
+        config = EVERY_CONFIG[key]
+        of_program, of_all = SHARED_MEMORY[arch]
+        bytes_used = config.num_stages * 2 * config.block * config.block_m * (2 if kind == "half" else 4)
+        assert bytes_used <= 1024 * of_program
+        assert config.programs_per_sm * bytes_used <= 1024 * of_all
+        n_sums = config.block**2 / (32 * config.num_warps)
+        assert n_sums < (config.max_registers or 255) - 32, "sums leave no registers"
+        if arch.startswith("sm_") and config.max_registers is not None:
+            assert 32 * config.num_warps * config.programs_per_sm * config.max_registers <= 65536
+
+    def test_options(self):
+        config = TileConfig(
+            block=64, block_m=16, group=1, num_warps=4, num_stages=2, programs_per_sm=1, max_registers=96
+        )
+        assert config.options("sm_80") == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True, "maxnreg": 96}
+        assert "maxnreg" not in config.options("gfx942")
+        assert "maxnreg" not in dataclasses.replace(config, max_registers=None).options("sm_80")
+
+    @pytest.mark.parametrize(("n", "n_tiles"), [(2, 1), (64, 1), (65, 3), (128, 3), (129, 6)])
+    def test_programs(self, n, n_tiles, monkeypatch):
+        """As many as run at once, but never more than tiles."""
+        operand = operand_of(torch.ones(3, n))
+        config = TileConfig(block=64, block_m=16, group=1, num_warps=4, num_stages=1, programs_per_sm=2)
+        monkeypatch.setitem(TILE_CONFIGS, ("two multiprocessors", "ieee"), config)
+        monkeypatch.setattr(launch, "current_device", lambda: launch.Device("two multiprocessors", 2, True))
+        assert operand.n_tiles == n_tiles
+        assert operand.n_programs == min(n_tiles, 4)
+
+
+@pytest.mark.parametrize(
+    ("target", "architecture", "has_tf32"),
+    [
+        (GPUTarget("cuda", 80, 32), "sm_80", True),
+        (GPUTarget("cuda", 89, 32), "sm_80", True),
+        (GPUTarget("cuda", 90, 32), "sm_90", True),
+        (GPUTarget("cuda", 100, 32), "sm_100", True),
+        (GPUTarget("cuda", 120, 32), "sm_80", True),
+        (GPUTarget("hip", "gfx942", 64), "gfx942", True),
+        (GPUTarget("hip", "gfx90a", 64), "gfx942", False),
+    ],
+    ids=lambda part: str(getattr(part, "arch", part)),
+)
+def test_every_device_has_a_table_entry(target, architecture, has_tf32, monkeypatch):
+    """Its own, or that of the nearest architecture."""
+    driver = SimpleNamespace(
+        get_current_device=lambda: 3,
+        get_current_target=lambda: target,
+        utils=SimpleNamespace(get_device_properties=lambda number: {"multiprocessor_count": 100 + number}),
+    )
+    monkeypatch.setattr(launch, "INTERPRETED", triton.language.constexpr(False))
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    launch._device.cache_clear()
+    assert launch.current_device() == launch.Device(architecture, 103, has_tf32)
+    assert all((architecture, kind) in TILE_CONFIGS for kind in KINDS)
