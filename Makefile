@@ -14,10 +14,10 @@ help:
 	@sed -n 's/^# make/make/p' Makefile
 
 # pip, not uv: it also looks in the folders of wheels that a machine may be set up with
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed; set PYTHON="'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,bench,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,bench,dev]'
 	touch $@
 
 train: $(VENV)/installed
