@@ -27,6 +27,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@# import-linter reads files where they lie: kernels/ must be where the installation maps it, train.py in a package
+	rm -rf build/imports && mkdir -p build/imports/train
+	cp -r topk_ortho bench build/imports && cp -r kernels build/imports/topk_ortho
+	cp train.py build/imports/train/__init__.py
+	cd build/imports && $(abspath $(BIN))/lint-imports --no-logo ../../pyproject.toml
 
 test: lint
 	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --benchmark-disable
