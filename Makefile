@@ -14,10 +14,10 @@ help:
 	@sed -n 's/^# make/make/p' Makefile
 
 # pip, not uv: it also looks in the folders of wheels that a machine may be set up with
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed; set PYTHON="'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,bench,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,bench,dev]'
 	touch $@
 
 train: $(VENV)/installed
@@ -27,6 +27,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@# import-linter reads files where they lie: kernels/ must be where the installation maps it, train.py in a package
+	rm -rf build/imports && mkdir -p build/imports/train
+	cp -r topk_ortho bench build/imports && cp -r kernels build/imports/topk_ortho
+	cp train.py build/imports/train/__init__.py
+	cd build/imports && $(abspath $(BIN))/lint-imports --no-logo ../../pyproject.toml
 
 test: lint
 	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --benchmark-disable

@@ -19,3 +19,5 @@ __all__ = [
     "topk_ortho_loss",
     "topk_pairs",
 ]
+
+__version__ = "0.1.0"
