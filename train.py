@@ -21,8 +21,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own progress b
 try:
     import tyro
 
-    from topk_ortho.training.activations import open_source
-    from topk_ortho.training.build import resolve_device
+    from topk_ortho.training.build import open_source, resolve_device
     from topk_ortho.training.config import TrainConfig
     from topk_ortho.training.interrupt import Interrupted
     from topk_ortho.training.presets import PRESETS

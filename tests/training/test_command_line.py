@@ -7,7 +7,7 @@ import pytest
 import sae_lens
 
 import train
-from tests.training.models import save_tiny_gemma
+from tests.activations.models import save_tiny_gemma
 from topk_ortho.training.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from topk_ortho.training.config import ModelConfig, PenaltyConfig, SAEConfig, SyntheticConfig, TextConfig, TrainConfig
+from topk_ortho.activations.config import ModelConfig, SyntheticConfig, TextConfig
+from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig
 from topk_ortho.training.presets import PRESETS
 
 

@@ -9,10 +9,10 @@ import pytest
 import sae_lens
 import torch
 
-from tests.training.sources import MemorySource, sparse_mixtures
+from tests.activations.sources import MemorySource, sparse_mixtures
 from topk_ortho import topk_ortho_loss
+from topk_ortho.activations.batches import Batches
 from topk_ortho.sae import ActiveFeatures
-from topk_ortho.training.batches import Batches
 from topk_ortho.training.build import build_sae, resolve_device
 from topk_ortho.training.checkpoint import checkpoints, load_checkpoint
 from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig

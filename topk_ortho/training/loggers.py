@@ -5,8 +5,8 @@ import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
+from topk_ortho.activations.files import write_whole
 from topk_ortho.training.config import TrainConfig
-from topk_ortho.training.files import write_whole
 
 
 class Logger(Protocol):

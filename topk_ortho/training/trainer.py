@@ -18,16 +18,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from topk_ortho import TopKPairs, pair_jaccard
+from topk_ortho.activations.batches import Batches, Stopped
+from topk_ortho.activations.source import ActivationSource, generator_of, split_shards
+from topk_ortho.evaluation import evaluate, mean_max_cosine, source_metrics
 from topk_ortho.sae import ActiveFeatures, SparseAutoencoder, firing_counts, keep_normalized
-from topk_ortho.training.activations import ActivationSource, generator_of
-from topk_ortho.training.batches import Batches, Stopped
 from topk_ortho.training.build import build_sae, resolve_device
 from topk_ortho.training.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint
 from topk_ortho.training.config import TrainConfig
 from topk_ortho.training.dead_features import auxiliary_loss, resample
 from topk_ortho.training.interrupt import Interrupted, SignalGuard
 from topk_ortho.training.loggers import open_loggers
-from topk_ortho.training.metrics import evaluate, mean_max_cosine
 from topk_ortho.training.penalty import Penalty, PenaltyTerm
 from topk_ortho.training.results import prepare_folder, save_results
 from topk_ortho.training.resume import find_checkpoint
@@ -74,7 +74,7 @@ class Trainer:
         self.generator = generator_of("trainer", config.seed)
         checkpoint = find_checkpoint(config, resume)
 
-        self.held_out_shards, training = self._split()
+        self.held_out_shards, training = split_shards(source, config.held_out_tokens, config.seed)
         self.held_out = torch.cat([source.shard(number) for number in self.held_out_shards])
         position = checkpoint.step if checkpoint else 0
         self.batches = Batches(source, training, config.batch_size, config.buffer_tokens, config.seed, position)
@@ -245,7 +245,7 @@ class Trainer:
             "pair_jaccard": None if before is None else pair_jaccard(before, pairs),
             "tau": pairs.tau,
             "density_histogram": measured["density_histogram"],
-            **self.source.measure(sae, self.held_out_shards),
+            **source_metrics(sae, self.source, self.held_out_shards),
         }
 
     def inference_sae(self) -> SparseAutoencoder:
@@ -392,18 +392,6 @@ class Trainer:
     def _held_out_batches(self) -> Iterator[Tensor]:
         """Held-out activations as the source gives them, [<= batch_size, d_in], float32, on the device."""
         return (x.to(self.device).float() for x in self.held_out.split(self.config.batch_size))
-
-    def _split(self) -> tuple[list[int], list[int]]:
-        """Numbers of the held-out shards and of those to train on."""
-        sizes = self.source.shard_sizes
-        order = torch.randperm(len(sizes), generator=generator_of("held out", self.config.seed)).tolist()
-        if len(order) < 2:
-            raise ValueError(f"{self.source.name} fill one shard; there must be two, to hold one out")
-        n_held_out = n_tokens = 0
-        while n_tokens < self.config.held_out_tokens and n_held_out < len(order) // 2:
-            n_tokens += sizes[order[n_held_out]]
-            n_held_out += 1
-        return sorted(order[:n_held_out]), sorted(order[n_held_out:])
 
     def _diverged(self, what: str) -> str:
         return f"training diverged by step {self.step}: {what}; a lower lr may help"
