@@ -96,9 +96,9 @@ def test_bad_input_ends_in_a_line_that_names_it(arguments, message, capsys, monk
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[sae]\nn_feature = 64\n", "--sae.n-feature"),
+        ("[sae]\nn_feature = 64\n", "my.toml: unknown setting sae.n_feature; did you mean sae.n_features?"),
         ("[sae\n", "cannot be read"),
-        ("steps = 0\n", "steps must be at least 1"),
+        ("steps = 0\n", "my.toml: steps must be at least 1"),
     ],
     ids=["unknown_key", "no_toml", "impossible_value"],
 )
@@ -124,7 +124,7 @@ def test_whole_run(tmp_path):
         process = subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
         assert process.returncode == 0, process.stderr
         assert f"{message}: 100%" in process.stderr
-        assert "explained variance" in process.stdout
+        assert "Explained variance" in process.stdout
     assert "transformer: " not in process.stderr
 
 
@@ -142,4 +142,4 @@ def test_the_hub_presets_with_a_small_local_model(preset, tmp_path, monkeypatch,
     assert summary["steps"] == 8
     assert {"ce_loss_clean", "ce_loss_reconstructed", "ce_loss_ablated", "ce_loss_recovered"} <= set(summary)
     assert sae_lens.SAE.load_from_disk(tmp_path / "run" / "sae").cfg.metadata.context_size == 32
-    assert "cross-entropy loss recovered" in capsys.readouterr().out
+    assert "CE loss recovered" in capsys.readouterr().out

@@ -53,3 +53,11 @@ def split_shards(source: ActivationSource, held_out_tokens: int, seed: int) -> t
         n_tokens += source.shard_sizes[order[n_held_out]]
         n_held_out += 1
     return sorted(order[:n_held_out]), sorted(order[n_held_out:])
+
+
+def mean_and_variance(tokens: Tensor) -> tuple[Tensor, float]:
+    """Mean [d_in] and total variance of activations [n, d_in], in float64."""
+    # a few at a time: all of them in float64 can be larger than memory
+    mean = torch.stack([part.double().sum(dim=0) for part in tokens.split(8_192)]).sum(dim=0) / len(tokens)
+    variance = sum((part.double() - mean).square().sum().item() for part in tokens.split(8_192)) / len(tokens)
+    return mean, variance
