@@ -21,7 +21,7 @@ try:
     from topk_ortho.training.build import open_source, resolve_device
     from topk_ortho.training.config import TrainConfig
     from topk_ortho.training.interrupt import Interrupted
-    from topk_ortho.training.metrics import headlines
+    from topk_ortho.training.metric_table import headlines
     from topk_ortho.training.presets import PRESETS
     from topk_ortho.training.settings import with_settings
     from topk_ortho.training.trainer import Trainer

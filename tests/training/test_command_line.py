@@ -48,13 +48,6 @@ def test_a_file_is_put_over_the_preset_and_the_command_line_over_both(tmp_path):
     assert config.source == "synthetic"
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_run_can_be_repeated_from_its_config(name, tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(PRESETS[name].as_json()))
-    assert train.parse(["--config", str(path)]) == (PRESETS[name], False)
-
-
 def test_a_resumed_run_has_its_own_settings(tmp_path):
     arguments = ["--out-dir", str(tmp_path), "--sae.n-features", "64", "--penalty.tau", "0.2", "--clip-norm", "None"]
     config, _ = train.parse(arguments)
@@ -93,20 +86,10 @@ def test_bad_input_ends_in_a_line_that_names_it(arguments, message, capsys, monk
     assert stop.value.code != 0
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[sae]\nn_feature = 64\n", "my.toml: unknown setting sae.n_feature; did you mean sae.n_features?"),
-        ("[sae\n", "cannot be read"),
-        ("steps = 0\n", "my.toml: steps must be at least 1"),
-    ],
-    ids=["unknown_key", "no_toml", "impossible_value"],
-)
-def test_a_bad_file_ends_in_a_line_that_names_it(content, message, capsys, monkeypatch, tmp_path):
-    (tmp_path / "my.toml").write_text(content)
-    with pytest.raises(SystemExit) as stop:
+def test_a_bad_file_ends_in_a_line_that_names_it(monkeypatch, tmp_path):
+    (tmp_path / "my.toml").write_text("[sae]\nn_feature = 64\n")
+    with pytest.raises(SystemExit, match=r"train\.py: .*my\.toml: unknown setting sae\.n_feature"):
         run(["--config", tmp_path / "my.toml"], monkeypatch)
-    assert message in str(stop.value) + "".join(capsys.readouterr())
 
 
 def test_help_explains():

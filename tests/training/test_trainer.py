@@ -17,7 +17,7 @@ from topk_ortho.training.build import build_sae, resolve_device
 from topk_ortho.training.checkpoint import checkpoints, load_checkpoint
 from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig
 from topk_ortho.training.interrupt import Interrupted
-from topk_ortho.training.metrics import METRICS
+from topk_ortho.training.metric_table import METRICS
 from topk_ortho.training.trainer import Trainer
 
 ARCHITECTURES = ["standard", "topk", "batchtopk", "jumprelu", "matryoshka"]

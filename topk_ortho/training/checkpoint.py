@@ -11,12 +11,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim import Optimizer
 
 from topk_ortho.activations.files import sha256_of
 
@@ -25,36 +24,6 @@ _FORMAT = 2
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, and why."""
-
-
-class Stateful(Protocol):
-    """A part of a run whose state goes into a checkpoint, such as a module."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The state as tensors by name."""
-
-    def load_state_dict(self, state: dict[str, Tensor], /) -> object:
-        """Take over such a state."""
-
-
-class OptimizerState:
-    """The moments of an optimizer as a flat dictionary of tensors. Its settings are the run's, and are not saved."""
-
-    def __init__(self, optimizer: Optimizer):
-        self._optimizer = optimizer
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The moments by number of the parameter and name."""
-        moments = self._optimizer.state_dict()["state"]
-        return {f"{number}.{name}": tensor for number, own in moments.items() for name, tensor in own.items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over the moments."""
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in state.items():
-            number, name = key.split(".")
-            moments.setdefault(int(number), {})[name] = tensor
-        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": moments})
 
 
 class Checkpoint(NamedTuple):

@@ -1,6 +1,7 @@
 """Everything that decides a training run. Nonsense is refused here, by name, before any model loads."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,15 @@ from topk_ortho.activations.config import (
 from topk_ortho.sae import DecoderNorm
 
 Architecture = Literal["standard", "topk", "batchtopk", "jumprelu", "matryoshka"]
+
+
+def flatten(tree: dict[Any, Any]) -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted names: {"sae": {"l0": 32}} becomes {"sae.l0": 32}."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = flatten(value) if isinstance(value, Mapping) else {"": value}
+        flat |= {f"{name}.{key}" if key else str(name): leaf for key, leaf in inner.items()}
+    return flat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,7 @@
 """A finished run for readers: figures/*.png, and report.html, one file that needs nothing else.
 
 The words are in report.html.jinja, but for those that stand beside a number or a figure: these are in the tables of
-metrics.py, and of this file.
+metric_table.py, and of this file.
 """
 
 import base64
@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from topk_ortho.training.metrics import headlines, is_number
+from topk_ortho.training.config import flatten
+from topk_ortho.training.metric_table import headlines, is_number
 
 _Row = dict[str, Any]
 _Draw = Callable[[Figure, list[_Row]], str]
@@ -96,8 +97,8 @@ def write_report(out_dir: Path) -> None:
         summary=summary,
         headlines=list(headlines(summary)),
         figures=figures,
-        settings=_flat(config),
-        measurements=_flat(summary),
+        settings=_readable(config),
+        measurements=_readable(summary),
         versions=versions,
     )
     (out_dir / "report.html").write_text(page, "utf-8")
@@ -116,12 +117,12 @@ def _read_rows(path: Path, *, penalised: bool) -> list[_Row]:
     return [rows[step] for step in sorted(rows)]
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted names to readable values."""
-    if isinstance(tree, dict) and tree:
-        branches = (_flat(value, f"{prefix}.{name}" if prefix else str(name)) for name, value in tree.items())
-        return {name: value for branch in branches for name, value in branch.items()}
-    return {prefix: tree if isinstance(tree, str) else f"{tree:,}" if is_number(tree) else json.dumps(tree)}
+def _readable(tree: dict[str, Any]) -> dict[str, str]:
+    """Dotted names of nested values, and the values as text."""
+    return {
+        name: value if isinstance(value, str) else f"{value:,}" if is_number(value) else json.dumps(value)
+        for name, value in flatten(tree).items()
+    }
 
 
 def _number(value: Any) -> str:

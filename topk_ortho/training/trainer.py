@@ -23,8 +23,8 @@ from topk_ortho.activations.source import ActivationSource, generator_of, mean_a
 from topk_ortho.evaluation import evaluate, mean_max_cosine, source_metrics
 from topk_ortho.sae import ActiveFeatures, SAEOutput, SparseAutoencoder, firing_counts, keep_normalized
 from topk_ortho.training.build import build_sae, resolve_device
-from topk_ortho.training.checkpoint import Checkpoint, OptimizerState, Stateful, prune_checkpoints, save_checkpoint
-from topk_ortho.training.config import TrainConfig
+from topk_ortho.training.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint
+from topk_ortho.training.config import TrainConfig, flatten
 from topk_ortho.training.dead_features import DeadFeatures
 from topk_ortho.training.interrupt import Interrupted, SignalGuard
 from topk_ortho.training.loggers import open_loggers
@@ -252,28 +252,25 @@ class Trainer:
         best_step = None if self.best is None else self.best["step"]
         prune_checkpoints(folder, self.step, self.config.keep_checkpoints, best_step)
 
-    def _parts(self) -> dict[str, Stateful]:
-        """The parts of a run that have a state, by their names in a checkpoint."""
-        return {
-            "sae": self.sae,
-            "penalty": self.penalty,
-            "pairs": self.pairs,
-            "dead_features": self.dead_features,
-            "optimizer": OptimizerState(self.optimizer),
-        }
+    def _parts(self) -> dict[str, torch.nn.Module | PairStability]:
+        """The parts of a run that know their state, by their names in a checkpoint."""
+        return {"sae": self.sae, "penalty": self.penalty, "pairs": self.pairs, "dead_features": self.dead_features}
 
     def _checkpoint(self) -> Checkpoint:
         """Everything that decides the rest of the run. Which batches are next follows from the step."""
-        tensors = {"generator": self.generator.get_state()}
-        for part, state in self._parts().items():
-            tensors |= {f"{part}.{name}": tensor for name, tensor in state.state_dict().items()}
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        state |= {"optimizer": self.optimizer.state_dict()["state"], "generator": self.generator.get_state()}
         numbers = {name: getattr(self, name) for name in _SAVED_NUMBERS}
-        return Checkpoint(self.step, tensors, numbers, self.config.as_json())
+        return Checkpoint(self.step, flatten(state), numbers, self.config.as_json())
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Take over the state of a checkpoint."""
-        for part, state in self._parts().items():
-            state.load_state_dict(checkpoint.tensors_of(part))
+        for name, part in self._parts().items():
+            part.load_state_dict(checkpoint.tensors_of(name))
+        state = self.optimizer.state_dict()
+        numbers = state["param_groups"][0]["params"]
+        state["state"] = {number: checkpoint.tensors_of(f"optimizer.{number}") for number in numbers}
+        self.optimizer.load_state_dict(state)
         self.generator.set_state(checkpoint.tensors["generator"])
         for name in _SAVED_NUMBERS:
             setattr(self, name, checkpoint.values[name])

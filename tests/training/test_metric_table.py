@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from topk_ortho.training.metrics import METRICS, as_markdown, headlines
+from topk_ortho.training.metric_table import METRICS, as_markdown, headlines
 
 ROOT = Path(__file__).resolve().parents[2]
 ALWAYS = ["Explained variance", "L0", "Dead features", "Mean max decoder cosine", "Training tokens/s"]
