@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from topk_ortho.evaluation import HierarchicalFeatures, ground_truth_metrics, hierarchical_features
+from topk_ortho.activations.hierarchy import HierarchicalFeatures, hierarchical_features
+from topk_ortho.evaluation import ground_truth_metrics
 
 
 def truth_of(parent, d_in=8):

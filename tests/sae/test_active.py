@@ -67,20 +67,23 @@ def test_nothing_active():
     features = ActiveFeatures(torch.zeros(0, dtype=torch.int64), torch.zeros(0), 3, 4)
     assert torch.equal(decode_active(features, torch.ones(4, 2)), torch.zeros(3, 2))
     assert torch.equal(features.to_dense(), torch.zeros(3, 4))
-    assert features.to_sparse().indices.shape == (3, 0)
+    assert features.to_sparse().shape == (3, 4)
+    assert features.to_sparse()._nnz() == 0
     assert torch.equal(firing_counts(features), torch.zeros(4, dtype=torch.int64))
 
 
-def test_sparse_features_are_the_same_matrix_and_carry_gradients():
+def test_the_sparse_tensor_is_the_same_matrix_and_carries_gradients():
     positions = chosen(7, 11)
     values = random(len(positions), seed=5).abs().requires_grad_()
     features = ActiveFeatures(positions, values, 7, 11)
     sparse = features.to_sparse()
-    assert sparse.shape == (7, 11)
-    assert sparse.indices.shape[1] == int((features.to_dense() > 0).sum(dim=1).max())
+    assert sparse.is_coalesced()
+    again = torch.sparse_coo_tensor(sparse.indices(), sparse.values(), sparse.shape, check_invariants=True).coalesce()
+    assert torch.equal(sparse.indices(), again.indices()), "it is not coalesced, though it says so"
     torch.testing.assert_close(sparse.to_dense(), features.to_dense())
-    (gradient,) = torch.autograd.grad((sparse.values * sparse.indices).sum(), values)
-    torch.testing.assert_close(gradient, features.features.double())
+    weight = random(7, 11, seed=4)
+    (gradient,) = torch.autograd.grad((sparse.to_dense() * weight).sum(), values)
+    torch.testing.assert_close(gradient, weight.flatten()[positions])
 
 
 def test_an_entry_of_value_0_does_not_fire():

@@ -1,8 +1,7 @@
-import json
-
 import pytest
 
-from topk_ortho.training.config import ModelConfig, PenaltyConfig, SAEConfig, SyntheticConfig, TextConfig, TrainConfig
+from topk_ortho.activations.config import ModelConfig, SyntheticConfig, TextConfig
+from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig
 from topk_ortho.training.presets import PRESETS
 
 
@@ -68,15 +67,6 @@ from topk_ortho.training.presets import PRESETS
 def test_nonsense_is_refused_by_name(build, message):
     with pytest.raises(ValueError, match=message):
         build()
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_survives_json(name):
-    config = PRESETS[name]
-    stored = json.loads(json.dumps(config.as_json()))
-    assert stored == config.as_json()
-    assert stored["penalty"]["weight"] == config.penalty.weight
-    assert stored["out_dir"] == str(config.out_dir)
 
 
 def test_nested_widths():

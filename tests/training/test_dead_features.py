@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from topk_ortho.sae import StandardSAE
-from topk_ortho.training.dead_features import auxiliary_loss, resample
+from topk_ortho.training.config import SAEConfig, TrainConfig
+from topk_ortho.training.dead_features import DeadFeatures
 
 DEAD = torch.tensor([1, 4, 5])
 
@@ -12,6 +13,12 @@ def sae():
     sae = StandardSAE(6, 10, generator=torch.Generator().manual_seed(0))
     sae.b_dec.data = torch.randn(6, generator=torch.Generator().manual_seed(1))
     return sae
+
+
+def dead_features(seed=0, **settings):
+    """For dictionaries of 10 features of width 6, as `sae` is."""
+    config = TrainConfig(sae=SAEConfig(n_features=10, l0=2, **settings))
+    return DeadFeatures(config, 6, torch.Generator().manual_seed(seed))
 
 
 def is_dead():
@@ -31,13 +38,13 @@ def test_auxiliary_loss_is_its_definition(sae, n_active, scale):
         kept = sorted(pre, key=pre.get, reverse=True)[:n_active]
         guess = sum(pre[i] * sae.W_dec[i] for i in kept)
         total += (error - guess).square().sum().item()
-    actual = auxiliary_loss(sae, x, residual, is_dead(), n_active)
+    actual = dead_features(auxk=n_active).auxiliary_loss(sae, x, residual, is_dead())
     assert actual.item() == pytest.approx(scale * total / 8, rel=1e-5)
 
 
 def test_auxiliary_loss_moves_dead_features_alone(sae):
     residual = inputs(3).requires_grad_()
-    auxiliary_loss(sae, inputs(), residual, is_dead(), 2).backward()
+    dead_features(auxk=2).auxiliary_loss(sae, inputs(), residual, is_dead()).backward()
     for weights in (sae.W_enc, sae.W_dec):
         assert set(weights.grad.any(dim=1).nonzero().squeeze(1).tolist()) <= set(DEAD.tolist())
         assert weights.grad.any()
@@ -46,7 +53,19 @@ def test_auxiliary_loss_moves_dead_features_alone(sae):
 
 def test_nothing_dead_costs_nothing(sae):
     none = torch.zeros(10, dtype=torch.bool)
-    assert auxiliary_loss(sae, inputs(), inputs(3), none, 2).item() == 0
+    assert dead_features().auxiliary_loss(sae, inputs(), inputs(3), none).item() == 0
+
+
+@pytest.mark.parametrize("settings", [{"dead_features": "none"}, {"dead_features": "resample"}, {"auxk_weight": 0.0}])
+def test_no_auxiliary_loss_unless_it_is_asked_for(settings, sae):
+    assert dead_features(**settings).auxiliary_loss(sae, inputs(), inputs(3), is_dead()).item() == 0
+
+
+def test_without_a_number_half_the_width_of_dead_features_is_used(sae):
+    whole, asked = (
+        d.auxiliary_loss(sae, inputs(), inputs(3), is_dead()) for d in (dead_features(), dead_features(auxk=3))
+    )
+    assert whole == asked
 
 
 def test_resampling_restarts_dead_features_at_the_worst_token(sae):
@@ -58,7 +77,7 @@ def test_resampling_restarts_dead_features_at_the_worst_token(sae):
     before = {name: p.detach().clone() for name, p in sae.named_parameters()}
     moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in sae.named_parameters()}
     length = before["W_enc"][~is_dead()].norm(dim=1).mean()
-    resample(sae, optimizer, x, residual, is_dead(), torch.Generator().manual_seed(0))
+    dead_features().resample(sae, optimizer, x, residual, is_dead())
 
     direction = torch.nn.functional.normalize(x[3] - sae.b_dec, dim=0)
     torch.testing.assert_close(sae.W_dec.detach()[DEAD], direction.expand(3, 6).detach())
@@ -80,7 +99,7 @@ def test_resampling_prefers_bad_tokens(sae):
     optimizer = torch.optim.Adam(sae.parameters())
     counts = torch.zeros(8)
     for seed in range(100):
-        resample(sae, optimizer, inputs(), residual, is_dead(), torch.Generator().manual_seed(seed))
+        dead_features(seed).resample(sae, optimizer, inputs(), residual, is_dead())
         directions = torch.nn.functional.normalize(inputs() - sae.b_dec, dim=1)
         counts += torch.bincount((sae.W_dec[DEAD] @ directions.T).argmax(dim=1), minlength=8)
     # squared error 9 times as large, squared again: 81 to 1
@@ -90,6 +109,6 @@ def test_resampling_prefers_bad_tokens(sae):
 
 def test_all_dead_can_be_resampled(sae):
     everything = torch.ones(10, dtype=torch.bool)
-    resample(sae, torch.optim.Adam(sae.parameters()), inputs(), inputs(3), everything, torch.Generator().manual_seed(0))
+    dead_features().resample(sae, torch.optim.Adam(sae.parameters()), inputs(), inputs(3), everything)
     assert sae.W_enc.isfinite().all()
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(10))

@@ -9,14 +9,15 @@ import pytest
 import sae_lens
 import torch
 
-from tests.training.sources import MemorySource, sparse_mixtures
+from tests.activations.sources import MemorySource, sparse_mixtures
 from topk_ortho import topk_ortho_loss
+from topk_ortho.activations.batches import Batches
 from topk_ortho.sae import ActiveFeatures
-from topk_ortho.training.batches import Batches
 from topk_ortho.training.build import build_sae, resolve_device
 from topk_ortho.training.checkpoint import checkpoints, load_checkpoint
 from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig
 from topk_ortho.training.interrupt import Interrupted
+from topk_ortho.training.metric_table import METRICS
 from topk_ortho.training.trainer import Trainer
 
 ARCHITECTURES = ["standard", "topk", "batchtopk", "jumprelu", "matryoshka"]
@@ -78,8 +79,8 @@ def test_every_architecture_learns_and_is_saved_for_saelens(architecture, open_t
     sae = sae_lens.SAE.load_from_disk(out_dir / "sae")
     x = trainer.held_out.float()
     reconstruction = sae(x)
-    unexplained = (x - reconstruction).square().sum() / (x - x.mean(dim=0)).square().sum()
-    assert 1 - unexplained.item() == pytest.approx(summary["explained_variance"], abs=1e-4)
+    fvu = (x - reconstruction).square().sum() / (x - x.mean(dim=0)).square().sum()
+    assert 1 - fvu.item() == pytest.approx(summary["explained_variance"], abs=1e-4)
     assert (sae.encode(x) > 0).sum().item() / len(x) == pytest.approx(summary["l0"], abs=0.02)
 
 
@@ -95,11 +96,12 @@ def test_what_a_run_leaves(open_trainer, out_dir):
     log = lines(out_dir)
     assert [line["step"] for line in log] == [20, 40, 60]
     assert set(log[0]) == {
-        "step", "tokens", "lr", "loss", "unexplained", "sparsity", "auxiliary", "penalty", "penalty_weight", "l0",
+        "step", "tokens", "lr", "loss", "fvu", "sparsity", "auxiliary", "penalty", "penalty_weight", "l0",
         "dead_fraction", "gradient_norm", "tokens_per_second", "data_ms", "sae_ms", "penalty_ms", "memory_bytes",
         "explained_variance", "normalized_mse", "held_out_l0", "mean_max_decoder_cosine", "pair_threshold",
         "pair_jaccard", "tau", "density_histogram",
     }  # fmt: skip
+    assert set(log[0]) | set(summary) <= {metric.key for metric in METRICS} | {"steps", "device"}
     assert [line["pair_jaccard"] is None for line in log] == [True, False, False]
     assert all(0 <= line["pair_jaccard"] <= 1 for line in log[1:])
     assert [line["tokens"] for line in log] == [2000, 4000, 6000]
@@ -132,7 +134,7 @@ def test_step_descends_the_documented_loss(architecture, target, open_trainer, s
     dense = output.features.to_dense() if isinstance(output.features, ActiveFeatures) else output.features
     errors = [(x - r).square().sum(dim=1).mean() / trainer.variance for r in (output.reconstruction, *output.inner)]
     penalised = sae.W_dec.T if target == "decoder" else dense
-    penalty = topk_ortho_loss(penalised, 0.05, similarity="positive", priority=trainer.firing_rate)
+    penalty = topk_ortho_loss(penalised, 0.05, similarity="positive", priority=trainer.dead_features.firing_rate)
     loss = sum(errors) / len(errors) + 0.5 * config.sae.sparsity_weight * sae.sparsity(output, trainer.variance)
     (loss + 0.7 * penalty).backward()
     assert penalty > 0
@@ -144,12 +146,12 @@ def test_dead_features_get_the_auxiliary_loss(open_trainer):
     trainer = open_trainer(
         sae={"architecture": "topk", "auxk": 4, "decoder_norm": "none"}, clip_norm=None, penalty={"target": "none"}
     )
-    trainer.tokens_since_fired[:5] = 10**9
+    trainer.dead_features.tokens_since_fired[:5] = 10**9
     trainer.sae.b_enc.data[:5] = -3.0  # none of them fires
     result = trainer.train_step(next(trainer.batches))
     assert result.auxiliary > 0
     assert trainer.sae.W_enc.grad[:5].any()
-    assert result.loss == pytest.approx((result.unexplained + result.auxiliary / 32).item(), rel=1e-5)
+    assert result.loss == pytest.approx((result.fvu + result.auxiliary / 32).item(), rel=1e-5)
 
 
 def test_resampling_brings_dead_features_back(open_trainer):
@@ -162,18 +164,15 @@ def test_resampling_brings_dead_features_back(open_trainer):
     trainer.sae.b_enc.data[:6] = -100.0
     for _ in range(5):
         trainer.train_step(next(trainer.batches))
-    assert trainer.n_dead() == 0
+    assert trainer.dead_features.n_dead(500) == 0
     assert trainer.sae.b_enc[:6].abs().max() < 1
     features = trainer.sae(next(trainer.batches) * trainer.scale).features
     assert (features[:, :6] > 0).any(dim=0).sum() >= 4
 
 
 def test_no_resampling_in_the_last_fifth(open_trainer):
-    trainer = open_trainer(sae={"dead_features": "resample", "resample_every": 5}, steps=30)
-    due = []
-    for trainer.step in range(1, 31):
-        due.append(trainer.step) if trainer._resamples() else None
-    assert due == [5, 10, 15, 20]
+    dead_features = open_trainer(sae={"dead_features": "resample", "resample_every": 5}, steps=30).dead_features
+    assert [step for step in range(1, 31) if dead_features.resamples_after(step)] == [5, 10, 15, 20]
 
 
 def test_penalty_every_few_steps_with_its_weight_scaled(open_trainer):
@@ -220,7 +219,7 @@ def test_firing_rate_is_an_average_over_batches(open_trainer):
         x = next(trainer.batches)
         expected = 0.99 * expected + 0.01 * (trainer.sae(x * trainer.scale).features > 0).float().mean(dim=0)
         trainer.train_step(x)
-    torch.testing.assert_close(trainer.firing_rate, expected)
+    torch.testing.assert_close(trainer.dead_features.firing_rate, expected)
 
 
 def test_held_out_shards_are_not_trained_on(open_trainer, source):
@@ -395,7 +394,7 @@ def test_ctrl_c_while_activations_are_made_ends_their_thread(open_trainer, monke
 
 
 @pytest.mark.parametrize(
-    ("target", "what"), [("none", "'unexplained': (nan|inf)"), ("decoder", "x has .* columns with NaN or Inf")]
+    ("target", "what"), [("none", "'fvu': (nan|inf)"), ("decoder", "x has .* columns with NaN or Inf")]
 )
 def test_divergence_is_loud_and_leaves_no_result(target, what, open_trainer, out_dir):
     open_trainer(steps=6).fit()
@@ -424,17 +423,17 @@ def test_decoder_norm_is_kept_as_named(decoder_norm, open_trainer):
 def test_dead_features_are_those_that_stopped_firing(open_trainer):
     trainer = open_trainer(dead_after_tokens=250, sae={"dead_features": "none"})
     trainer.sae.b_enc.data[:3] = -100.0
-    assert trainer.n_dead() == 0
+    assert trainer.dead_features.n_dead(0) == 0
     counts = []
     for _ in range(4):
         trainer.train_step(next(trainer.batches))
-        counts.append(trainer.n_dead())
+        counts.append(trainer.dead_features.n_dead(100 * trainer.step))
     assert counts == [3, 3, 3, 3]
     trainer.sae.b_enc.data[3:5] = -100.0
     counts = []
     for _ in range(3):
         trainer.train_step(next(trainer.batches))
-        counts.append(trainer.n_dead())
+        counts.append(trainer.dead_features.n_dead(100 * trainer.step))
     assert counts == [3, 3, 5]
 
 

@@ -5,7 +5,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from topk_ortho.evaluation.hierarchy import HierarchicalFeatures
+from topk_ortho.activations.hierarchy import HierarchicalFeatures
 
 
 @torch.no_grad()

@@ -11,20 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from topk_ortho import SparseFeatures
-
 
 class ActiveFeatures(NamedTuple):
     """Entries of a matrix of features [batch, n_features] that may be above 0; all others are 0."""
 
     positions: Tensor
-    """[n_active] int64, ascending: row * n_features + feature"""
+    """[n_active] int64, ascending and distinct: sample * n_features + feature"""
     values: Tensor
     """[n_active], none below 0; gradients go here"""
     batch: int
-    """Rows"""
+    """Number of samples"""
     n_features: int
-    """Columns"""
+    """Size of the dictionary"""
 
     @property
     def features(self) -> Tensor:
@@ -32,8 +30,8 @@ class ActiveFeatures(NamedTuple):
         return self.positions % self.n_features
 
     @property
-    def rows(self) -> Tensor:
-        """Row of each entry, int64 [n_active]."""
+    def samples(self) -> Tensor:
+        """Sample of each entry, int64 [n_active]."""
         return self.positions // self.n_features
 
     def to_dense(self) -> Tensor:
@@ -41,17 +39,12 @@ class ActiveFeatures(NamedTuple):
         flat = self.values.new_zeros(self.batch * self.n_features).index_put((self.positions,), self.values)
         return flat.view(self.batch, self.n_features)
 
-    def to_sparse(self) -> SparseFeatures:
-        """The matrix as the public ops take it, differentiable in the values."""
-        rows = self.rows
-        starts = _bag_starts(self.positions, self.batch, self.n_features)
-        most = int(torch.bincount(rows, minlength=1).max()) if rows.numel() else 0
-        slots = rows * most + torch.arange(rows.numel(), device=rows.device) - starts[rows]
-        shape = (self.batch, most)
-        indices = torch.zeros(shape, dtype=torch.int64, device=rows.device)
-        indices.view(-1)[slots] = self.features
-        values = self.values.new_zeros(self.batch * most).index_put((slots,), self.values).view(shape)
-        return SparseFeatures(indices, values, self.n_features)
+    def to_sparse(self) -> Tensor:
+        """The matrix as a coalesced sparse_coo tensor, which the public ops take; differentiable in the values."""
+        indices = torch.stack([self.samples, self.features])
+        # coalesced, as positions ascend: without the flag the op would sort the entries
+        shape = (self.batch, self.n_features)
+        return torch.sparse_coo_tensor(indices, self.values, shape, check_invariants=False, is_coalesced=True)
 
 
 def firing_counts(features: Tensor | ActiveFeatures) -> Tensor:

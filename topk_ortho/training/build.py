@@ -1,9 +1,20 @@
-"""What the words of a configuration stand for: the SAE, and the device."""
+"""What the words of a configuration stand for: the source of activations, the SAE and the device."""
 
 import torch
 
+from topk_ortho.activations.source import ActivationSource
+from topk_ortho.activations.synthetic import SyntheticActivations
 from topk_ortho.sae import BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE, SparseAutoencoder, StandardSAE, TopKSAE
-from topk_ortho.training.config import SAEConfig
+from topk_ortho.training.config import SAEConfig, TrainConfig
+
+
+def open_source(config: TrainConfig, device: torch.device) -> ActivationSource:
+    """The source of activations that a configuration names; a transformer runs on the device."""
+    if config.source == "synthetic":
+        return SyntheticActivations(config.synthetic, config.seed)
+    from topk_ortho.activations.cache import TransformerActivations  # transformers and datasets take a second to import
+
+    return TransformerActivations(config.model, config.text, config.cache, config.cache_dir, device)
 
 
 def build_sae(config: SAEConfig, d_in: int, generator: torch.Generator) -> SparseAutoencoder:

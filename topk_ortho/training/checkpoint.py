@@ -6,7 +6,6 @@ process killed at any moment, or a full disk, leaves the earlier ones as they we
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-_FORMAT = 1
+from topk_ortho.activations.files import sha256_of
+
+_FORMAT = 2
 
 
 class CheckpointError(ValueError):
@@ -37,6 +38,11 @@ class Checkpoint(NamedTuple):
     config: dict[str, Any]
     """The run's configuration, as JSON"""
 
+    def tensors_of(self, part: str) -> dict[str, Tensor]:
+        """The tensors of a part of the run, by their names in that part."""
+        prefix = f"{part}."
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint into a folder of checkpoints; returns its path. An error leaves the folder as it was."""
@@ -52,7 +58,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         manifest = {
             "format": _FORMAT,
             "step": checkpoint.step,
-            "sha256": _sha256(state),
+            "sha256": sha256_of(state),
             "values": checkpoint.values,
             "config": checkpoint.config,
         }
@@ -74,7 +80,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         manifest = json.loads((path / "manifest.json").read_text())
         if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
             raise CheckpointError(f"{path} is not a checkpoint of this version")
-        if _sha256(path / "state.safetensors") != manifest["sha256"]:
+        if sha256_of(path / "state.safetensors") != manifest["sha256"]:
             raise CheckpointError(f"{path} is damaged: the sha256 of state.safetensors is not the one in its manifest")
         tensors = load_file(path / "state.safetensors")
         return Checkpoint(manifest["step"], tensors, manifest["values"], manifest["config"])
@@ -131,8 +137,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

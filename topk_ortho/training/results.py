@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from topk_ortho.activations.files import write_whole
 from topk_ortho.sae import SparseAutoencoder
 from topk_ortho.sae.export import save_saelens
 from topk_ortho.training.config import TrainConfig
-from topk_ortho.training.files import write_whole
 from topk_ortho.training.report import write_report
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from tqdm import tqdm
 
 from topk_ortho.training.checkpoint import Checkpoint, CheckpointError, checkpoints, latest_checkpoint
-from topk_ortho.training.config import TrainConfig
+from topk_ortho.training.config import TrainConfig, flatten
 
 _FREE = {
     "out_dir", "cache_dir", "device", "log_every", "eval_every", "loggers", "checkpoint_every", "keep_checkpoints",
@@ -47,17 +47,6 @@ def find_checkpoint(config: TrainConfig, resume: bool) -> Checkpoint | None:
 
 def _changes(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Settings that differ, but for those that may."""
-    mine, other = _flatten(ours), _flatten(theirs)
+    mine, other = flatten(ours), flatten(theirs)
     differ = (name for name in sorted(mine.keys() | other.keys()) if mine.get(name) != other.get(name))
     return [f"{name} was {other.get(name)}, is {mine.get(name)}" for name in differ if name not in _FREE]
-
-
-def _flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """{"sae": {"l0": 32}} as {"sae.l0": 32}."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{inner}": v for inner, v in value.items()}
-        else:
-            flat[name] = value
-    return flat

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from topk_ortho.training.activations import ActivationSource, generator_of
+from topk_ortho.activations.source import ActivationSource, generator_of
 
 
 class Stopped(Exception):

@@ -1,7 +1,7 @@
 import pytest
 from safetensors import SafetensorError
 
-from topk_ortho.training.files import finished_as, write_whole
+from topk_ortho.activations.files import finished_as, write_whole
 
 
 def test_a_file_is_replaced_when_it_is_whole(tmp_path):

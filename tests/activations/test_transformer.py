@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import Gemma2ForCausalLM
 
-from tests.training.models import save_tiny_gemma
-from topk_ortho.training.config import ModelConfig
-from topk_ortho.training.transformer import Transformer, resolve_model
+from tests.activations.models import save_tiny_gemma
+from topk_ortho.activations.config import ModelConfig
+from topk_ortho.activations.transformer import Transformer, resolve_model
 
 CPU = torch.device("cpu")
 

@@ -1,7 +1,6 @@
 """Text as windows of token ids, through Hugging Face `datasets`."""
 
 import ast
-import hashlib
 import importlib
 import inspect
 import sys
@@ -17,14 +16,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from topk_ortho.training.config import TextConfig
+from topk_ortho.activations.config import TextConfig
+from topk_ortho.activations.files import sha256_of
 
 _NOT_DOCUMENTATION = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo"}
 _FILE_LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def load_text(config: TextConfig) -> Iterable[str]:
-    """Documents of a text source, one string each; a data set on the hub is streamed."""
+    """Documents of a text source as strings. A data set on the hub is streamed."""
     path = Path(config.source)
     if config.source == "python-docs":
         documents = datasets.Dataset.from_dict({config.column: list(dict.fromkeys(python_documentation()))})
@@ -52,7 +52,7 @@ def load_text(config: TextConfig) -> Iterable[str]:
 
 
 def token_windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, config: TextConfig) -> Iterator[Tensor]:
-    """Blocks [n, context_size] of token ids, int32, every window full; together they hold config.n_tokens or more.
+    """Blocks [n, context_size] of token ids, int32, in full windows that together hold config.n_tokens or more.
 
     Documents are joined by the tokenizer's separator and cut without regard to their ends. Each window opens with the
     classification or beginning-of-sequence token and closes with the separator, as far as the tokenizer has them.
@@ -75,13 +75,12 @@ def token_windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, 
 
 
 def fingerprint(config: TextConfig) -> str:
-    """What tells two texts apart without tokenising them: a file's hash; a data set on the hub is known by name."""
+    """What tells two texts apart without tokenising them: the hash of a file, the name of a data set on the hub."""
     path = Path(config.source)
     if config.source == "python-docs":
         return f"python-docs {sys.version}"
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     return f"{config.source} {config.subset} {config.split}"
 
 

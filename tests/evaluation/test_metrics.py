@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
+from topk_ortho.evaluation.metrics import evaluate, mean_max_cosine
 from topk_ortho.sae import StandardSAE, TopKSAE
-from topk_ortho.training.metrics import evaluate, mean_max_cosine
 
 
 @pytest.mark.parametrize("sae_class", [StandardSAE, TopKSAE])

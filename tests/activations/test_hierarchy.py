@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from topk_ortho.evaluation import hierarchical_features
+from topk_ortho.activations.hierarchy import hierarchical_features
 
 
 def generator(seed=0):

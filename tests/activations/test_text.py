@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from topk_ortho.training.config import ModelConfig, TextConfig
-from topk_ortho.training.text import fingerprint, load_text, python_documentation, token_windows
-from topk_ortho.training.transformer import resolve_model
+from topk_ortho.activations.config import ModelConfig, TextConfig
+from topk_ortho.activations.text import fingerprint, load_text, python_documentation, token_windows
+from topk_ortho.activations.transformer import resolve_model
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_hub_data_set_is_streamed(monkeypatch):
         calls.append((arguments, keywords))
         return [{"text": "one"}, {"text": "two"}]
 
-    monkeypatch.setattr("topk_ortho.training.text.datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("topk_ortho.activations.text.datasets.load_dataset", load_dataset)
     assert list(load_text(TextConfig(source="owner/name"))) == ["one", "two"]
     assert list(load_text(TextConfig(source="owner/name", subset="small", split="test"))) == ["one", "two"]
     assert calls == [

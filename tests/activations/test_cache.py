@@ -6,15 +6,13 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BertModel, Gemma2ForCausalLM
+from transformers import AutoTokenizer, BertModel
 
-from tests.training.models import save_tiny_gemma
-from topk_ortho.sae import StandardSAE
-from topk_ortho.training import harvest
-from topk_ortho.training.config import ModelConfig, TextConfig, TrainConfig
-from topk_ortho.training.harvest import TransformerActivations
-from topk_ortho.training.text import load_text, token_windows
-from topk_ortho.training.transformer import Transformer, resolve_model
+from topk_ortho.activations import cache as cache_module
+from topk_ortho.activations.cache import TransformerActivations
+from topk_ortho.activations.config import ModelConfig, TextConfig
+from topk_ortho.activations.text import load_text, token_windows
+from topk_ortho.activations.transformer import Transformer, resolve_model
 
 CPU = torch.device("cpu")
 TEXT = TextConfig(context_size=16, n_tokens=14 * 150)
@@ -25,7 +23,7 @@ MODEL = ModelConfig(batch_size=50)
 def few_documents():
     """Reading all of Python's documentation takes seconds; a few of its pages will do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("topk_ortho.training.text.python_documentation", lambda: list(topics.values())[:20])
+        patch.setattr("topk_ortho.activations.text.python_documentation", lambda: list(topics.values())[:20])
         yield
 
 
@@ -35,7 +33,7 @@ def cache_dir(tmp_path_factory):
 
 
 def open_source(cache_dir, model=MODEL, text=TEXT, cache="float16"):
-    return TransformerActivations(TrainConfig(model=model, text=text, cache=cache, cache_dir=cache_dir), CPU)
+    return TransformerActivations(model, text, cache, cache_dir, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -67,22 +65,22 @@ def test_shards_are_the_model_without_special_tokens(source):
 
 def test_a_second_source_reads_the_cache(source, cache_dir, monkeypatch):
     no_transformer(monkeypatch)
-    monkeypatch.setattr(harvest, "token_windows", lambda *arguments: pytest.fail("tokenised again"))
+    monkeypatch.setattr(cache_module, "token_windows", lambda *arguments: pytest.fail("tokenised again"))
     again = open_source(cache_dir)
     assert source.tokens_per_second > 0
     assert again.tokens_per_second is None
     assert all(torch.equal(again.shard(n), source.shard(n)) for n in range(3))
 
 
-def test_an_interrupted_harvest_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
+def test_an_interrupted_pass_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
     first = open_source(tmp_path)  # has made shard 0, to know its width
-    save = harvest.save_file
+    save = cache_module.save_file
 
     def interrupted(tensors, path):
         save(tensors, path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(harvest, "save_file", interrupted)
+    monkeypatch.setattr(cache_module, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         first.shard(1)
     monkeypatch.undo()
@@ -93,14 +91,14 @@ def test_an_interrupted_harvest_goes_on_where_it_stopped(source, tmp_path, monke
 
 
 def test_two_that_tokenise_at_a_time_end_in_one_folder(tmp_path, monkeypatch):
-    read = harvest.load_text
+    read = cache_module.load_text
 
     def beside_another(config):
-        monkeypatch.setattr(harvest, "load_text", read)
+        monkeypatch.setattr(cache_module, "load_text", read)
         open_source(tmp_path)  # starts later, finishes first
         return read(config)
 
-    monkeypatch.setattr(harvest, "load_text", beside_another)
+    monkeypatch.setattr(cache_module, "load_text", beside_another)
     open_source(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -194,41 +192,3 @@ def test_too_little_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"corpus.txt fills 0 windows of 16 tokens; at least 2 are needed"):
         open_source(tmp_path / "cache", text=text)
     assert not list((tmp_path / "cache").iterdir())
-
-
-def test_cross_entropy_recovered_is_its_definition(tmp_path):
-    directory = save_tiny_gemma(tmp_path / "model")
-    (tmp_path / "corpus.txt").write_text("\n\n".join(["the quick brown fox jumps over the lazy dog"] * 80))
-    model = ModelConfig(name=str(directory), hook="blocks.0.hook_resid_post", batch_size=5)
-    text = TextConfig(source=str(tmp_path / "corpus.txt"), context_size=16, n_tokens=1500)
-    source = open_source(tmp_path / "cache", model, text, cache="float32")
-    sae = StandardSAE(16, 64, generator=torch.Generator().manual_seed(0))
-    measured = source.measure(sae, [1])
-
-    tokens = source._tokens(1)[:16].long()
-    reference = Gemma2ForCausalLM.from_pretrained(directory, attn_implementation="eager")
-
-    def loss(replace):
-        handle = reference.model.layers[0].register_forward_hook(
-            lambda module, inputs, output: (
-                replace(output) if isinstance(output, torch.Tensor) else (replace(output[0]), *output[1:])
-            )
-        )
-        with torch.no_grad():
-            # windows in the batches of the model's configuration: the ablation is their mean
-            losses = [reference(part, labels=part).loss.item() * len(part) for part in tokens.split(5)]
-        handle.remove()
-        return sum(losses) / len(tokens)
-
-    clean = loss(lambda x: x)
-    reconstructed = loss(lambda x: sae(x.flatten(0, 1)).reconstruction.view_as(x))
-    ablated = loss(lambda x: x.mean(dim=(0, 1)).expand_as(x))
-    assert measured["ce_loss_clean"] == pytest.approx(clean, rel=1e-5)
-    assert measured["ce_loss_reconstructed"] == pytest.approx(reconstructed, rel=1e-5)
-    assert measured["ce_loss_ablated"] == pytest.approx(ablated, rel=1e-5)
-    assert measured["ce_loss_recovered"] == pytest.approx((ablated - reconstructed) / (ablated - clean), rel=1e-2)
-    assert len({clean, reconstructed, ablated}) == 3
-
-
-def test_a_model_without_logits_has_no_cross_entropy(source):
-    assert source.measure(StandardSAE(384, 8), [0]) == {}

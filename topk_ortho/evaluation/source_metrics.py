@@ -1,0 +1,26 @@
+"""What can be said about a dictionary because of where its activations come from."""
+
+import torch
+
+from topk_ortho.activations.source import ActivationSource
+from topk_ortho.activations.synthetic import SyntheticActivations
+from topk_ortho.evaluation.ground_truth import ground_truth_metrics
+from topk_ortho.sae import ActiveFeatures, SparseAutoencoder
+
+
+def source_metrics(sae: SparseAutoencoder, source: ActivationSource, shards: list[int]) -> dict[str, float]:
+    """Metrics that only this kind of source allows, on some of its shards.
+
+    Synthetic activations are compared with their true features, see `ground_truth_metrics`. A transformer is run with
+    reconstructions in place of its activations, see `cross_entropy_metrics`. Any other source allows none.
+    """
+    if isinstance(source, SyntheticActivations):
+        x, coefficients = (torch.cat(parts) for parts in zip(*map(source.sample, shards), strict=True))
+        features = sae.encode(x.to(sae.W_dec.device))
+        dense = features.to_dense() if isinstance(features, ActiveFeatures) else features
+        return ground_truth_metrics(sae.W_dec.detach().cpu(), dense.cpu(), source.truth, coefficients)
+    # imported only when needed: transformers and datasets take a second
+    from topk_ortho.activations.cache import TransformerActivations
+    from topk_ortho.evaluation.cross_entropy import cross_entropy_metrics
+
+    return cross_entropy_metrics(sae, source, shards) if isinstance(source, TransformerActivations) else {}

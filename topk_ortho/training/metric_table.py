@@ -1,0 +1,152 @@
+"""Every number that a run reports, with its name and meaning: for the terminal, the report and TRAINING.md."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+
+class Metric(NamedTuple):
+    """A number in metrics.jsonl, in summary.json or in both."""
+
+    key: str
+    """Its name in the files"""
+    meaning: str
+    """A sentence or two for readers who do not know the project"""
+    title: str = ""
+    """What a headline of the terminal and of the report calls it; empty if it is no headline"""
+    value: str = ""
+    """How a headline shows it, a format of the summary"""
+    better: Literal["higher", "lower", "trade-off"] = "trade-off"
+    detail: str = ""
+    """What a headline adds, a format of the summary, left out if the summary lacks a value"""
+    is_optional: bool = False
+    """Whether a headline is left out if there is no value, as of metrics that only some sources allow"""
+
+
+class Headline(NamedTuple):
+    """A metric of a finished run in words."""
+
+    metric: Metric
+    value: str
+    detail: str
+
+
+METRICS = [
+    Metric("step", "Optimizer steps done; `steps` in the summary."),
+    Metric("tokens", "Training tokens seen so far."),
+    Metric("seconds", "Time spent on training, without evaluations."),
+    Metric("lr", "Learning rate of the step."),
+    Metric("loss", "What was minimised in the step, but for the penalty."),
+    Metric(
+        "fvu",
+        "Fraction of variance unexplained: how much of the batch's variance the reconstruction misses.",
+    ),
+    Metric("sparsity", "The sparsity term of the loss, unweighted."),
+    Metric("auxiliary", "What dead features leave of the residual, relative to the variance; unweighted."),
+    Metric("penalty", "The penalty on similar features, unweighted."),
+    Metric("penalty_weight", "Weight of the penalty in the step; 0 in a step that goes without."),
+    Metric("gradient_norm", "Norm of the gradient before it is clipped."),
+    Metric(
+        "explained_variance",
+        "How much of the held-out activations the reconstruction keeps; 1 is all of their variance.",
+        "Explained variance", "{explained_variance:.3f}", "higher",
+    ),
+    Metric("normalized_mse", "Squared error of the reconstruction over the squared norm of the held-out activations."),
+    Metric(
+        "l0",
+        "Features active on a token, on average. Fewer are easier to read and reconstruct less.",
+        "L0", "{l0:.1f}", "trade-off",
+    ),
+    Metric("held_out_l0", "The same on held-out tokens; `l0` in the summary."),
+    Metric(
+        "dead_fraction",
+        "Features that have stopped firing and are of no use.",
+        "Dead features", "{dead_fraction:.1%}", "lower", "There are {dead_features:,}.",
+    ),
+    Metric("dead_features", "Number of features that have not fired for `--dead-after-tokens`."),
+    Metric("density_histogram", "How many features fire on which share of the held-out tokens, and how many never."),
+    Metric(
+        "mean_max_decoder_cosine",
+        "Cosine of a feature's direction to the nearest other one, on average. At 0 no two point alike; at 1 each has "
+        "a double.",
+        "Mean max decoder cosine", "{mean_max_decoder_cosine:.3f}", "lower",
+    ),
+    Metric("pair_threshold", "Similarity of the least similar pair that is penalised, the k-th."),
+    Metric("tau", "Cosine that a pair must exceed to be penalised, if there is such a number."),
+    Metric("pair_jaccard", "Share of the penalised pairs that two successive evaluations have in common."),
+    Metric(
+        "tokens_per_second",
+        "Tokens learned from in a second, the penalty included.",
+        "Training tokens/s", "{tokens_per_second:,.0f}", "higher",
+        "The transformer alone: {transformer_tokens_per_second:,.0f}.",
+    ),
+    Metric("transformer_tokens_per_second", "Tokens that the transformer read in a second, if it ran."),
+    Metric("data_ms", "Time of a step spent waiting for activations, in milliseconds."),
+    Metric("sae_ms", "Time of a step spent on the SAE, in milliseconds."),
+    Metric("penalty_ms", "Time of a step spent on the penalty, in milliseconds."),
+    Metric("memory_bytes", "Largest memory so far, of the GPU or, on a CPU, of the process."),
+    Metric(
+        "ce_loss_recovered",
+        "How well the language model predicts with the reconstruction in place of its activations: 1 as before, "
+        "0 as if they were removed.",
+        "CE loss recovered", "{ce_loss_recovered:.3f}", "higher",
+        "Loss {ce_loss_clean:.3f}, reconstructed {ce_loss_reconstructed:.3f}, removed {ce_loss_ablated:.3f}.",
+        is_optional=True,
+    ),
+    Metric("ce_loss_clean", "Cross-entropy of the language model as it is, in nats for a token."),
+    Metric("ce_loss_reconstructed", "The same with reconstructions in place of activations."),
+    Metric("ce_loss_ablated", "The same with the activations' mean in their place."),
+    Metric(
+        "absorption_rate",
+        "How often a parent's feature is silent, though the parent is there, because one of its children is too.",
+        "Absorption rate", "{absorption_rate:.1%}", "lower", is_optional=True,
+    ),
+    Metric(
+        "excess_absorption",
+        "The absorption rate, less how often that feature is silent when the parent is there alone.",
+        "Excess absorption", "{excess_absorption:.1%}", "lower", is_optional=True,
+    ),
+    Metric(
+        "parent_recall",
+        "How often a parent's feature fires when the parent is there.",
+        "Parent recall", "{parent_recall:.1%}", "higher", is_optional=True,
+    ),
+    Metric(
+        "mcc",
+        "Cosine of each true direction to the learned one that is matched to it, on average; 1 is perfect.",
+        "MCC", "{mcc:.3f}", "higher", "Parents {mcc_parent:.3f}, children {mcc_child:.3f}.", is_optional=True,
+    ),
+    Metric("mcc_parent", "The same over parents alone."),
+    Metric("mcc_child", "The same over children alone."),
+    Metric(
+        "f1",
+        "How well the firing of a matched feature tells that the true one is there; 1 is perfect.",
+        "F1", "{f1:.3f}", "higher", is_optional=True,
+    ),
+]  # fmt: skip
+
+
+def headlines(summary: Mapping[str, Any]) -> Iterator[Headline]:
+    """The metrics that sum up a finished run: those that every run measures first, then those that only some do."""
+    for metric in sorted((metric for metric in METRICS if metric.title), key=lambda metric: metric.is_optional):
+        value = _filled(metric.value, summary)
+        if value or not metric.is_optional:
+            yield Headline(metric, value or "not measured", _filled(metric.detail, summary))
+
+
+def as_markdown() -> str:
+    """The table of all metrics as it stands in TRAINING.md."""
+    return "\n".join(["| metric | meaning |", "|---|---|", *(f"| `{m.key}` | {m.meaning} |" for m in METRICS)])
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of the files is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _filled(template: str, values: Mapping[str, Any]) -> str:
+    """The template with the values put in; empty if one is missing or no number."""
+    try:
+        return template.format_map({name: value for name, value in values.items() if is_number(value)})
+    except KeyError:
+        return ""
