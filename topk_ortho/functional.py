@@ -53,28 +53,29 @@ def topk_pairs(
     k : int, optional
         Number of pairs, in [1, N(N-1)/2]; replaces `fraction`.
     tau : None, float in [0, 1) or "adaptive"
-        Floor: a pair counts only if |cosine| > tau. "adaptive" is ``mean + n_std * std`` (population) of |cosine| over
-        all pairs.
+        A pair counts only if |cosine| > tau. "adaptive" is ``mean + n_std * std`` (population) of |cosine| over all
+        pairs.
     n_std : float, default 1.0
         Standard deviations above the mean of the adaptive tau.
     similarity : {"abs", "positive"}
         "positive" orders by the signed cosine and drops cosines <= 0.
-    backend : str, default "auto"
-        See `available_backends`. An explicit choice never falls back to another. "auto" is "sparse" for a sparse x and,
-        on the CPU, for a dense one of which so much is 0 that this takes less time, see Notes.
+    backend : {"auto", "naive", "tiled", "triton", "sparse"}
+        See `available_backends`. An explicit choice never falls back to another. "auto" is "sparse" for a sparse x,
+        and on the CPU also for a dense x that has so many zeros that this is expected to take less time.
     precision : {"highest", "high", "medium"}
         Least precision of the products, as in `torch.set_float32_matmul_precision`; the process-wide setting is not
         used. Products accumulate in float32, or in float64 for float64 input.
     state : Tensor, optional
         Warm-start state from `initial_state`, updated in place: a call on slowly changing x starts from the last
-        threshold. It changes the time a call takes, never which pairs are the k most similar; on the "triton" backend
-        float32 values of "highest" precision may differ in their last bits, see Notes. "sparse" needs none.
+        threshold. The state changes the time that a call takes, never which pairs are the k most similar; on the
+        "triton" backend float32 values of "highest" precision may differ in their last bits, see Notes. The "sparse"
+        backend needs none.
 
     Returns
     -------
     TopKPairs
-        ``rows``, ``cols``, ``values`` of the p <= k selected pairs, most similar first; ``values`` is differentiable in
-        x, the choice of pairs is not. Of a sparse x, pairs of cosine 0 are not listed, though they may be selected.
+        ``rows``, ``cols``, ``values`` of the p <= k selected pairs, most similar first. ``values`` is differentiable in
+        x, the choice of pairs is not. For a sparse x, pairs of cosine 0 are not listed, though they may be selected.
 
     Raises
     ------
@@ -89,20 +90,20 @@ def topk_pairs(
     Notes
     -----
     Exact means: against float64, every selected pair has |cosine| >= t_k - e and every other one |cosine| <= t_k + e,
-    where t_k is the k-th value and e the rounding of the precision asked for; the count is exact. It takes N**2 M / 2
-    multiply-adds, twice that if the first guess was wrong ("triton": four to seven times). Extra memory is O(k) and a
-    bounded number of tiles, and a copy of x: on "tiled" in float32 if it is bfloat16, float16 or has no unit stride; on
-    "triton" in float16 if it is float32 and `precision` "medium", or "highest" and screened.
+    where t_k is the k-th value and e the rounding of the precision asked for; the count is exact. A call takes
+    N**2 M / 2 multiply-adds, twice as many if the first guess was wrong ("triton": four to seven times). Extra memory
+    is O(k) and a bounded number of tiles. "tiled" also copies x to float32 if it is bfloat16, float16 or has no unit
+    stride; "triton" copies a float32 x to float16 where it screens it, and for `precision` "medium".
 
-    "triton" screens float32 columns of "highest" precision in float16 if N >= 8,192, M <= 8,192 and tau is not
-    adaptive: by a bound on its error it then knows what may be selected, and sums those products in float32. After a
-    wrong guess all products are float32, summed in another order.
+    "triton" screens large float32 matrices of "highest" precision in float16: by a bound on its error it knows what may
+    be selected, and computes only those products in float32. After a wrong guess all products are float32, and summed
+    in another order.
 
-    "sparse" computes the pairs of features that are active in one row or another, and no other: L0 features in each row
+    "sparse" computes the pairs of features that are active in the same row of x, and no others: L0 features in each row
     make M L0 (L0 - 1) / 2 products, whatever N is. Products are rounded to float32 (float64 for float64 input) and
-    summed in float64, so `precision` makes no difference. Extra memory is O(k), about 100 bytes a non-zero, and about
-    60 a product of a slab: of those there are at most 2**19 (2**24 on a GPU), or what one feature takes. On the CPU
-    "auto" takes this route for a dense x if ``threads * (1500 * products + M N + 1e8) < M N**2 / 2``.
+    summed in float64, so `precision` makes no difference. Extra memory is O(k), O(1) for each non-zero, and a bounded
+    number of products at a time. `topk_ortho.backends.sparse.cost` has the estimate by which "auto" chooses this route
+    for a dense x.
 
     If `tau` is given, `similarity` is "positive" or x is sparse, the number of pairs depends on the data, which
     ``torch.compile(fullgraph=True)`` may refuse where a gradient is needed, or without
@@ -166,15 +167,16 @@ def topk_ortho_loss(
     x, fraction, k, tau, n_std, similarity
         As in `topk_pairs`.
     reduction : {"mean", "sum"}
-        Over the selected pairs. The mean over none is 0 with zero gradient.
+        What is made of the squared cosines of the selected pairs. The mean over no pair is 0 with zero gradient.
     priority : Tensor, shape [N], optional
-        Real numbers, for an SAE how often each feature fires. In each selected pair the column of higher priority is
-        held constant, so that only the other one gets gradient; equal priorities move both. The value does not change.
+        One real number a column; for an SAE, how often each feature fires. In each selected pair the column of higher
+        priority is held constant, so that only the other one gets gradient; equal priorities move both. The value of
+        the loss does not change.
     backend, precision, state
         As in `topk_pairs`.
     structural_zeros : bool, default False
-        Zeros of a dense x get no gradient, as those that ReLU or TopK made would pass none on. Where that is so, it
-        saves time on the "sparse" backend and changes nothing. A sparse x has gradient in its entries alone.
+        Give zeros of a dense x no gradient. This changes nothing where ReLU or TopK made them, which pass none on, and
+        saves time on the "sparse" backend. A sparse x has gradient in its entries alone.
 
     Returns
     -------
@@ -190,11 +192,12 @@ def topk_ortho_loss(
     Notes
     -----
     The backward pass gathers the partners of each column, O(k M), and applies the Jacobian of the normalisation. The
-    gradient of a dead column is zero. For a sparse x it goes through the products once more.
+    gradient of a dead column is zero. For a sparse x the backward pass computes the products once more.
 
     Where a sparse x makes no more products than k, every pair whose cosine is not 0 is selected. Then, for
-    ``similarity="abs"`` and without `tau` and `priority`, the sum is taken in closed form, over pairs of features or of
-    rows, whichever meet less often: ``(||x_hat @ x_hat.T||_F**2 - sum_j gram[j, j]**2) / 2``.
+    ``similarity="abs"`` and without `tau` and `priority`, no pairs are listed: the sum is taken over pairs of features
+    that share rows; or, if these are fewer, over pairs of rows that share features, as
+    ``(||x_hat @ x_hat.T||_F**2 - sum_j gram[j, j]**2) / 2``.
 
     Examples
     --------
@@ -265,8 +268,9 @@ def max_cosine_loss(
 
     Notes
     -----
-    N**2 M / (2 n_chunks) multiply-adds; O(N) memory beside one tile, and for ``n_chunks > 1`` a copy of one chunk of x,
-    on "triton" of as many as fit 2**26 elements. On "sparse" only features that are active together are multiplied.
+    A call takes N**2 M / (2 n_chunks) multiply-adds, and O(N) memory beside one tile. For ``n_chunks > 1`` it copies
+    one chunk of x at a time, or on "triton" as many small ones as fit a fixed size. On "sparse" only features that are
+    active together are multiplied.
 
     References
     ----------
