@@ -56,6 +56,6 @@ def _sum_over_slabs(x_hat: Coordinates, slabs: Slabs, with_gradient: bool) -> tu
         met = slab.cosines()
         total += met.cosines.double().square().sum()
         if with_gradient:
-            weights = 2 * met.cosines
-            met.add_gradient(weights, weights, gradient)
+            weights = (2 * met.cosines).index_select(0, met.runs)
+            slab.add_gradient(met.order, weights, weights, gradient)
     return total, gradient

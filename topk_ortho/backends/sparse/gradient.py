@@ -17,14 +17,9 @@ def pair_gradient(x: Coordinates, pairs: WeightedPairs, slabs: Slabs) -> Tensor:
     for slab in slabs.of(unit.x_hat.take(needed)):
         ends = torch.tensor([slab.first_feature, slab.last_feature + 1], device=index.device) * x.n_features
         first, stop = torch.searchsorted(index, ends).tolist()
-        if first == stop:
-            continue
-        met = slab.cosines()
-        place = torch.searchsorted(met.pairs, index[first:stop]).clamp_max_(met.pairs.numel() - 1)
-        meets = met.pairs[place] == index[first:stop]
-        row_weights, col_weights = weights.new_zeros(2, met.pairs.numel())
-        row_weights[place[meets]], col_weights[place[meets]] = weights[:, first:stop][:, meets]
-        met.add_gradient(row_weights, col_weights, of_needed)
+        if first < stop:
+            products, places = slab.find(index[first:stop])
+            slab.add_gradient(products, *weights[:, first:stop].index_select(1, places), of_needed)
     gradient = torch.zeros_like(unit.x_hat.values, dtype=torch.float64)
     gradient[needed] = of_needed
     return gradient_in_values(x, unit, gradient)

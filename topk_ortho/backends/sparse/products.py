@@ -87,10 +87,42 @@ class Slab(NamedTuple):
             at_first = torch.empty_like(products)
             with device_guard(keys.device):
                 coactivation_sums(keys, products, at_first)
-            return SlabCosines(self, pairs, at_first.index_select(0, firsts), order, runs)
+            return SlabCosines(pairs, at_first.index_select(0, firsts), order, runs)
         sums = torch.zeros(pairs.numel(), dtype=torch.float64, device=keys.device)
         sums.index_add_(0, runs, products.double())
-        return SlabCosines(self, pairs, sums.to(products.dtype), order, runs)
+        return SlabCosines(pairs, sums.to(products.dtype), order, runs)
+
+    def find(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """The products that belong to given pairs, int64 [q] ascending; and the place of the pair of each, int64 [q].
+
+        Pairs are first * n_features + second, ascending, with first features of this slab.
+        """
+        keys, _ = self._products()
+        wanted = (pairs - self.first_feature * self.x_hat.n_features).to(keys.dtype)
+        places = torch.searchsorted(wanted, keys).clamp_max_(wanted.numel() - 1)
+        products = (wanted.index_select(0, places) == keys).nonzero().squeeze(1)
+        return products, places.index_select(0, products)
+
+    def add_gradient(self, products: Tensor, first_weights: Tensor, second_weights: Tensor, out: Tensor) -> None:
+        """Add to out [n], float64, the gradient of a weighted sum of some products in the entries of x_hat.
+
+        The first entry of a product sees its `first_weights` [q] times the second entry, and the other way round.
+        """
+        values = self.x_hat.values
+        if self.on_kernels:
+            weights = values.new_zeros(2, self.n_products)
+            for of_all, of_some in zip(weights, (first_weights, second_weights), strict=True):
+                of_all[products] = of_some.to(values.dtype)
+            first_product = torch.full_like(self.x_hat.samples, -1)
+            first_product[self.entries] = self.starts[:-1]
+            with device_guard(values.device):
+                coactivation_spread(first_product, *weights, *self.partner_bounds(), values, out)
+            return
+        places, partners = self.partners()
+        entry = self.entries.index_select(0, places.index_select(0, products))
+        partner = partners.index_select(0, products)
+        for weights, target, source in ((first_weights, entry, partner), (second_weights, partner, entry)):
+            out.index_add_(0, target, weights.double() * values.index_select(0, source))
 
     def partner_bounds(self) -> tuple[Tensor, Tensor, Tensor]:
         """Three places [n] for each entry of `x_hat`.
@@ -135,7 +167,6 @@ class Slab(NamedTuple):
 class SlabCosines(NamedTuple):
     """The cosines of a slab's pairs, and how products became pairs."""
 
-    slab: Slab
     pairs: Tensor
     """int64 [p] first * n_features + second, ascending"""
     cosines: Tensor
@@ -150,30 +181,3 @@ class SlabCosines(NamedTuple):
         cosines = self.cosines.clamp(-1, 1)
         is_not_zero = cosines != 0
         return (self.pairs, cosines) if is_not_zero.all() else (self.pairs[is_not_zero], cosines[is_not_zero])
-
-    def add_gradient(self, first_weights: Tensor, second_weights: Tensor, out: Tensor) -> None:
-        """Add to out [n], float64, the gradient of the weighted cosines in the entries of x_hat.
-
-        The entries of a pair's first feature see `first_weights` [p] times those of its second, and the other way
-        round.
-        """
-        samples, values = self.slab.x_hat.samples, self.slab.x_hat.values
-        entries, starts = self.slab.entries, self.slab.starts
-        if self.slab.on_kernels:
-            weights = values.new_empty(2, self.slab.n_products)
-            for of_products, of_pairs in zip(weights, (first_weights, second_weights), strict=True):
-                of_products[self.order] = of_pairs.to(values.dtype)[self.runs]
-            first_product = torch.full_like(samples, -1)
-            first_product[entries] = starts[:-1]
-            with device_guard(samples.device):
-                coactivation_spread(first_product, *weights, *self.slab.partner_bounds(), values, out)
-            return
-        is_weighted = (first_weights != 0) | (second_weights != 0)
-        chosen = is_weighted.index_select(0, self.runs).nonzero().squeeze(1)
-        products, runs = self.order.index_select(0, chosen), self.runs.index_select(0, chosen)
-        places, partners = self.slab.partners()
-        entry = entries.index_select(0, places.index_select(0, products))
-        partner = partners.index_select(0, products)
-        for of_pairs, target, source in ((first_weights, entry, partner), (second_weights, partner, entry)):
-            weights = of_pairs.double().index_select(0, runs)
-            out.index_add_(0, target, weights.mul_(values.index_select(0, source)))
