@@ -16,8 +16,7 @@ from bench.providers import loss_of
 
 _FORWARD, _BOTH = "forward", "forward_backward"
 _ROTATED_BYTES = 2**28  # larger than any L2
-CUBLAS_N = 16384
-"""Side of the square product whose rate is taken for that of cuBLAS."""
+_CUBLAS_N = 16384  # side of the square product whose rate is taken for that of cuBLAS
 
 
 def cases(device_type: str, smoke: bool) -> list[Case]:
@@ -42,7 +41,7 @@ def _gpu_cases() -> list[Case]:
     dtypes = ["bfloat16", "float32"]
     planned = []
     for dtype in dtypes:
-        planned += _cases(_FORWARD, dtype, 4096, [CUBLAS_N], ["cublas"])
+        planned += _cases(_FORWARD, dtype, 4096, [_CUBLAS_N], ["cublas"])
         planned += _cases(_FORWARD, dtype, 4096, [65536], large)
         planned += _cases(_BOTH, dtype, 4096, [32768], [*sweep_of_both, "naive_autograd", "topk_ortho", "tiled"])
         planned += _cases("kernels", dtype, 4096, [65536], ["topk_ortho_warm"])
@@ -50,7 +49,7 @@ def _gpu_cases() -> list[Case]:
         planned += _cases(_BOTH, dtype, 4096, [65536], ["topk_ortho_warm", "chunked"])
         planned += _cases(_BOTH, dtype, 4096, [16384, 8192], sweep_of_both)
     for dtype, m in itertools.product(dtypes, (1024, 16384)):
-        planned += _cases(_FORWARD, dtype, m, [CUBLAS_N], ["cublas"])
+        planned += _cases(_FORWARD, dtype, m, [_CUBLAS_N], ["cublas"])
         planned += _cases(_FORWARD, dtype, m, [32768], sweep)
         planned += _cases(_BOTH, dtype, m, [32768], sweep_of_both)
     for dtype in dtypes:
@@ -62,10 +61,7 @@ def _gpu_cases() -> list[Case]:
 
 def _smoke_cases(device_type: str) -> list[Case]:
     """Every provider and mode of the device, in seconds."""
-    planned = dict.fromkeys(
-        case._replace(M=64, N=256 if case.provider != "cublas" else 512) for case in cases(device_type, smoke=False)
-    )
-    return list(planned)
+    return list(dict.fromkeys(case._replace(M=64, N=256) for case in cases(device_type, smoke=False)))
 
 
 def _cases(mode: str, dtype: str, m: int, ns: Iterable[int], providers: Iterable[str]) -> list[Case]:
@@ -115,7 +111,7 @@ def make_call(case: Case, device: torch.device) -> Call:
 DENSE = Benchmark(
     cases=cases,
     make_call=make_call,
-    small=lambda case: case._replace(M=24, N=1500),  # two of the blocks of `chunked`
+    small=lambda case: case._replace(M=24, N=1100),  # two of the blocks of `chunked`
     inputs=inputs,
     setting={
         "fraction": FRACTION,

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import FRACTION, Case
-from bench.dense import CUBLAS_N
 from bench.results import Result, latest
 from bench.roofline import floor_of_call, hardware_of
 from topk_ortho.definitions import k_from_fraction, n_pairs
@@ -180,9 +179,11 @@ def _gpu_figures(result: Result | None, measured: Measured) -> list[str]:
 def to_cublas(result: Result, measured: Measured) -> float | None:
     """The time over that of the products of all pairs at the rate of cuBLAS."""
     case = result.case
-    square = measured.get(case._replace(provider="cublas", mode="forward", N=CUBLAS_N))
-    ratio = _ratio(result, square)
-    return ratio and ratio * CUBLAS_N**2 / n_pairs(case.N)
+    for other, square in measured.items():
+        if (other.provider, other.dtype, other.M) == ("cublas", case.dtype, case.M):
+            ratio = _ratio(result, square)
+            return ratio and ratio * other.N**2 / n_pairs(case.N)
+    return None
 
 
 def goals(measured: Measured) -> list[str]:
