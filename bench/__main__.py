@@ -23,7 +23,7 @@ from bench.cases import Benchmark, Case
 from bench.dense import DENSE
 from bench.gate import faults_of
 from bench.measurement import groups_of, measure, print_peak_memory
-from bench.report import README, write_report
+from bench.report import README, tables_of, write_report
 from bench.results import Result
 from bench.sparse import SPARSE_DENSITY, SPARSE_L0, SPARSE_N
 from bench.training import TRAINING
@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.report:
         if not (known := results.read(out)):
             parser.error(f"{out} has no results")
+        print("\n".join(f"{name}:\n\n{table}" for name, table in tables_of(known).items()))
         write_report(known, out, README if out == _RESULTS / "cpu.jsonl" else None)
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -101,7 +102,8 @@ def run(benchmarks: dict[str, Benchmark], device: torch.device, out: Path, *, sm
                 known.append(Result(case, measurement, benchmark.setting, environment, results.utc_now()))
                 results.append(out, known[-1])
                 has_failed |= measurement.status == "error"
-    write_report([result for result in known if result.case.benchmark in benchmarks], out, readme=None)
+    tables = tables_of(known)
+    print(*(f"\n{tables[name]}" for name in dict.fromkeys(name.split("_")[0] for name in benchmarks)))
     if n_left:
         print(f"{n_left} cases were not reached; the same command goes on with them")
     return int(has_failed)

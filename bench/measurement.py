@@ -5,6 +5,7 @@ clock on a CPU and of CUDA events around a call on a GPU, given as median and qu
 call beyond what was held before it, x included; on a CPU that call has a process of its own.
 """
 
+import ctypes
 import gc
 import json
 import re
@@ -203,6 +204,7 @@ def peak_extra_bytes(call: Call) -> int:
     """Highest resident size of this process during a call, less the resident size before it."""
     status = Path("/proc/self/status")
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or the call would reuse what earlier calls have freed, compilation among them
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _bytes_of(status, "VmRSS")
     call()

@@ -9,6 +9,7 @@ On a GPU, from the time of topk_ortho and its useful operations, N(N-1)/2 * 2M,
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -57,23 +58,32 @@ _PASS = {"forward": "forward", "forward_backward": "forward + backward"}
 Measured = dict[Case, Result]
 
 
-def write_report(results: list[Result], out: Path, readme: Path | None) -> None:
-    """Print a table of every benchmark that has results, draw the figures beside OUT, and fill in the README."""
-    groups: dict[str, Measured] = {"dense": {}, "sparse": {}, "training": {}}
-    for result in latest(results):
-        groups[result.case.benchmark.split("_")[0]][result.case] = result
+def tables_of(results: list[Result]) -> dict[str, str]:
+    """The table of each family of benchmarks, by its name."""
     tables: dict[str, Callable[[Measured], str]] = {
         "dense": dense_table, "sparse": sparse_table, "training": training_table
     }  # fmt: skip
-    for name, measured in groups.items():
-        text = tables[name](measured) if measured else "not measured\n"
-        print(f"{name}:\n\n{text}")
-        if measured and readme is not None:
+    families = _families(results)
+    return {name: table(families[name]) if name in families else f"{_NOT}\n" for name, table in tables.items()}
+
+
+def write_report(results: list[Result], out: Path, readme: Path | None) -> None:
+    """Draw the figures beside the results file, and write the tables of what was measured into the README."""
+    families = _families(results)
+    if "dense" in families:
+        _draw_dense(list(families["dense"].values()), out.with_suffix(".png"))
+    if "sparse" in families:
+        _draw_sparse(list(families["sparse"].values()), out.with_name(f"{out.stem}-sparse.png"))
+    for name, text in tables_of(results).items():
+        if name in families and readme is not None:
             write_into_readme(readme, "bench" if name == "dense" else f"{name}-bench", text)
-    if groups["dense"]:
-        _draw_dense(list(groups["dense"].values()), out.with_suffix(".png"))
-    if groups["sparse"]:
-        _draw_sparse(list(groups["sparse"].values()), out.with_name(f"{out.stem}-sparse.png"))
+
+
+def _families(results: list[Result]) -> dict[str, Measured]:
+    families: dict[str, Measured] = defaultdict(dict)
+    for result in latest(results):
+        families[result.case.benchmark.split("_")[0]][result.case] = result
+    return dict(families)
 
 
 def write_into_readme(readme: Path, name: str, text: str) -> None:
@@ -109,7 +119,7 @@ def dense_table(measured: Measured) -> str:
     setting = "" if several else f"M = {last.case.M:,}, {last.case.dtype}, "
     note = (
         "Median time, and peak memory beyond x; forward + backward holds a gradient as large as x. "
-        f"{setting}k = {last.setting['fraction']:.1%} of the pairs. {machine_line(last)}"
+        f"{setting}k = {last.setting['fraction']:.1%} of the pairs. {_machines(measured)}"
     )
     notes = [note, *(_kernels(result) for case, result in measured.items() if case.mode == "kernels")]
     return _markdown(header, rows, "\n\n".join([*notes, *(goals(measured) if is_gpu else [])]), left)
@@ -138,7 +148,7 @@ def sparse_table(measured: Measured) -> str:
     if crossings := [f"{density:.1%} at N = {n:,}" for n, density in at.items() if density is not None]:
         note += f"For a dense x of {density_rows[0].case.M:,} rows the two routes take equal time at a density of "
         note += f"{', '.join(crossings)}. "
-    return _markdown(["N", *(_SPARSE[column][0] for column in columns)], rows, note + machine_line(last))
+    return _markdown(["N", *(_SPARSE[column][0] for column in columns)], rows, note + _machines(measured))
 
 
 def training_table(measured: Measured) -> str:
@@ -153,7 +163,7 @@ def training_table(measured: Measured) -> str:
     note = (
         f"Median of {last.measurement.rounds} alternating steps, d_in = {last.setting['d_in']:,}, "
         f"{last.case.N:,} features, L0 = {last.case.L0}, batch {last.case.M:,}, {last.case.dtype}, "
-        f"SAELens {last.environment['sae_lens']}. {machine_line(last)}"
+        f"SAELens {last.environment['sae_lens']}. {_machines(measured)}"
     )
     return _markdown(["a BatchTopK step", "time", "SAELens / this"], rows, note, left=(0,))
 
@@ -193,7 +203,8 @@ def goals(measured: Measured) -> list[str]:
         return measured.get(Case("dense", provider, mode, dtype, 4096, n))
 
     ours = get("topk_ortho_warm", "forward", "bfloat16", 65536)
-    share = ours and (ours.measurement.peak_extra_bytes or 0) / (4 * 65536**2)
+    peak = ours and ours.measurement.peak_extra_bytes
+    share = peak and peak / (4 * 65536**2)
     name = "Goals at M = 4,096. Forward, bfloat16, N = 65,536: time / cuBLAS"
     lines = [
         f"{name} {_shown(ours and to_cublas(ours, measured), '.2f') or _NOT} (1.25 or less), "
@@ -243,14 +254,21 @@ def machine_line(result: Result) -> str:
     return f"{name}, torch {machine['torch']}, commit {machine['commit']}, {result.utc} UTC."
 
 
+def _machines(measured: Measured) -> str:
+    """A line for each environment that results come from, with the time of the last of them."""
+    ordered = sorted(measured.values(), key=lambda result: result.utc)
+    return " ".join(machine_line(result) for result in {str(r.environment): r for r in ordered}.values())
+
+
 def _last(measured: Measured) -> Result:
-    return max(measured.values(), key=lambda result: result.utc)
+    """The last result, if possible one with a time."""
+    return max(measured.values(), key=lambda result: (result.measurement.time_s is not None, result.utc))
 
 
 def _markdown(header: list[str], rows: list[list[str]], note: str, left: Iterable[int] = ()) -> str:
     ruler = "|" + "".join("---|" if column in left else "--:|" for column in range(len(header)))
-    return "\n".join([*("| " + " | ".join(row) + " |" for row in [header]), ruler,
-                      *("| " + " | ".join(row) + " |" for row in rows), "", note, ""])  # fmt: skip
+    lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
+    return "\n".join([lines[0], ruler, *lines[1:], "", note, ""])
 
 
 def _cell(result: Result | None, scale: float = 1) -> str:
