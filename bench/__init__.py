@@ -1,1 +1,1 @@
-"""Benchmarks of the ops against what one would write without them, and the report that shows them."""
+"""Benchmarks: `python -m bench`."""

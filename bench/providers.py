@@ -12,16 +12,40 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from topk_ortho import topk_ortho_loss
+from bench.cases import FRACTION
+from topk_ortho import initial_state, topk_ortho_loss
 from topk_ortho.definitions import k_from_fraction
 
-FRACTION = 1e-3
-_CHUNK = 1024  # columns a block; 512 and 2,048 take the same time within 2%
-_HALF_GEMM_TILE = (768, 1536)  # as fast as any tried from (512, 1024) to (2048, 2048)
+Loss = Callable[[Tensor], Tensor]
+_CHUNK = 1024  # columns in a block; 512 and 2,048 take the same time within 2%
+_HALF_GEMM_TILE = {
+    "cpu": (768, 1536),  # as fast as any tried from (512, 1024) to (2048, 2048)
+    "cuda": (2048, 16384),  # 1,024 blocks of 128 x 256 in a product; the diagonal wastes 3% at N = 65,536
+}
+
+
+def loss_of(provider: str, device: torch.device) -> Loss:
+    """The function of x that a provider of the dense benchmark runs; "cublas" and "half_gemm" return products."""
+    if provider == "topk_ortho_warm":
+        state = initial_state(device)
+        return lambda x: topk_ortho_loss(x, FRACTION, state=state)
+    if provider == "naive_compiled":
+        torch.compiler.reset()  # after the eighth shape torch would give up and run the function as it is
+        return torch.compile(naive, dynamic=False, fullgraph=True)
+    losses: dict[str, Loss] = {
+        "topk_ortho": lambda x: topk_ortho_loss(x, FRACTION),
+        "tiled": lambda x: topk_ortho_loss(x, FRACTION, backend="tiled"),
+        "chunked": chunked,
+        "naive": naive,
+        "naive_autograd": naive_autograd,
+        "half_gemm": half_gemm,
+        "cublas": lambda x: x.T @ x,
+    }
+    return losses[provider]
 
 
 def naive(x: Tensor) -> Tensor:
-    """Whole gram in one buffer, one torch.topk; the gradient through the selected columns only."""
+    """The whole gram in one buffer and one torch.topk; the gradient goes through the selected columns only."""
     n_features = x.shape[1]
     x_hat = normalize(x, dim=0)
     with torch.no_grad():
@@ -61,15 +85,10 @@ def chunked(x: Tensor) -> Tensor:
     return best.float().square().mean() if not x.requires_grad else _loss_of_pairs(x_hat, index)
 
 
-def streamed(x: Tensor) -> Tensor:
-    """topk_ortho."""
-    return topk_ortho_loss(x, FRACTION)
-
-
-def half_gemm(x: Tensor, tile: tuple[int, int] = _HALF_GEMM_TILE) -> Tensor:
+def half_gemm(x: Tensor, tile: tuple[int, int] | None = None) -> Tensor:
     """The products alone, every tile of the upper triangle overwritten by the next: a floor, up to noise."""
     n_features = x.shape[1]
-    tile_rows, tile_cols = tile
+    tile_rows, tile_cols = tile or _HALF_GEMM_TILE[x.device.type]
     buffer = x.new_empty(tile_rows * tile_cols)
     for row in range(0, n_features, tile_rows):
         panel = x[:, row : row + tile_rows].T
@@ -86,39 +105,3 @@ def _loss_of_pairs(x_hat: Tensor, index: Tensor) -> Tensor:
     by_column = x_hat.T.contiguous()
     products = by_column[index // n_features] * by_column[index % n_features]
     return products.sum(dim=1, dtype=torch.float32).square().mean()
-
-
-FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
-    "half_gemm": half_gemm,
-    "streamed": streamed,
-    "chunked": chunked,
-    "naive": naive,
-}
-FORWARD_BACKWARD: dict[str, Callable[[Tensor], Tensor]] = {
-    "streamed": streamed,
-    "chunked": chunked,
-    "naive": naive,
-    "naive_autograd": naive_autograd,
-}
-
-
-def gaussian(
-    m: int, n: int, seed: int = 0, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Tensor:
-    """x [m, n] of independent entries, row-major."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(m, n, generator=generator, dtype=dtype, device=device)
-
-
-def call_of(loss: Callable[[Tensor], Tensor], mode: str, x: Tensor) -> Callable[[], object]:
-    """A call that runs the loss once on x, with its gradient if the mode is "forward_backward"."""
-    if mode == "forward":
-        return lambda: loss(x)
-    x.requires_grad_()
-    return lambda: torch.autograd.grad(loss(x), x)
-
-
-def make_case(provider: str, mode: str, m: int, n: int, seed: int = 0) -> Callable[[], object]:
-    """A call that runs the provider once on Gaussian x [m, n]; mode is "forward" or "forward_backward"."""
-    losses = FORWARD if mode == "forward" else FORWARD_BACKWARD
-    return call_of(losses[provider], mode, gaussian(m, n, seed))

@@ -1,4 +1,4 @@
-"""A roofline model of every kernel: python -m bench.roofline [--m 4096] [--n 65536] [--dtype bfloat16] [--json].
+"""A roofline model of every kernel: python -m bench.roofline [--m 4096] [--n 65536] [--dtype bfloat16].
 
     floor = max(operations / peak of their unit, bytes / bandwidth)
 
@@ -9,34 +9,26 @@ bandwidths are those of the vendor datasheet, without structured sparsity. It co
 - bytes through device memory at least: what is read is read once, what is written is written once. Lines that are
   gathered pair by pair come from L2, whose bandwidth no datasheet states; they are listed, and are in no floor.
 
-The sampling, the search for the cut and the sort of the records are left out: their work does not grow with N * M.
+The sampling, the radix select and the sort of the records are left out: their work does not grow with N * M. What was
+measured on the same GPU (bench/results/cuda.jsonl) stands beside the model.
 """
 
 import argparse
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
-from topk_ortho.definitions import k_from_fraction
+from bench.cases import FRACTION, Case
+from bench.results import latest, read
+from topk_ortho.definitions import k_from_fraction, n_pairs
 
-_RESULTS = Path(__file__).resolve().parent / "results/gpu.json"
-
-Dtype = Literal["bfloat16", "float16", "float32"]
-Kind = Literal["half", "tf32", "ieee"]
-"""Of a product, as in `topk_ortho.kernels.tiles`."""
+_RESULTS = Path(__file__).resolve().parent / "results/cuda.jsonl"
+_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 Unit = Literal["half", "tf32", "fp32"]
-"""What runs the operations: the matrix unit with 16-bit or tf32 operands, or the float32 FMA units."""
-
-_UNIT: dict[Kind, Unit] = {"half": "half", "tf32": "tf32", "ieee": "fp32"}
-_KIND_BYTES: dict[Kind, int] = {"half": 2, "tf32": 4, "ieee": 4}
-_DTYPE_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""What runs operations: the matrix unit with 16-bit or tf32 operands, or the float32 FMA units."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Hardware:
-    """Peaks of one GPU, in operations and bytes a second."""
+class Hardware(NamedTuple):
+    """Peaks of one GPU, in operations and bytes a second, as the vendor's datasheet states them."""
 
     name: str
     device_names: tuple[str, ...]
@@ -51,41 +43,24 @@ class Hardware:
     """Of device memory."""
 
 
-# Source: vendor datasheet. The A100 as SXM 80 GB, the H100 and H200 as SXM, the B200 in the HGX board.
+# the A100 as SXM 80 GB, the H100 and H200 as SXM, the B200 in the HGX board
 HARDWARE = [
-    Hardware(
-        name="A100 SXM 80GB", device_names=("NVIDIA A100-SXM4-80GB",),
-        half=312e12, tf32=156e12, fp32=19.5e12, bandwidth=2.039e12,
-    ),
-    Hardware(
-        name="H100 SXM", device_names=("NVIDIA H100 80GB HBM3",),
-        half=989.4e12, tf32=494.7e12, fp32=66.9e12, bandwidth=3.35e12,
-    ),
-    Hardware(
-        name="H200", device_names=("NVIDIA H200",),
-        half=989.4e12, tf32=494.7e12, fp32=66.9e12, bandwidth=4.8e12,
-    ),
-    Hardware(
-        name="B200", device_names=("NVIDIA B200",),
-        half=2250e12, tf32=1125e12, fp32=80e12, bandwidth=8e12,
-    ),
-    Hardware(
-        name="MI300X", device_names=("AMD Instinct MI300X", "AMD Instinct MI300X OAM"),
-        half=1307.4e12, tf32=653.7e12, fp32=163.4e12, bandwidth=5.3e12,
-    ),
-]  # fmt: skip
+    Hardware("A100 SXM 80GB", ("NVIDIA A100-SXM4-80GB",), 312e12, 156e12, 19.5e12, 2.039e12),
+    Hardware("H100 SXM", ("NVIDIA H100 80GB HBM3",), 989.4e12, 494.7e12, 66.9e12, 3.35e12),
+    Hardware("H200", ("NVIDIA H200",), 989.4e12, 494.7e12, 66.9e12, 4.8e12),
+    Hardware("B200", ("NVIDIA B200",), 2250e12, 1125e12, 80e12, 8e12),
+    Hardware("MI300X", ("AMD Instinct MI300X", "AMD Instinct MI300X OAM"), 1307.4e12, 653.7e12, 163.4e12, 5.3e12),
+]
 
 
-def hardware_of(device_name: str) -> Hardware | None:
+def hardware_of(device_name: str | None) -> Hardware | None:
     """The entry for a device, None if it is not in the table: a PCIe card is not an SXM module."""
     return next((hardware for hardware in HARDWARE if device_name in hardware.device_names), None)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """What one launch has to do at least."""
 
-    kernel: str
     unit: Unit
     operations: int
     n_bytes: int
@@ -93,209 +68,108 @@ class Work:
     gathered_bytes: int = 0
     """Through L2, pair by pair."""
 
-    def floor_s(self, hardware: Hardware) -> float:
-        """Seconds below which no launch can be."""
-        return max(self.operations_s(hardware), self.n_bytes / hardware.bandwidth)
-
-    def operations_s(self, hardware: Hardware) -> float:
-        """Seconds of the operations alone."""
-        peak: float = getattr(hardware, self.unit)
-        return self.operations / peak
+    def bounds_s(self, hardware: Hardware) -> tuple[float, float]:
+        """Seconds of the operations and of the bytes, each alone."""
+        peaks = {"half": hardware.half, "tf32": hardware.tf32, "fp32": hardware.fp32}
+        return self.operations / peaks[self.unit], self.n_bytes / hardware.bandwidth
 
 
-def column_norms(m: int, n: int, dtype: Dtype) -> Work:
-    """x once; norm, inverse, scale, factor out. Sums the squares of x and of x * 2**-70: 5 operations an entry."""
-    return Work(kernel="column_norms", unit="fp32", operations=5 * m * n, n_bytes=m * n * _DTYPE_BYTES[dtype] + 16 * n)
-
-
-def round_columns(m: int, n: int) -> Work:
-    """float32 x once, fp16 out. Scale, subtract, square, add: 4 operations an entry."""
-    return Work(kernel="round_columns", unit="fp32", operations=4 * m * n, n_bytes=m * n * (4 + 2) + 4 * n)
-
-
-def gram_select(m: int, n: int, k: int, kind: Kind) -> Work:
-    """The operand and its factors once; k records of a value, a row and a column."""
-    return _gram("gram_select", m, n, kind, 12 * k)
-
-
-def gram_histogram(m: int, n: int, kind: Kind) -> Work:
-    """One digit: 256 counters at most. Runs after a failed guess only, two to four times."""
-    return _gram("gram_histogram", m, n, kind, 256 * 8)
-
-
-def gram_row_max(m: int, n: int, kind: Kind) -> Work:
-    """All pairs in one chunk; a packed maximum for every column."""
-    return _gram("gram_row_max", m, n, kind, 8 * n)
-
-
-def _gram(kernel: str, m: int, n: int, kind: Kind, out_bytes: int) -> Work:
-    n_bytes = m * n * _KIND_BYTES[kind] + 4 * n + out_bytes
-    return Work(kernel=kernel, unit=_UNIT[kind], operations=n * (n - 1) // 2 * 2 * m, n_bytes=n_bytes)
-
-
-def rescore(m: int, n: int, k: int) -> Work:
-    """k records: two lines of float32 x gathered, each scaled, multiplied and added: 4 operations for two entries."""
-    columns = min(n, 2 * k)
-    return Work(
-        kernel="rescore",
-        unit="fp32",
-        operations=4 * m * k,
-        n_bytes=4 * m * columns + 4 * n + 12 * k,
-        gathered_bytes=2 * k * 4 * m,
-    )
-
-
-def pair_gradient(m: int, n: int, k: int, dtype: Dtype) -> Work:
-    """Each of the 2 k partners is gathered, scaled twice and added (3 operations); 4 an entry for the Jacobian.
-
-    x and the gradient once; offsets, partners, weights and values of a CSR with 2 k entries; norms and inverses.
-    """
-    return Work(
-        kernel="pair_gradient",
-        unit="fp32",
-        operations=3 * m * 2 * k + 4 * m * n,
-        n_bytes=2 * m * n * _DTYPE_BYTES[dtype] + 12 * 2 * k + 8 * (n + 1) + 8 * n,
-        gathered_bytes=2 * k * m * _DTYPE_BYTES[dtype],
-    )
-
-
-def forward_kernels(
-    hardware: Hardware, m: int, n: int, k: int, dtype: Dtype, precision: str = "highest"
-) -> list[tuple[Work, Kind | None]]:
-    """What a certified forward pass launches, with the kind of a gram kernel: of the routes there are the faster.
-
-    float32 in "highest" precision is either multiplied as it is or screened in fp16 and rescored.
-    """
-    norms = (column_norms(m, n, dtype), None)
-    rounded = (round_columns(m, n), None)
-
-    def select(kind: Kind) -> tuple[Work, Kind]:
-        return gram_select(m, n, k, kind), kind
-
-    routes: list[list[tuple[Work, Kind | None]]]
-    if dtype != "float32":
-        routes = [[norms, select("half")]]
-    elif precision == "high":
-        routes = [[norms, select("tf32")]]
-    elif precision == "medium":
-        routes = [[norms, rounded, select("half")]]
-    else:
-        routes = [[norms, select("ieee")], [norms, rounded, select("half"), (rescore(m, n, k), None)]]
-    return min(routes, key=lambda route: _total_s(hardware, (work for work, _ in route)))
-
-
-def forward_floor(hardware: Hardware, m: int, n: int, k: int, dtype: Dtype, precision: str = "highest") -> float:
-    """Seconds: the floors of all kernels of a certified forward pass, which run one after the other."""
-    return _total_s(hardware, (work for work, _ in forward_kernels(hardware, m, n, k, dtype, precision)))
-
-
-def forward_backward_floor(
-    hardware: Hardware, m: int, n: int, k: int, dtype: Dtype, precision: str = "highest"
-) -> float:
-    """Seconds: the same with the gradient."""
-    return forward_floor(hardware, m, n, k, dtype, precision) + pair_gradient(m, n, k, dtype).floor_s(hardware)
-
-
-def _total_s(hardware: Hardware, works: Iterable[Work]) -> float:
-    return sum(work.floor_s(hardware) for work in works)
-
-
-def model(hardware: Hardware, m: int, n: int, fraction: float, dtype: Dtype, results: Any = None) -> dict[str, Any]:
-    """Every kernel of the model on one GPU, beside what `results`, of bench.gpu, measured there on the same case."""
-    k = k_from_fraction(n, fraction)
-    kinds: tuple[Kind, ...] = ("half", "tf32", "ieee") if dtype == "float32" else ("half",)
-    works: list[tuple[Work, Kind | None]] = [(column_norms(m, n, dtype), None)]
+def works(m: int, n: int, k: int, dtype: str) -> dict[str, Work]:
+    """The work of each kernel that a call may launch; those that multiply tiles are named with the unit they use."""
+    itemsize = _DTYPE_BYTES[dtype]
+    x_bytes = m * n * itemsize
+    # norm, inverse, scale and factor of each column; squares of x and of x * 2**-70 are summed, 5 operations an entry
+    result = {"column_norms": Work("fp32", 5 * m * n, x_bytes + 16 * n)}
+    units: list[Unit] = ["half"]
     if dtype == "float32":
-        works.append((round_columns(m, n), None))
-    kind: Kind | None
-    for kind in kinds:
-        works += [(gram_select(m, n, k, kind), kind), (gram_histogram(m, n, kind), kind)]
-        works.append((gram_row_max(m, n, kind), kind))
+        units = ["half", "tf32", "fp32"]
+        # fp16 out; scale, subtract, square, add
+        result["round_columns"] = Work("fp32", 4 * m * n, m * n * (4 + 2) + 4 * n)
+    for unit in units:
+        operand_bytes = m * n * (2 if unit == "half" else 4) + 4 * n
+        out_bytes = {
+            "gram_survivors": 12 * k,  # k records of a value, a row and a column
+            "gram_histogram": 8 * 256,  # the counters of one digit; runs two to four times after a failed guess only
+            "max_cosine": 8 * n,  # a packed maximum for every column, all pairs in one chunk
+        }
+        for kernel, n_bytes in out_bytes.items():
+            result[f"{kernel} {unit}"] = Work(unit, 2 * m * n_pairs(n), operand_bytes + n_bytes)
     if dtype == "float32":
-        works.append((rescore(m, n, k), None))
-    works.append((pair_gradient(m, n, k, dtype), None))
-
-    measured = _measured_ms(hardware, m, n, fraction, dtype, results)
-    rows = []
-    for work, kind in works:
-        is_bound_by_operations = work.operations_s(hardware) >= work.n_bytes / hardware.bandwidth
-        rows.append(
-            {
-                **asdict(work),
-                "kind": kind,
-                "floor_ms": 1e3 * work.floor_s(hardware),
-                "bound_by": work.unit if is_bound_by_operations else "memory",
-                "measured_ms": measured.get((work.kernel, kind)),
-            }
-        )
-    totals = {"forward": forward_floor, "forward_backward": forward_backward_floor}
-    return {
-        "what": "a roofline model from vendor datasheets, not a measurement",
-        "hardware": asdict(hardware),
-        "M": m,
-        "N": n,
-        "k": k,
-        "dtype": dtype,
-        "kernels": rows,
-        "calls": [
-            {
-                "mode": mode,
-                "floor_ms": 1e3 * floor(hardware, m, n, k, dtype),
-                "measured_ms": measured.get((mode, None)),
-            }
-            for mode, floor in totals.items()
-        ],
-    }
+        # two columns of each record are gathered; scale both, multiply and add
+        n_bytes = 4 * m * min(n, 2 * k) + 4 * n + 12 * k
+        result["rescore"] = Work("fp32", 4 * m * k, n_bytes, gathered_bytes=2 * k * 4 * m)
+    # each of the 2 k partners is gathered, scaled twice and added; 4 operations an entry for the Jacobian. x and the
+    # gradient once; offsets, partners, weights and values of a CSR with 2 k entries; norms and inverses
+    n_bytes = 2 * x_bytes + 12 * 2 * k + 8 * (n + 1) + 8 * n
+    gathered_bytes = 2 * k * m * itemsize
+    result["pair_gradient"] = Work("fp32", 3 * m * 2 * k + 4 * m * n, n_bytes, gathered_bytes)
+    return result
 
 
-def _measured_ms(
-    hardware: Hardware, m: int, n: int, fraction: float, dtype: Dtype, results: Any
-) -> dict[tuple[str, Kind | None], float]:
-    """By (kernel, kind) or (mode, None). Kernels that a certified pass leaves idle are not measured."""
-    if results is None or results["fraction"] != fraction or hardware_of(results["environment"]["gpu"]) != hardware:
-        return {}
-    measured: dict[tuple[str, Kind | None], float] = {}
-    for row in results["rows"]:
-        if (row["M"], row["N"], row["dtype"], row["status"]) != (m, n, dtype, "ok"):
-            continue
-        if row["provider"] == "triton":
-            measured[row["mode"], None] = row["time_ms"]
-        if row["provider"] == "kernels":
-            times = row["kernels_ms"]
-            is_half = dtype != "float32" or "round_columns" in times
-            for kernel in ("column_norms", "round_columns", "rescore", "pair_gradient"):
-                if kernel in times:
-                    measured[kernel, None] = times[kernel]
-            if "gram_select" in times:
-                measured["gram_select", "half" if is_half else "ieee"] = times["gram_select"]
-    return measured
+def floors_of(hardware: Hardware, m: int, n: int, k: int, dtype: str) -> dict[str, float]:
+    """Seconds below which no launch of a kernel can be."""
+    return {kernel: max(work.bounds_s(hardware)) for kernel, work in works(m, n, k, dtype).items()}
 
 
-def table(results: dict[str, Any]) -> str:
-    """Text of one `model`."""
-    peaks = results["hardware"]
+def floor_of_call(hardware: Hardware, m: int, n: int, k: int, dtype: str, mode: str) -> float:
+    """Seconds of the kernels of a certified call, which run one after the other.
+
+    float32 in "highest" precision is multiplied as it is, or screened in float16 and rescored: the faster counts.
+    """
+    floors = floors_of(hardware, m, n, k, dtype)
+    routes = [["column_norms", "gram_survivors half"]]
+    if dtype == "float32":
+        screened = ["column_norms", "round_columns", "gram_survivors half", "rescore"]
+        routes = [["column_norms", "gram_survivors fp32"], screened]
+    forward = min(sum(floors[kernel] for kernel in route) for route in routes)
+    return forward + (floors["pair_gradient"] if mode != "forward" else 0.0)
+
+
+def table(hardware: Hardware, m: int, n: int, dtype: str, measured: dict[str, float]) -> str:
+    """Text: every kernel, then the calls, beside the seconds that were measured."""
+    k = k_from_fraction(n, FRACTION)
+
+    def shown(name: str) -> str:
+        return f"{1e3 * measured[name]:.3f}" if name in measured else "not measured"
+
     lines = [
-        f"MODEL, not a measurement: {peaks['name']}, vendor datasheet {peaks['half'] / 1e12:,.1f} (16-bit), "
-        f"{peaks['tf32'] / 1e12:,.1f} (tf32), {peaks['fp32'] / 1e12:,.1f} (fp32) Tflop/s dense, "
-        f"{peaks['bandwidth'] / 1e12:,.2f} TB/s",
-        f"x [{results['M']:,}, {results['N']:,}] {results['dtype']}, k = {results['k']:,}",
-        f"{'kernel':<20}{'kind':>6}{'Gop':>14}{'MB':>11}{'MB gathered':>13}{'floor ms':>11}{'bound by':>10}"
-        f"{'measured ms':>14}",
+        f"MODEL, not a measurement: {hardware.name}, vendor datasheet {hardware.half / 1e12:,.1f} (16-bit), "
+        f"{hardware.tf32 / 1e12:,.1f} (tf32), {hardware.fp32 / 1e12:,.1f} (fp32) Tflop/s dense, "
+        f"{hardware.bandwidth / 1e12:,.2f} TB/s",
+        f"x [{m:,}, {n:,}] {dtype}, k = {k:,}",
+        f"{'kernel':<22}{'Gop':>14}{'MB':>11}{'MB gathered':>13}{'floor ms':>11}{'bound by':>10}{'measured ms':>14}",
     ]
-    lines += [
-        f"{row['kernel']:<20}{row['kind'] or '':>6}{row['operations'] / 1e9:>14,.1f}{row['n_bytes'] / 1e6:>11,.1f}"
-        f"{row['gathered_bytes'] / 1e6:>13,.0f}{row['floor_ms']:>11.3f}{row['bound_by']:>10}"
-        f"{_measured(row['measured_ms']):>14}"
-        for row in results["kernels"]
-    ]
-    for call in results["calls"]:
-        name = {"forward": "forward, sum of its kernels", "forward_backward": "forward + backward"}[call["mode"]]
-        lines.append(f"{name:<64}{call['floor_ms']:>11.3f}{'':>10}{_measured(call['measured_ms']):>14}")
+    for kernel, work in works(m, n, k, dtype).items():
+        operations_s, bytes_s = work.bounds_s(hardware)
+        lines.append(
+            f"{kernel:<22}{work.operations / 1e9:>14,.1f}{work.n_bytes / 1e6:>11,.1f}"
+            f"{work.gathered_bytes / 1e6:>13,.0f}{1e3 * max(operations_s, bytes_s):>11.3f}"
+            f"{work.unit if operations_s >= bytes_s else 'memory':>10}"
+            f"{shown(kernel):>14}"
+        )
+    for mode in ("forward", "forward_backward"):
+        floor_ms = 1e3 * floor_of_call(hardware, m, n, k, dtype, mode)
+        lines.append(f"{mode.replace('_', ' + ') + ', sum of its kernels':<60}{floor_ms:>11.3f}{shown(mode):>24}")
     return "\n".join(lines) + "\n"
 
 
-def _measured(time_ms: float | None) -> str:
-    return "not measured" if time_ms is None else f"{time_ms:.3f}"
+def measured_on(hardware: Hardware, m: int, n: int, dtype: str, path: Path) -> dict[str, float]:
+    """Seconds by kernel or mode, of the results on this GPU. Kernels that a certified pass leaves idle have none."""
+    measured = {}
+    for result in latest(read(path)):
+        if hardware_of(result.environment.get("gpu")) != hardware:
+            continue
+        for mode in ("forward", "forward_backward", "kernels"):
+            if result.case == Case("dense", "topk_ortho_warm", mode, dtype, m, n) and result.measurement.time_s:
+                measured[mode] = result.measurement.time_s
+                kernels_s = result.measurement.kernels_s or {}
+                survivors = "half" if dtype != "float32" or "round_columns" in kernels_s else "fp32"
+                measured |= {
+                    f"{kernel} {survivors}" if kernel == "gram_survivors" else kernel: time_s
+                    for kernel, time_s in kernels_s.items()
+                    if kernel != "gram_histogram"
+                }
+    return measured
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -303,14 +177,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--m", type=int, default=4096)
     parser.add_argument("--n", type=int, default=65536)
-    parser.add_argument("--fraction", type=float, default=1e-3)
     parser.add_argument("--dtype", choices=_DTYPE_BYTES, default="bfloat16")
-    parser.add_argument("--results", type=Path, default=_RESULTS, help="of bench.gpu, if there are any")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--results", type=Path, default=_RESULTS, help="of python -m bench --device cuda")
     options = parser.parse_args(arguments)
-    results = json.loads(options.results.read_text()) if options.results.exists() else None
-    models = [model(gpu, options.m, options.n, options.fraction, options.dtype, results) for gpu in HARDWARE]
-    print(json.dumps(models, indent=2) if options.json else "\n".join(map(table, models)))
+    shape = (options.m, options.n, options.dtype)
+    for hardware in HARDWARE:
+        print(table(hardware, *shape, measured_on(hardware, *shape, options.results)))
 
 
 if __name__ == "__main__":

@@ -1,67 +1,65 @@
-"""Benchmarks of sparse features: python -m bench.sparse [--device cpu] [--repeats 5] [--out PATH].
+"""The benchmarks of sparse features, in three sweeps.
 
-Three sweeps: the number of features N at fixed rows and active features; the active features L0 at fixed N; and the
-density of a dense x, where the sparse and the dense route take equal time somewhere. Every case has a process of its
-own, which measures the peak memory of one call and then the time of several. Writes PATH.json, and PATH.png and the
-README's table through `bench.sparse_report`; on a GPU, where scipy is left out, without the table. Takes about ten
-minutes on two cores.
+- "sparse_n" varies the number of features N, at fixed rows and active features;
+- "sparse_l0" varies the active features L0, at fixed N;
+- "sparse_density" varies the density of a dense x: at some density the sparse and the dense route take equal time.
+
+The provider "dense" is the route of "tiled", or of "triton" on a GPU; "auto" leaves the choice to the package.
 """
 
-import argparse
-import json
-import statistics
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+import functools
 
 import numpy as np
-import scipy.sparse
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
-from bench.memory import peak_extra_bytes_of
-from bench.providers import FRACTION
-from bench.run import environment
-from bench.sparse_report import write_report
+from bench.cases import FRACTION, Benchmark, Call, Case
 from topk_ortho import SparseFeatures, topk_ortho_loss, topk_pairs
-from topk_ortho.definitions import k_from_fraction
+from topk_ortho.definitions import k_from_fraction, n_pairs
 
-_ROOT = Path(__file__).resolve().parent.parent
-_N, _L0, _ROWS = 65536, 64, 4096
-_FIXED_K = k_from_fraction(16384, FRACTION)
-_DENSE_ROWS = 1024
 _EXPONENT, _OFFSET = 0.8, 10
-Case = dict[str, Any]
-"""sweep, provider, mode, rows, L0, N"""
+_DENSITIES = (512, 256, 128, 64, 32)  # one feature in so many
+FIXED_K = k_from_fraction(16384, FRACTION)
+"""The k of the mode "pairs_fixed_k"."""
 
 
-def cases() -> Iterator[Case]:
-    """Every case, in the order of the sweeps. "dense" is the route of "tiled", or of "triton" on a GPU."""
-    listings = [(provider, mode) for provider in ("sparse", "scipy") for mode in ("pairs", "pairs_fixed_k")]
-    providers = [("sparse", "forward"), ("sparse", "forward_backward"), *listings]
-    for n in (16384, 65536, 262144, 1048576):
-        for provider, mode in providers:
-            yield {"sweep": "N", "provider": provider, "mode": mode, "rows": _ROWS, "L0": _L0, "N": n}
-    for mode in ("forward", "forward_backward"):
-        yield {"sweep": "N", "provider": "dense", "mode": mode, "rows": _ROWS, "L0": _L0, "N": 16384}
-    for l0 in (16, 32, 64, 128):
-        for provider, mode in (("sparse", "forward"), ("sparse", "forward_backward"), ("scipy", "pairs")):
-            yield {"sweep": "L0", "provider": provider, "mode": mode, "rows": _ROWS, "L0": l0, "N": _N}
-    for n in (4096, 16384):
-        yield {"sweep": "density", "provider": "dense", "mode": "forward", "rows": _DENSE_ROWS, "L0": n // 64, "N": n}
-        for share in (512, 256, 128, 64, 32):
-            for mode in ("forward", "auto"):
-                yield {"sweep": "density", "provider": "dense_to_sparse", "mode": mode, "rows": _DENSE_ROWS,
-                       "L0": n // share, "N": n}  # fmt: skip
+def _n_cases(device_type: str, smoke: bool) -> list[Case]:
+    rows, l0, sizes = (64, 8, (512, 1024)) if smoke else (4096, 64, (16384, 65536, 262144, 1048576))
+    planned = []
+    for n in sizes:
+        providers = {"forward": ["sparse"], "forward_backward": ["sparse"]}
+        if n == sizes[0]:
+            providers = {mode: ["sparse", "dense"] for mode in providers}
+        providers |= {mode: ["sparse", *_scipy(device_type)] for mode in ("pairs", "pairs_fixed_k")}
+        planned += [Case("sparse_n", p, mode, "float32", rows, n, l0) for mode, ps in providers.items() for p in ps]
+    return planned
 
 
-def active_features(n_rows: int, l0: int, n_features: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def _l0_cases(device_type: str, smoke: bool) -> list[Case]:
+    rows, n, active = (64, 1024, (8, 16)) if smoke else (4096, 65536, (16, 32, 64, 128))
+    columns = [("sparse", "forward"), ("sparse", "forward_backward")]
+    columns += [(provider, "pairs") for provider in _scipy(device_type)]
+    return [Case("sparse_l0", provider, mode, "float32", rows, n, l0) for l0 in active for provider, mode in columns]
+
+
+def _density_cases(device_type: str, smoke: bool) -> list[Case]:
+    rows, sizes = (64, (1024,)) if smoke else (1024, (4096, 16384))
+    planned = []
+    for n in sizes:
+        # the dense route takes equally long at every density
+        columns = [("dense", _DENSITIES[3])] + [(p, share) for share in _DENSITIES for p in ("sparse", "auto")]
+        planned += [Case("sparse_density", p, "forward", "float32", rows, n, n // share) for p, share in columns]
+    return planned
+
+
+def _scipy(device_type: str) -> list[str]:
+    return ["scipy"] if device_type == "cpu" else []
+
+
+@functools.lru_cache(maxsize=1)
+def active_features(n_rows: int, l0: int, n_features: int) -> tuple[Tensor, Tensor]:
     """(indices, values) [n_rows, l0]: distinct features, some far more frequent than others, and gamma(2) values."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     cumulative = np.cumsum((np.arange(n_features) + _OFFSET) ** -_EXPONENT)
     feature_of_rank = generator.permutation(n_features)
     indices = np.empty((n_rows, l0), dtype=np.int64)
@@ -75,8 +73,13 @@ def active_features(n_rows: int, l0: int, n_features: int, seed: int = 0) -> tup
     return torch.from_numpy(indices), torch.from_numpy(generator.gamma(2, size=(n_rows, l0)).astype(np.float32))
 
 
-def scipy_pairs(indices: Tensor, values: Tensor, n_features: int, k: int) -> object:
-    """The same selection from scipy's sparse product: both triangles, of which one is kept, then a partition."""
+def scipy_pairs(indices: Tensor, values: Tensor, n_features: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows, columns and cosines of the same selection, from scipy's sparse product and a partition of it.
+
+    scipy computes both triangles, of which one is kept. All values are positive here, so no magnitude is taken.
+    """
+    import scipy.sparse
+
     n_rows, l0 = indices.shape
     entries = (values.numpy().ravel(), indices.numpy().ravel(), np.arange(n_rows + 1) * l0)
     x = scipy.sparse.csr_array(entries, shape=(n_rows, n_features), copy=True)  # which scipy then sorts in place
@@ -86,95 +89,56 @@ def scipy_pairs(indices: Tensor, values: Tensor, n_features: int, k: int) -> obj
     k = min(k, gram.nnz)
     best = np.argpartition(gram.data, gram.nnz - k)[gram.nnz - k :]
     best = best[np.argsort(-gram.data[best], kind="stable")]
-    return gram.row[best], gram.col[best], gram.data[best]
+    rows, cols, cosines = (torch.from_numpy(part[best]) for part in (gram.row, gram.col, gram.data))
+    return rows, cols, cosines
 
 
-def make_call(case: Case, device: str) -> Callable[[], object]:
-    """A call that runs the case once."""
-    provider, mode, n = case["provider"], case["mode"], case["N"]
-    indices, values = (tensor.to(device) for tensor in active_features(case["rows"], case["L0"], n))
-    k = min(_FIXED_K, n * (n - 1) // 2) if mode == "pairs_fixed_k" else k_from_fraction(n, FRACTION)
-    if provider == "scipy":
-        return lambda: scipy_pairs(indices, values, n, k)
-    leaf, backend = values, "sparse"
-    x: Tensor | SparseFeatures = SparseFeatures(indices, values, n)
-    if case["sweep"] == "density" or provider == "dense":
-        x = leaf = torch.zeros(case["rows"], n, device=device).scatter_(1, indices, values)
-        if provider == "dense":
-            backend = "tiled" if device == "cpu" else "triton"
-        elif mode == "auto":
-            backend = "auto"
-    if mode in ("pairs", "pairs_fixed_k"):
+def k_of(case: Case) -> int:
+    """How many pairs a case selects."""
+    return min(FIXED_K, n_pairs(case.N)) if case.mode == "pairs_fixed_k" else k_from_fraction(case.N, FRACTION)
+
+
+def inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The features written out [M, N], and the indices of those that are active [M, L0]."""
+    assert case.L0 is not None
+    indices, values = (tensor.to(device) for tensor in active_features(case.M, case.L0, case.N))
+    return torch.zeros(case.M, case.N, device=device).scatter_(1, indices, values), indices
+
+
+def make_call(case: Case, device: torch.device) -> Call:
+    """A call that lists the pairs, or computes the loss, or its gradient for the values."""
+    assert case.L0 is not None
+    k = k_of(case)
+    indices, values = (tensor.to(device) for tensor in active_features(case.M, case.L0, case.N))
+    if case.provider == "scipy":
+        return lambda: scipy_pairs(indices, values, case.N, k)
+    backend = case.provider
+    if backend == "dense":
+        backend = "tiled" if device.type == "cpu" else "triton"
+    leaf = values.clone()
+    x: Tensor | SparseFeatures = SparseFeatures(indices, leaf, case.N)
+    if case.benchmark == "sparse_density" or case.provider == "dense":
+        x = leaf = inputs(case, device)[0]
+    if case.mode.startswith("pairs"):
         return lambda: topk_pairs(x, k=k, backend=backend)
-    if mode != "forward_backward":
+    if case.mode == "forward":
         return lambda: topk_ortho_loss(x, k=k, backend=backend)
     leaf.requires_grad_()
     return lambda: torch.autograd.grad(topk_ortho_loss(x, k=k, backend=backend), leaf)
 
 
-def measure(case: Case, device: str, repeats: int) -> dict[str, object]:
-    """Peak memory of one call and quartiles of the time of `repeats` more."""
-    make_call(case | {"rows": 16, "L0": 8, "N": 512}, device)()  # loads libraries, compiles kernels, starts threads
-    call = make_call(case, device)
-    with torch.set_grad_enabled(case["mode"] == "forward_backward"):
-        peak = peak_extra_bytes_of(call) if device == "cpu" else _peak_on_gpu(call)
-        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        times = [timer.timeit(1).median for _ in range(repeats)]
-    low, median, high = statistics.quantiles(times, n=4, method="inclusive") if repeats > 1 else times * 3
-    return {"peak_extra_bytes": peak, "time_s": median, "time_q1_s": low, "time_q3_s": high}
-
-
-def _peak_on_gpu(call: Callable[[], object]) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def main() -> None:
-    """Measure everything and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="default: bench/results/sparse, or sparse-gpu")
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.case:
-        print(json.dumps(measure(options.case, options.device, options.repeats)))
-        return
-    on_gpu = options.device == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        parser.error(f"--device cuda needs a CUDA or ROCm device; torch {torch.__version__} sees none")
-    out = options.out or _ROOT / "bench/results" / ("sparse-gpu" if on_gpu else "sparse")
-    rows = []
-    for case in cases():
-        if on_gpu and case["provider"] == "scipy":
-            continue
-        print(*case.values(), end=" ", flush=True)
-        command = [sys.executable, "-m", "bench.sparse", "--device", options.device, "--case", json.dumps(case)]
-        command += ["--repeats", str(options.repeats)]
-        process = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
-        if process.returncode:
-            sys.exit(process.stderr)
-        row = json.loads(process.stdout)
-        print(f"{row['time_s']:.3f} s, {row['peak_extra_bytes'] / 1e6:,.0f} MB")
-        rows.append(case | row)
-    packages = {"numpy": version("numpy"), "scipy": version("scipy"), "triton": version("triton")}
-    results = {
-        "environment": environment() | packages | {"gpu": torch.cuda.get_device_name() if on_gpu else None},
-        "fraction": FRACTION,
-        "fixed_k": _FIXED_K,
-        "dtype": "float32",
-        "data": f"features by a power law, (rank + {_OFFSET}) ** -{_EXPONENT}; values gamma(2)",
-        "repeats": options.repeats,
-        "rows": rows,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-    write_report(out, into_readme=not on_gpu)
-
-
-if __name__ == "__main__":
-    main()
+SPARSE_N, SPARSE_L0, SPARSE_DENSITY = (
+    Benchmark(
+        cases=cases,
+        make_call=make_call,
+        small=lambda case: case._replace(M=64, N=300, L0=6),
+        inputs=inputs,
+        k_of=k_of,
+        setting={
+            "fraction": FRACTION,
+            "fixed_k": FIXED_K,
+            "data": f"features by a power law, (rank + {_OFFSET}) ** -{_EXPONENT}; values gamma(2)",
+        },
+    )
+    for cases in (_n_cases, _l0_cases, _density_cases)
+)

@@ -7,10 +7,11 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "bench/gpu_check.sh"
 
 
-class TestScript:
-    """bench/gpu_check.sh with an interpreter that only writes down what it is asked."""
+@pytest.fixture
+def run_script(tmp_path):
+    """Runs bench/gpu_check.sh with tools that only write down what they are asked, and fail at a pattern."""
 
-    def run_script(self, tmp_path, failing, *arguments):
+    def run(failing, *arguments):
         for name in ("python", "compute-sanitizer"):
             (tmp_path / name).write_text(
                 f'#!/bin/sh\necho "{name} $*" >>"$CALLS"\ncase "{name} $*" in {failing}) exit 3 ;; esac\n'
@@ -24,32 +25,26 @@ class TestScript:
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         return result, (tmp_path / "calls").read_text().splitlines()[1:]  # the first asks for a GPU
 
-    def test_steps_and_their_order(self, tmp_path):
-        result, calls = self.run_script(tmp_path, "nothing", "--smoke", "--out", "x")
-        assert result.returncode == 0
-        assert calls[0] == "python -m pytest -m gpu"
-        assert "--tool memcheck" in calls[1]
-        assert "--tool racecheck" in calls[2]
-        assert all("-m pytest -m gpu -k sanitizer" in call for call in calls[1:3])
-        assert calls[-2:] == ["python -m bench.gpu --smoke --out x", "python -m bench.sparse --device cuda"]
-        assert "tests: passed, " in result.stdout
-        assert {path.name for path in (tmp_path / "logs").iterdir()} >= {"tests.log", "memcheck.log", "bench.log"}
+    return run
 
-    def test_a_failed_step_shows_and_the_others_run(self, tmp_path):
-        result, calls = self.run_script(tmp_path, '*"--tool memcheck"*')
-        assert result.returncode == 1
-        assert calls[-2:] == ["python -m bench.gpu", "python -m bench.sparse --device cuda"]
-        assert "memcheck: FAILED with status 3" in result.stdout
-        assert "racecheck: passed" in result.stdout
 
-    def test_a_missing_tool_skips_its_step(self, tmp_path):
-        result, calls = self.run_script(tmp_path, "nothing")
-        if any(call.startswith("python -c") for call in calls):
-            pytest.skip("this machine has ncu")
-        assert result.returncode == 0
-        assert "ncu: skipped, there is no ncu" in result.stdout
+def test_a_failed_step_shows_and_the_others_run(run_script, tmp_path):
+    result, calls = run_script('*"--tool memcheck"*', "--smoke", "--out", "x")
+    assert calls[0] == "python -m pytest -m gpu"
+    assert "--tool memcheck" in calls[1]
+    assert "--tool racecheck" in calls[2]
+    assert all("-m pytest -m gpu -k sanitizer" in call for call in calls[1:3])
+    assert calls[-1] == "python -m bench --device cuda --smoke --out x"
+    summary = result.stdout.split("== summary\n")[1]
+    assert "tests: passed" in summary
+    assert "memcheck: FAILED with status 3" in summary
+    assert "racecheck: passed" in summary
+    assert any(call.startswith("python -c") for call in calls) or "ncu: skipped, there is no ncu" in summary
+    assert result.returncode == 1
+    assert {path.name for path in (tmp_path / "logs").iterdir()} >= {"tests.log", "memcheck.log", "bench.log"}
 
-    def test_without_a_gpu(self, tmp_path):
-        result, calls = self.run_script(tmp_path, '*"cuda.is_available"*')
-        assert (result.returncode, calls) == (2, [])
-        assert "sees no CUDA or ROCm device" in result.stderr
+
+def test_without_a_gpu(run_script):
+    result, calls = run_script('*"cuda.is_available"*')
+    assert (result.returncode, calls) == (2, [])
+    assert "sees no CUDA or ROCm device" in result.stderr

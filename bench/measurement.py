@@ -1,0 +1,224 @@
+"""Time and memory of cases that are compared with each other.
+
+They are called in turns, one call of each in every round, so that all see the same machine. Times are those of the wall
+clock on a CPU and of CUDA events around a call on a GPU, given as median and quartiles. Memory is the peak of another
+call beyond what was held before it, x included; on a CPU that call has a process of its own.
+"""
+
+import ctypes
+import gc
+import json
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.cases import Benchmark, Call, Case
+
+_ROOT = Path(__file__).resolve().parent.parent
+_LONG_S = 10.0  # a call that takes longer is timed once: neither noise nor the first call's overhead matters
+_PROFILED_CALLS = 3
+
+
+class Measurement(NamedTuple):
+    """What is known of a case once it has been measured; None where there is no figure."""
+
+    status: str
+    """ "ok", "out of memory", or "error" """
+    time_s: float | None = None
+    """The median."""
+    time_q1_s: float | None = None
+    time_q3_s: float | None = None
+    rounds: int | None = None
+    peak_extra_bytes: int | None = None
+    """Highest memory during a call beyond what was held before it; a gradient that the call returns counts."""
+    kernels_s: dict[str, float] | None = None
+    """Of the mode "kernels": the time of each kernel of the package, and of all others as "other"."""
+    note: str | None = None
+    """What went wrong."""
+
+
+@dataclass
+class _Entry:
+    """A case that is ready to take turns with others."""
+
+    call: Call
+    peak_extra_bytes: int | None
+    rounds: int
+    times: list[Callable[[], float]]
+
+
+def measure(benchmark: Benchmark, cases: list[Case], device: torch.device) -> dict[Case, Measurement]:
+    """Measurements of cases of one benchmark that take turns. A case that cannot run does not stop the others."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    done: dict[Case, Measurement] = {}
+    entries: dict[Case, _Entry] = {}
+    for case in cases:
+        try:
+            if case.mode == "kernels":
+                done[case] = _profile(benchmark, case, device)
+            else:
+                entries[case] = _prepare(benchmark, case, device)
+        except Exception as error:
+            done[case] = failure(error)
+    for number in range(max((entry.rounds for entry in entries.values()), default=0)):
+        for entry in entries.values():
+            if len(entry.times) == number < entry.rounds:
+                entry.times.append(timed(entry.call, device))
+    for case, entry in entries.items():
+        seconds = [read() for read in entry.times]
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+        done[case] = Measurement("ok", median, low, high, len(seconds), entry.peak_extra_bytes)
+    return {case: done[case] for case in cases}
+
+
+def _prepare(benchmark: Benchmark, case: Case, device: torch.device) -> _Entry:
+    """Measure the memory, warm up, and let one call decide how many are timed."""
+    peak = _peak_in_own_process(case) if device.type == "cpu" and case.mode != "step" else None
+    call = benchmark.make_call(case, device)
+    for _ in range(benchmark.n_warmup):
+        call()
+    if device.type == "cuda":
+        peak = _peak_on_gpu(call)
+    first = timed(call, device)
+    rounds = benchmark.rounds or rounds_of(first())
+    return _Entry(call, peak, rounds, [first] if rounds == 1 else [])
+
+
+def _profile(benchmark: Benchmark, case: Case, device: torch.device) -> Measurement:
+    """The time of each kernel of a case on a GPU."""
+    call = benchmark.make_call(case, device)
+    call()
+    peak = _peak_on_gpu(call)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(_PROFILED_CALLS):
+            call()
+        torch.cuda.synchronize()
+    kernels_s = by_kernel(profile.key_averages(), _PROFILED_CALLS)
+    total_s = sum(kernels_s.values())
+    return Measurement("ok", total_s, total_s, total_s, _PROFILED_CALLS, peak, kernels_s)
+
+
+def rounds_of(seconds: float) -> int:
+    """Timed calls of what takes so long: for a second, 5 to 30 of them; 1 of what is long."""
+    return 1 if seconds > _LONG_S else max(5, min(30, int(1 / seconds)))
+
+
+def timed(call: Call, device: torch.device) -> Callable[[], float]:
+    """Run a call once. The result tells its seconds; on a GPU it waits for the device, the call does not.
+
+    So the device is still busy with the calls before when a call is launched, and launches count only where it waits.
+    """
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+
+        def seconds_on_gpu() -> float:
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1e3
+
+        return seconds_on_gpu
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
+    return lambda: seconds
+
+
+def failure(error: Exception) -> Measurement:
+    """The measurement of a case that could not run."""
+    text = str(error)
+    is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    is_memory = is_memory or "ALLOC_FAILED" in text or "can't allocate memory" in text  # cuBLAS; torch on a CPU
+    return Measurement("out of memory" if is_memory else "error", note=repr(error)[:500])
+
+
+def _peak_on_gpu(call: Call) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def by_kernel(events: Iterable[Any], n_calls: int) -> dict[str, float]:
+    """Seconds in a call of each kernel, from the profiler's events, which are in microseconds."""
+    times: dict[str, float] = defaultdict(float)
+    for event in events:
+        ours = re.match(r"_(\w+)_kernel", event.key)
+        times[ours[1] if ours else "other"] += event.self_device_time_total / 1e6 / n_calls
+    return dict(times)
+
+
+def _peak_in_own_process(case: Case) -> int:
+    """Peak memory of a case on the CPU.
+
+    Raises
+    ------
+    MemoryError
+        If the machine's memory does not suffice.
+    RuntimeError
+        If the case fails otherwise.
+    """
+    command = [sys.executable, "-m", "bench", "--peak-memory-of", json.dumps(case)]
+    process = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    if process.returncode == -9 or process.stdout.strip() == "out of memory":
+        raise MemoryError("the machine's memory does not suffice")
+    if process.returncode:
+        raise RuntimeError(process.stderr.strip()[-500:])
+    return int(process.stdout)
+
+
+def print_peak_memory(benchmark: Benchmark, case: Case) -> None:
+    """Print the peak memory of a case on the CPU, in a process that does nothing else: bytes, or "out of memory".
+
+    It is the highest resident size during one call less the resident size before it. Linux only.
+    """
+    # what exceeds memory fails here by itself, instead of being killed; torch itself maps about 2 GB without using them
+    limit = _bytes_of(Path("/proc/meminfo"), "MemAvailable") + 2 * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    device = torch.device("cpu")
+    try:
+        benchmark.make_call(benchmark.small(case), device)()  # loads libraries and starts threads
+        print(peak_extra_bytes(benchmark.make_call(case, device)))
+    except (MemoryError, RuntimeError) as error:
+        if failure(error).status != "out of memory":
+            raise
+        print("out of memory")
+
+
+def peak_extra_bytes(call: Call) -> int:
+    """Highest resident size of this process during a call, less the resident size before it."""
+    status = Path("/proc/self/status")
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or the call would reuse what earlier calls have freed, compilation among them
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _bytes_of(status, "VmRSS")
+    call()
+    return _bytes_of(status, "VmHWM") - before
+
+
+def _bytes_of(path: Path, field: str) -> int:
+    line = next(line for line in path.read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def groups_of(cases: Iterable[Case]) -> list[list[Case]]:
+    """Cases that differ by the provider alone, together, in the order of the first of each group."""
+    groups: dict[Case, list[Case]] = defaultdict(list)
+    for case in cases:
+        groups[case._replace(provider="")].append(case)
+    return list(groups.values())

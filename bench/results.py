@@ -1,0 +1,126 @@
+"""Results as they come: a line of JSON for every finished case, with the environment it was measured in.
+
+A file only grows. A line is written as soon as its case is finished, so that the same command goes on where it was
+stopped. What counts as finished are the lines of the same machine, versions and sources; older ones stay in the file.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.cases import Case
+from bench.measurement import Measurement
+
+_ROOT = Path(__file__).resolve().parent.parent
+Environment = dict[str, Any]
+
+
+class Result(NamedTuple):
+    """A line of a results file."""
+
+    case: Case
+    measurement: Measurement
+    setting: dict[str, Any]
+    """What the benchmark holds constant, such as the share of pairs that are selected."""
+    environment: Environment
+    """Machine, versions, and a digest of all code that is timed."""
+    utc: str
+
+
+def append(path: Path, result: Result) -> None:
+    """Add a line; half a line, left by a run that was killed, is cut off first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = {name: value for name, value in result.measurement._asdict().items() if value is not None}
+    line = result._asdict() | {"case": result.case._asdict(), "measurement": known}
+    with path.open("ab") as file:
+        file.truncate(len(_whole_lines(path)))
+        file.write(json.dumps(line).encode() + b"\n")
+
+
+def read(path: Path) -> list[Result]:
+    """All results of a file, none if there is no file."""
+    results = []
+    for text in _whole_lines(path).splitlines():
+        line = json.loads(text)
+        line |= {"case": Case(**line["case"]), "measurement": Measurement(**line["measurement"])}
+        results.append(Result(**line))
+    return results
+
+
+def _whole_lines(path: Path) -> bytes:
+    content = path.read_bytes() if path.exists() else b""
+    return content[: content.rfind(b"\n") + 1]
+
+
+def latest(results: list[Result]) -> list[Result]:
+    """For each benchmark the results of the environment that its last one was measured in, the last of each case."""
+    environments = {result.case.benchmark: result.environment for result in results}
+    chosen = {r.case: r for r in results if is_same(r.environment, environments[r.case.benchmark])}
+    return list(chosen.values())
+
+
+def finished(results: list[Result], environment: Environment) -> set[Case]:
+    """Cases that need not be measured again; those that failed for other reasons than memory are tried again."""
+    return {r.case for r in results if is_same(r.environment, environment) and r.measurement.status != "error"}
+
+
+def is_same(one: Environment, other: Environment) -> bool:
+    """Whether figures can be compared: all but the commit is equal, since the digest tells what a commit changed."""
+    return one | {"commit": None} == other | {"commit": None}
+
+
+def environment_of(device: torch.device) -> Environment:
+    """What figures depend on, measured now on a device."""
+    sources = sorted([*_ROOT.glob("kernels/*.py"), *_ROOT.glob("topk_ortho/**/*.py")])
+    sources += [_ROOT / f"bench/{name}.py" for name in ("dense", "measurement", "providers", "sparse", "training")]
+    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    environment: Environment = {
+        "cpu": cpu.split(":")[1].strip(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    environment |= {name.replace("-", "_"): _version(name) for name in ("numpy", "scipy", "triton", "sae-lens")}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        environment |= {
+            "gpu": properties.name,
+            "gpu_memory_bytes": properties.total_memory,
+            "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+            "cuda": str(torch.version.cuda or f"hip {torch.version.hip}"),
+        }
+    environment["source"] = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    changes = _output_of("git", "-C", str(_ROOT), "status", "--porcelain", "topk_ortho", "kernels", "bench/*.py")
+    environment["commit"] = _output_of("git", "-C", str(_ROOT), "rev-parse", "--short", "HEAD")
+    environment["commit"] += "+changes" if changes else ""
+    return environment
+
+
+def utc_now() -> str:
+    """The time, to the minute."""
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _output_of(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

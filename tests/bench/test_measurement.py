@@ -1,0 +1,79 @@
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from bench.cases import Benchmark, Case
+from bench.measurement import Measurement, by_kernel, failure, groups_of, measure, peak_extra_bytes, rounds_of
+
+CPU = torch.device("cpu")
+CASES = [Case("toy", provider, "step", "float32", 8, 64) for provider in ("a", "b", "c")]
+
+
+def benchmark_of(make_call, **options):
+    return Benchmark(lambda device, smoke: CASES, make_call, lambda case: case, None, {}, **options)
+
+
+def test_cases_take_turns():
+    called = []
+    benchmark = benchmark_of(lambda case, device: lambda: called.append(case.provider), rounds=3, n_warmup=2)
+    measured = measure(benchmark, CASES, CPU)
+    assert "".join(called) == "aaabbbccc" + 3 * "abc"  # two warm-up calls and one that is not counted, then the rounds
+    for m in measured.values():
+        assert (m.status, m.rounds) == ("ok", 3)
+        assert 0 < m.time_q1_s <= m.time_s <= m.time_q3_s
+
+
+def test_a_case_that_fails_does_not_stop_the_others():
+    def make_call(case, device):
+        if case.provider == "a":
+            raise ValueError("boom")
+        return lambda: torch.empty(2**60) if case.provider == "b" else None
+
+    measured = measure(benchmark_of(make_call), CASES, CPU)
+    assert [m.status for m in measured.values()] == ["error", "out of memory", "ok"]
+    assert measured[CASES[0]].note == "ValueError('boom')"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("out of resource: shared memory"), "error"),
+    ],
+)
+def test_failures_are_told_apart(error, status):
+    assert failure(error) == Measurement(status, note=repr(error))
+
+
+def test_what_is_long_is_timed_once():
+    assert [rounds_of(seconds) for seconds in (1e-6, 0.1, 1.0, 9.0, 11.0)] == [30, 10, 5, 5, 1]
+
+
+def test_peak_memory_is_what_a_call_allocates():
+    n_bytes = 64 * 2**20
+    extra = peak_extra_bytes(lambda: torch.ones(n_bytes // 4).sum())
+    assert 0.9 * n_bytes < extra < 1.5 * n_bytes
+
+
+def test_kernels_are_told_by_their_names():
+    class Event(NamedTuple):
+        key: str
+        self_device_time_total: float
+
+    events = [
+        Event("_gram_survivors_kernel", 3000.0),
+        Event("_gram_survivors_kernel", 6.0),
+        Event("_column_norms_kernel", 600.0),
+        Event("void at::native::radixSortKVInPlace_kernel<int>", 30.0),
+        Event("Memset (Device)", 3.0),
+    ]
+    expected = {"gram_survivors": 1.002e-3, "column_norms": 2e-4, "other": 1.1e-5}
+    assert by_kernel(events, n_calls=3) == pytest.approx(expected)
+
+
+def test_cases_are_grouped_by_all_but_the_provider():
+    cases = [CASES[0], CASES[0]._replace(N=128), CASES[1]]
+    assert groups_of(cases) == [[CASES[0], CASES[1]], [cases[1]]]

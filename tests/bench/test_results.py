@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from bench.cases import Case
+from bench.measurement import Measurement
+from bench.results import Result, append, environment_of, finished, latest, read
+
+CASES = [Case("dense", provider, "forward", "float32", 8, 64) for provider in ("a", "b", "c")]
+ENVIRONMENT = {"cpu": "one", "torch": "2.13.0", "source": "0123", "commit": "abc"}
+
+
+def result_of(case, environment=ENVIRONMENT, **fields):
+    measurement = Measurement(**{"status": "ok", "time_s": 0.2, "rounds": 5} | fields)
+    return Result(case, measurement, {"fraction": 1e-3}, environment, "2026-01-02 03:04")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "results" / "cpu.jsonl"
+
+
+def test_results_survive_the_file(path):
+    results = [
+        result_of(CASES[0], kernels_s={"gram_survivors": 1.5}, peak_extra_bytes=7),
+        result_of(CASES[1]._replace(L0=3), status="error", time_s=None, note='ValueError("a\nb")'),
+    ]
+    assert read(path) == []
+    for result in results:
+        append(path, result)
+    assert read(path) == results
+
+
+@pytest.mark.parametrize("n_bytes", [1, 40], ids=["only_the_line_end_is_missing", "half_a_line"])
+def test_a_torn_line_does_not_count_and_is_replaced(path, n_bytes):
+    for case in CASES[:2]:
+        append(path, result_of(case))
+    path.write_bytes(path.read_bytes()[:-n_bytes])
+    assert [result.case for result in read(path)] == CASES[:1]
+    append(path, result_of(CASES[2]))
+    assert [result.case for result in read(path)] == [CASES[0], CASES[2]]
+
+
+def test_finished_is_what_ran_in_the_same_environment():
+    results = [
+        result_of(CASES[0]),
+        result_of(CASES[1], status="out of memory"),
+        result_of(CASES[2], status="error"),
+    ]
+    assert finished(results, ENVIRONMENT | {"commit": "other"}) == set(CASES[:2])  # the digest tells what it changed
+    for name in ("cpu", "torch", "source"):
+        assert finished(results, ENVIRONMENT | {name: "other"}) == set()
+
+
+def test_latest_has_one_environment_for_each_benchmark():
+    other = ENVIRONMENT | {"source": "4567"}
+    training = Case("training", "a", "step", "float32", 8, 64)
+    old = [result_of(training), result_of(CASES[0]), result_of(CASES[1])]
+    new = [result_of(CASES[1], other, time_s=9.0), result_of(CASES[1], other, time_s=3.0)]
+    assert latest(old + new) == [old[0], new[1]]
+
+
+def test_the_environment_tells_which_code_ran():
+    environment = environment_of(torch.device("cpu"))
+    assert environment["torch"] == torch.__version__
+    assert len(environment["source"]) == 12
+    assert all(environment[name] is not None for name in ("cpu", "cores", "memory_bytes", "python", "commit", "numpy"))
