@@ -41,7 +41,7 @@ class TestOpcheck:
             pytest.param(55, None, None, "abs", None, False, id="all_pairs"),
             pytest.param(9, 0.3, None, "abs", torch.arange(11), False, id="tau_priority"),
             pytest.param(50, None, 1.0, "positive", None, True, id="adaptive_positive"),
-            pytest.param(9, 0.9999, None, "abs", "highest", None, False, id="nothing_selected"),
+            pytest.param(9, 0.9999, None, "abs", None, False, id="nothing_selected"),
         ],
     )
     def test_select(self, k, tau, n_std, similarity, priority, is_ordered, dtype):
