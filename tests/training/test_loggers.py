@@ -3,36 +3,34 @@ import json
 import pytest
 
 from topk_ortho.training.config import TrainConfig
-from topk_ortho.training.loggers import JSONLines, TensorBoard, open_loggers
+from topk_ortho.training.loggers import json_lines, open_loggers, tensorboard
 
 METRICS = [{"step": step, "loss": 1 / step, "tau": None, "density_histogram": {"counts": [1, 2]}} for step in (1, 2, 3)]
 
 
 def test_json_lines_keep_what_was_before_a_step_and_cut_the_rest(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    logger = JSONLines(path, 0)
-    for metrics in METRICS:
-        logger.log(metrics)
-    logger.close()
+    with json_lines(path, 0) as log:
+        for metrics in METRICS:
+            log(metrics)
     assert [json.loads(line) for line in path.read_text().splitlines()] == METRICS
     with path.open("a") as file:
         file.write('{"step": 4, "lo')  # killed while writing
-    logger = JSONLines(path, 2)
-    logger.log({"step": 3})
-    logger.close()
+    with json_lines(path, 2) as log:
+        log({"step": 3})
+        assert len(path.read_text().splitlines()) == 3, "a line is there as soon as it is logged"
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
     assert "loss" not in json.loads(path.read_text().splitlines()[-1])
-    JSONLines(path, 0).close()
-    assert path.read_text() == ""
+    with json_lines(path, 0):
+        assert path.read_text() == ""
 
 
 def test_tensorboard_gets_the_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logger = TensorBoard(tmp_path, 0)
-    for metrics in METRICS:
-        logger.log(metrics)
-    logger.close()
+    with tensorboard(tmp_path, 0) as log:
+        for metrics in METRICS:
+            log(metrics)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {"step", "loss"}

@@ -36,7 +36,7 @@ class Batches:
     source : ActivationSource
         The shards.
     shards : list of int
-        Those to draw from.
+        Numbers of the shards to draw from.
     batch_size : int
         Tokens in a batch; what is left of a pool at its end is not used in that epoch.
     buffer_tokens : int
@@ -99,7 +99,7 @@ class Batches:
         return self._tokens
 
     def stop(self) -> None:
-        """Make whoever waits for a batch raise `Stopped`; safe in a signal handler."""
+        """Make a thread that waits for a batch raise `Stopped`; safe in a signal handler."""
         self._stopping.set()
 
     def close(self) -> None:
@@ -122,7 +122,7 @@ class Batches:
         return tokens, torch.randperm(tokens.shape[0], generator=generator)
 
     def _read(self, shards: list[int]) -> Tensor:
-        """The tokens of shards, one after another."""
+        """The tokens of some shards, one shard after another."""
         sizes = [self.source.shard_sizes[shard] for shard in shards]
         tokens = Tensor()
         for shard, start, size in zip(shards, accumulate(sizes, initial=0), sizes, strict=False):

@@ -44,7 +44,8 @@ def evaluate(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> dict[str, Any
 
 @torch.no_grad()
 def mean_max_cosine(W_dec: Tensor) -> float:
-    """Mean over directions of W_dec [n_features, d_in] of the largest signed cosine to another one."""
+    """Mean over the directions in W_dec [n_features, d_in] of the largest signed cosine to another direction."""
+    # no public op returns these cosines: `max_cosine_loss` is their mean square
     W_hat = normalize(W_dec.float(), dim=1)
     largest = []
     for first, rows in enumerate(W_hat.split(1024)):

@@ -48,7 +48,7 @@ class ActiveFeatures(NamedTuple):
 
 
 def firing_counts(features: Tensor | ActiveFeatures) -> Tensor:
-    """How many rows of the batch each feature is above 0 in, int64 [n_features]."""
+    """In how many samples of the batch each feature is above 0, int64 [n_features]."""
     if isinstance(features, ActiveFeatures):
         return torch.bincount(features.features[features.values > 0], minlength=features.n_features)
     return (features > 0).sum(dim=0)
@@ -75,16 +75,16 @@ def decode_active(features: ActiveFeatures, W_dec: Tensor) -> Tensor:
 
 def decode_nested(features: ActiveFeatures, W_dec: Tensor, widths: tuple[int, ...]) -> Tensor:
     """features[:, :w] @ W_dec[:w] for every w of ascending widths, [batch, n_widths, d_in], without b_dec."""
-    # entries ascend, so those of one row and one group of features lie together: one bag for each
-    rows = torch.arange(features.batch, device=W_dec.device)[:, None] * features.n_features
-    firsts = rows + torch.tensor([0, *widths[:-1]], device=W_dec.device)
+    # entries ascend, so those of one sample between two widths lie together: one bag for each such group
+    samples = torch.arange(features.batch, device=W_dec.device)[:, None] * features.n_features
+    firsts = samples + torch.tensor([0, *widths[:-1]], device=W_dec.device)
     starts = torch.searchsorted(features.positions, firsts.flatten())
     groups = _sum_rows(W_dec, features.features, features.values, starts)
     return groups.view(features.batch, len(widths), -1).cumsum(dim=1)
 
 
 def _bag_starts(positions: Tensor, batch: int, n_features: int) -> Tensor:
-    """Where each row's entries start, int64 [batch]."""
+    """Where the entries of each sample start, int64 [batch]."""
     return torch.searchsorted(positions, torch.arange(batch, device=positions.device) * n_features)
 
 
@@ -94,7 +94,7 @@ def _sum_rows(table: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> T
 
 
 class _SelectedPreActivations(torch.autograd.Function):
-    """(x @ W_enc.T + b_enc) at some positions, whose gradients are sums over these alone."""
+    """The entries of x @ W_enc.T + b_enc at some positions; gradients are sums over these entries alone."""
 
     @staticmethod
     def forward(
@@ -107,10 +107,10 @@ class _SelectedPreActivations(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc, positions = ctx.saved_tensors
         n_features = W_enc.shape[0]
-        features, rows = positions % n_features, positions // n_features
+        features, samples = positions % n_features, positions // n_features
         by_feature = torch.argsort(features, stable=True)
         starts = torch.searchsorted(features[by_feature], torch.arange(n_features, device=x.device))
-        grad_W_enc = _sum_rows(x, rows[by_feature], grad[by_feature], starts)
+        grad_W_enc = _sum_rows(x, samples[by_feature], grad[by_feature], starts)
         grad_b_enc = torch.zeros_like(W_enc[:, 0]).index_add_(0, features, grad)
         grad_x = None
         if ctx.needs_input_grad[0]:

@@ -25,7 +25,7 @@ class SAEOutput(NamedTuple):
     features: Tensor | ActiveFeatures
     """[batch, n_features], non-negative, mostly zero"""
     pre_activations: Tensor | None
-    """[batch, n_features], of the architectures whose sparsity term needs them"""
+    """[batch, n_features] for an architecture whose sparsity term needs them, else None"""
     inner: tuple[Tensor, ...]
     """Reconstructions [batch, d_in] by the first features alone (Matryoshka), else empty"""
 
@@ -92,7 +92,7 @@ class SparseAutoencoder(nn.Module, ABC):
 
     @torch.no_grad()
     def observe(self, features: Tensor | ActiveFeatures) -> None:
-        """Learn from the features of a training step what inference needs; nothing for most."""
+        """Learn from the features of a training step what inference needs; most architectures need nothing."""
 
     @torch.no_grad()
     def divide_scale(self, factor: float) -> None:
@@ -102,4 +102,4 @@ class SparseAutoencoder(nn.Module, ABC):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Bring parameters back into their range after a step of the optimizer; nothing for most."""
+        """Bring parameters back into their range after a step of the optimizer; most architectures have no range."""

@@ -101,11 +101,11 @@ class OrthoConfigMixin(TrainingSAEConfig):
     ortho_similarity: Literal["abs", "positive"] = "positive"
     """Whether anti-parallel features count as similar ("topk_pairs")."""
     ortho_reduction: Literal["mean", "sum"] = "mean"
-    """Over the selected pairs ("topk_pairs")."""
+    """Whether squared cosines are averaged or summed over the selected pairs ("topk_pairs")."""
     ortho_priority: Priority = "firing-rate"
     """In each pair hold the feature that fires more often ("topk_pairs"); "none" moves both."""
     ortho_n_chunks: int = 1
-    """Random chunks within which features are compared ("max_cosine"); 1 compares all."""
+    """Number of random chunks within which features are compared ("max_cosine"); 1 compares all with all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,12 +157,12 @@ class OrthoMixin(TrainingSAE[Any]):
         self.register_buffer("ortho_firing_rate", torch.zeros(cfg.d_sae, device=device))
 
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        """The extended SAE's, and "topk_ortho"."""
+        """Coefficients of the extended SAE, and that of the penalty, "topk_ortho"."""
         ours = TrainCoefficientConfig(self.cfg.ortho_weight, self.cfg.ortho_warm_up_steps)
         return {**super().get_coefficients(), "topk_ortho": ours}  # type: ignore[safe-super]  # it is the extended SAE's
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """The extended SAE's, with the penalty added to its loss."""
+        """The forward pass of the extended SAE, with the penalty added to its loss."""
         output = super().training_forward_pass(step_input)
         self._count_firing(output.feature_acts)
         loss = self._ortho_loss(output.feature_acts, step_input.n_training_steps)
@@ -174,7 +174,7 @@ class OrthoMixin(TrainingSAE[Any]):
         return output
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
-        """The extended SAE's, without what only the penalty needs."""
+        """What the extended SAE saves, without what only the penalty needs."""
         super().process_state_dict_for_saving_inference(state_dict)
         for name in ("topk_ortho.state", "ortho_firing_rate"):
             del state_dict[name]

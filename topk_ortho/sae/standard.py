@@ -27,7 +27,7 @@ class StandardSAE(SparseAutoencoder):
         return torch.relu(self.pre_activations(x))
 
     def sparsity(self, output: SAEOutput, variance: float) -> Tensor:
-        """Mean over the batch of the L1 norm of the features, by the lengths of their directions, / sqrt(variance)."""
+        """Mean L1 norm of the features, each weighted by the length of its direction, relative to sqrt(variance)."""
         assert not isinstance(output.features, ActiveFeatures)
         norms = torch.linalg.vector_norm(self.W_dec, dim=1)
         norm: Tensor = (output.features * norms).sum(dim=1).mean()

@@ -20,7 +20,7 @@ from topk_ortho.sae import DecoderNorm
 Architecture = Literal["standard", "topk", "batchtopk", "jumprelu", "matryoshka"]
 
 
-def flatten(tree: dict[Any, Any]) -> dict[str, Any]:
+def flatten(tree: Mapping[Any, Any]) -> dict[str, Any]:
     """Nested dictionaries as one, with dotted names: {"sae": {"l0": 32}} becomes {"sae.l0": 32}."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():

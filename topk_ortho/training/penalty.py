@@ -93,20 +93,16 @@ class PairStability:
         return pair_jaccard(last._replace(rows=last.rows.to(device), cols=last.cols.to(device)), pairs)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The last pairs, as far as they are compared; empty before the first call."""
-        if self._last is None:
-            return {}
-        return {
-            "pairs": torch.stack([self._last.rows, self._last.cols]),
-            "n_features": torch.tensor(self._last.n_features),
-        }
+        """The last pairs as tensors by name; empty before the first call."""
+        fields = {} if self._last is None else self._last._asdict()
+        fields.pop("tau", None)  # it may be None, and nothing is compared with it
+        return {name: torch.as_tensor(value) for name, value in fields.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over the last pairs."""
         if state:
-            rows, cols = state["pairs"]
-            nothing = torch.zeros(0)
-            self._last = TopKPairs(rows, cols, nothing, nothing, None, int(state["n_features"]), len(rows))
+            sizes: dict[str, Any] = {name: int(state[name]) for name in ("n_features", "k")}
+            self._last = TopKPairs(**(state | sizes), tau=None)
 
 
 def _values(features: Tensor | ActiveFeatures) -> Tensor:

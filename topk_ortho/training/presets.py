@@ -1,9 +1,28 @@
 """Named configurations of a run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from topk_ortho.activations.config import ModelConfig, SyntheticConfig, TextConfig
 from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig
+
+# what the presets for a GPU share; they need the hub, or a local copy of the model
+_GEMMA = TrainConfig(
+    model=ModelConfig(name="google/gemma-2-2b", hook="blocks.12.hook_resid_post", dtype="bfloat16", batch_size=16),
+    text=TextConfig(source="HuggingFaceFW/fineweb", subset="sample-10BT", context_size=1024, n_tokens=100_000_000),
+    sae=SAEConfig(n_features=16_384, l0=64),
+    steps=24_000,
+    batch_size=4_096,
+    lr=3e-4,
+    warmup_fraction=0.04,
+    cache="bfloat16",
+    held_out_tokens=100_000,
+    dead_after_tokens=10_000_000,
+    log_every=100,
+    eval_every=1_000,
+    checkpoint_every=1_000,
+    out_dir=Path("runs/gemma-2-2b"),
+)
 
 PRESETS: dict[str, TrainConfig] = {
     # a real transformer, offline, minutes on two CPU cores
@@ -20,27 +39,12 @@ PRESETS: dict[str, TrainConfig] = {
         checkpoint_every=500,
         out_dir=Path("runs/toy-hierarchy"),
     ),
-    # needs a GPU, and the hub or a local copy of the model
-    "gemma-2-2b": TrainConfig(
-        model=ModelConfig(name="google/gemma-2-2b", hook="blocks.12.hook_resid_post", dtype="bfloat16", batch_size=16),
-        text=TextConfig(source="HuggingFaceFW/fineweb", subset="sample-10BT", context_size=1024, n_tokens=100_000_000),
-        sae=SAEConfig(n_features=16_384, l0=64),
-        steps=24_000,
-        batch_size=4_096,
-        lr=3e-4,
-        warmup_fraction=0.04,
-        cache="bfloat16",
-        held_out_tokens=100_000,
-        dead_after_tokens=10_000_000,
-        log_every=100,
-        eval_every=1_000,
-        checkpoint_every=1_000,
-        out_dir=Path("runs/gemma-2-2b"),
-    ),
+    "gemma-2-2b": _GEMMA,
     # the experiment that this package grew from: the most similar pairs of activations, decoder kept by a hook
-    "seed-baseline": TrainConfig(
-        model=ModelConfig(name="google/gemma-2-2b", hook="blocks.19.hook_resid_post", dtype="bfloat16", batch_size=16),
-        text=TextConfig(source="HuggingFaceFW/fineweb", subset="sample-10BT", context_size=1024, n_tokens=20_000_000),
+    "seed-baseline": replace(
+        _GEMMA,
+        model=replace(_GEMMA.model, hook="blocks.19.hook_resid_post"),
+        text=replace(_GEMMA.text, n_tokens=20_000_000),
         sae=SAEConfig(
             architecture="standard",
             n_features=2_304,
@@ -50,17 +54,9 @@ PRESETS: dict[str, TrainConfig] = {
         ),
         penalty=PenaltyConfig(target="activations", similarity="abs", priority="none"),
         steps=4_800,
-        batch_size=4_096,
-        lr=3e-4,
         warmup_fraction=0.0,
         decay_fraction=0.0,
         clip_norm=None,
-        cache="bfloat16",
-        held_out_tokens=100_000,
-        dead_after_tokens=10_000_000,
-        log_every=100,
-        eval_every=1_000,
-        checkpoint_every=1_000,
         out_dir=Path("runs/seed-baseline"),
     ),
 }

@@ -39,7 +39,8 @@ def with_settings(base: _C, path: Path) -> _C:
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings")
     try:
-        return _replace(base, settings, "")
+        config: _C = _replace(base, settings, "")
+        return config
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -258,7 +258,7 @@ class Trainer:
 
     def _checkpoint(self) -> Checkpoint:
         """Everything that decides the rest of the run. Which batches are next follows from the step."""
-        state = {name: part.state_dict() for name, part in self._parts().items()}
+        state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
         state |= {"optimizer": self.optimizer.state_dict()["state"], "generator": self.generator.get_state()}
         numbers = {name: getattr(self, name) for name in _SAVED_NUMBERS}
         return Checkpoint(self.step, flatten(state), numbers, self.config.as_json())

@@ -1,0 +1,21 @@
+import torch
+
+from topk_ortho.activations.config import SyntheticConfig
+from topk_ortho.activations.synthetic import SyntheticActivations
+
+CONFIG = SyntheticConfig(d_in=6, n_parents=2, n_children=2, n_independent=1, n_tokens=40_000)
+
+
+def test_a_shard_can_be_had_again_and_differs_from_others():
+    source, again, other = (SyntheticActivations(CONFIG, seed) for seed in (0, 0, 1))
+    assert torch.equal(source.shard(1), again.shard(1))
+    assert not torch.equal(source.shard(1), source.shard(0))
+    assert not torch.equal(source.shard(1), other.shard(1))
+
+
+def test_shards_are_sums_of_the_true_directions():
+    source = SyntheticActivations(CONFIG, 0)
+    assert source.shard_sizes == [16_384, 16_384]
+    x, coefficients = source.sample(0)
+    assert torch.equal(source.shard(0), x)
+    torch.testing.assert_close(x, coefficients @ source.truth.directions)
