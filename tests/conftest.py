@@ -26,8 +26,6 @@ settings.register_profile("ci", derandomize=True, **_COMMON)
 settings.register_profile("thorough", parent=settings.get_profile("dev"), max_examples=1000)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
-torch.set_num_threads(2)
-
 
 if tiles.INTERPRETED:
     # At every call of a device function the interpreter searches Triton's modules for what it has to patch, which takes
@@ -88,7 +86,7 @@ BACKEND_CASES = {
     "tiled_11x15": _tiled(11, 15),
     "triton": _triton(block=32, smallest_screened=2**30),
     "triton_screened": _triton(block=64, smallest_screened=2),
-    "sparse": _sparse(slab=300, on_kernels=False),
+    "sparse": _sparse(slab=900, on_kernels=False),
     "sparse_kernels": _sparse(slab=2000, on_kernels=True),
 }
 """Where a new backend is added. Kernels run in the interpreter, or on a GPU where there is one."""
@@ -135,12 +133,3 @@ def _poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """A second thread only waits at small sizes: for the first, or for other processes."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
