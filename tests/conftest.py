@@ -86,7 +86,7 @@ BACKEND_CASES = {
     "tiled_11x15": _tiled(11, 15),
     "triton": _triton(block=32, smallest_screened=2**30),
     "triton_screened": _triton(block=64, smallest_screened=2),
-    "sparse": _sparse(slab=900, on_kernels=False),
+    "sparse": _sparse(slab=300, on_kernels=False),
     "sparse_kernels": _sparse(slab=2000, on_kernels=True),
 }
 """Where a new backend is added. Kernels run in the interpreter, or on a GPU where there is one."""
