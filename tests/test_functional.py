@@ -103,7 +103,8 @@ def separated_selection(x, arguments, k):
     return selected
 
 
-# in float64 the square of a huge column does not overflow, that of a tiny one does not vanish: only these differ
+# In float64 the square of a huge column does not overflow and that of a tiny one does not vanish. The other columns are
+# the same to it as to float32.
 edges = pytest.mark.parametrize(
     ("x", "dtype"),
     [pytest.param(x, torch.float32, id=name) for name, x in EDGES.items()]
@@ -652,6 +653,14 @@ class TestDeterminism:
                 continue
             for field in ("rows", "cols", "values", "threshold"):
                 assert torch.equal(getattr(cold, field), getattr(warm, field)), field
+
+    def test_a_guess_that_leaves_one_pair_too_few_is_repaired(self, backend):
+        x = normal(16, 67, seed=23)
+        cold = topk_pairs(x, k=300, backend=backend)
+        state = torch.stack([cold.threshold.nextafter(torch.tensor(1.0)), torch.tensor(0.15), torch.tensor(1.0)])
+        warm = topk_pairs(x, k=300, backend=backend, state=state)
+        assert_selection(warm, x, k=300)
+        assert (warm.rows.tolist(), warm.cols.tolist()) == (cold.rows.tolist(), cold.cols.tolist())
 
     def test_state_follows_a_moving_matrix(self, backend):
         generator, state = seeded(0), initial_state()
