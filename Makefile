@@ -1,4 +1,5 @@
 # make train   environment, then the main job: an SAE on a real transformer, offline
+# make quick   environment, then linters, type checker and one test of each kind, for every change
 # make test    environment, then linters, type checker and every test
 # make bench   environment, then the CPU benchmarks and their report
 
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench clean
+.PHONY: help train quick test lint bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -33,8 +34,11 @@ lint: $(VENV)/installed
 	cp train.py build/imports/train/__init__.py
 	cd build/imports && $(abspath $(BIN))/lint-imports --no-logo ../../pyproject.toml
 
+quick: lint
+	$(BIN)/pytest -m quick --numprocesses 2 --benchmark-disable tests
+
 test: lint
-	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --benchmark-disable
+	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal --benchmark-disable
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench.run $(ARGS)

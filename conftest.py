@@ -1,9 +1,13 @@
-"""Before anything is imported: where Triton kernels run. And the names that doctests use without importing them."""
+"""What is set before anything is imported, and the names that doctests use without importing them."""
 
 import os
 from typing import Any
 
 import pytest
+
+# at the sizes of the tests a second thread only waits, and the workers of pytest-xdist share the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():

@@ -32,8 +32,6 @@ settings.register_profile("ci", derandomize=True, **_COMMON)
 settings.register_profile("thorough", parent=settings.get_profile("dev"), max_examples=1000)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
-torch.set_num_threads(2)
-
 
 if launch.INTERPRETED:
     # At every call of a device function the interpreter searches Triton's modules for what it has to patch, which takes
@@ -120,12 +118,3 @@ def _poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """A second thread only waits at small sizes: for the first, or for other processes."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)

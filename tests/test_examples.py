@@ -56,9 +56,6 @@ class StandardTrainer:
         self.optimizer.step()
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture
 def _dictionary_learning(monkeypatch):
     if importlib.util.find_spec("dictionary_learning") is None:

@@ -11,7 +11,11 @@ from tests import oracle
 from tests.inputs import activations, dyadic, normal
 from tests.tolerances import assert_selection, assert_within, cosine_bound, float64, gradient_bound
 from topk_ortho import SparseFeatures, TopKOrthoLoss, initial_state, max_cosine_loss, topk_ortho_loss, topk_pairs
-from topk_ortho.selection import k_from_fraction
+from topk_ortho.backends import registry
+from topk_ortho.backends.sparse.backend import SparseBackend
+from topk_ortho.backends.sparse.products import Slabs
+from topk_ortho.backends.triton import TritonBackend
+from topk_ortho.definitions import k_from_fraction
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,13 +54,14 @@ class TestExactness:
     )
     @pytest.mark.parametrize("make", [normal, activations])
     def test_arguments(self, make, arguments, screened, monkeypatch):
-        monkeypatch.setattr("topk_ortho.backends.triton._SMALLEST_SCREENED", 2 if screened else 2**30)
+        backend = TritonBackend(least_screened_features=2 if screened else 2**30)
+        monkeypatch.setitem(registry.BACKENDS, "triton", backend)
         check(make(96, 1500, seed=2), k=3000, **arguments)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("k", [1, 1000, 100_000], ids=["one", "among_ties", "ties_overflow"])
     def test_ties(self, k, dtype, monkeypatch):
-        monkeypatch.setattr("topk_ortho.backends.triton._SLACK", 0)
+        monkeypatch.setitem(registry.BACKENDS, "triton", TritonBackend(spare_records=0))
         x = dyadic(16, 900, seed=3, dtype=dtype)
         pairs = check(x, k=k)
         expected = oracle.select(float64(x), k)
@@ -66,7 +71,7 @@ class TestExactness:
     @pytest.mark.parametrize("guess", [-1.0, 0.001, 0.9], ids=["none", "too_low", "too_high"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_repair(self, guess, dtype, monkeypatch):
-        monkeypatch.setattr("topk_ortho.backends.triton._SLACK", 0)
+        monkeypatch.setitem(registry.BACKENDS, "triton", TritonBackend(spare_records=0))
         x = normal(64, 1300, seed=4, dtype=dtype)
         state = torch.tensor([guess, 0.15, 1.0], device="cuda")
         check(x, k=845, state=state)
@@ -154,7 +159,7 @@ class TestSparse:
         ids=str,
     )
     def test_as_on_the_cpu(self, arguments, dtype, slab, monkeypatch):
-        monkeypatch.setattr("topk_ortho.backends.coactivation._GPU_SLAB", slab)
+        monkeypatch.setitem(registry.BACKENDS, "sparse", SparseBackend(slabs=Slabs(n_products=slab)))
         features = self.features(dtype)
         device = self.on_gpu(features)
         for x in (features, device):
@@ -299,8 +304,8 @@ class TestTheWarmPath:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sanitizer_every_kernel_once(dtype, monkeypatch):
     """Small enough for compute-sanitizer: a first pass, a repair through all its stages, row maxima and gradients."""
-    monkeypatch.setattr("topk_ortho.backends.triton._SLACK", 0)
-    monkeypatch.setattr("topk_ortho.backends.triton._SMALLEST_SCREENED", 2)
+    backend = TritonBackend(spare_records=0, least_screened_features=2)
+    monkeypatch.setitem(registry.BACKENDS, "triton", backend)
     x = dyadic(16, 333, dtype=dtype).cuda().requires_grad_()
     loss = topk_ortho_loss(x, k=20_000, backend="triton", state=torch.tensor([0.9, 0.15, 1.0], device="cuda"))
     loss += topk_ortho_loss(x, k=500, tau="adaptive", backend="triton") + max_cosine_loss(x, 5, backend="triton")

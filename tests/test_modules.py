@@ -29,27 +29,36 @@ def result_of(function, x):
     return value.detach(), x.grad
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
-def test_topk_ortho_loss(arguments, small_backend):
+def test_topk_ortho_loss(arguments):
     x, priority = normal(16, 43), torch.arange(43)
-    module = TopKOrthoLoss(**arguments, backend=small_backend)
+    module = TopKOrthoLoss(**arguments)
     for _ in range(2):  # cold, then warm
         for actual, expected in zip(
             result_of(lambda x: module(x, priority), x),
-            result_of(lambda x: topk_ortho_loss(x, **arguments, priority=priority, backend=small_backend), x),
+            result_of(lambda x: topk_ortho_loss(x, **arguments, priority=priority), x),
             strict=True,
         ):
             assert torch.equal(actual, expected)
-    assert torch.equal(module(x), topk_ortho_loss(x, **arguments, backend=small_backend))
+    assert torch.equal(module(x), topk_ortho_loss(x, **arguments))
 
 
 @pytest.mark.parametrize("n_chunks", [1, 4])
-def test_max_cosine_loss(n_chunks, small_backend):
+def test_max_cosine_loss(n_chunks):
     x = normal(16, 43)
-    module = MaxCosineLoss(n_chunks, generator=seeded(3), backend=small_backend)
-    expected = result_of(lambda x: max_cosine_loss(x, n_chunks, generator=seeded(3), backend=small_backend), x)
+    module = MaxCosineLoss(n_chunks, generator=seeded(3))
+    expected = result_of(lambda x: max_cosine_loss(x, n_chunks, generator=seeded(3)), x)
     for actual, wanted in zip(result_of(module, x), expected, strict=True):
         assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize(("module", "function"), [(TopKOrthoLoss, topk_ortho_loss), (MaxCosineLoss, max_cosine_loss)])
+def test_the_backend_is_passed_on(module, function):
+    x = normal(16, 43)
+    assert torch.equal(module(backend="naive")(x), function(x, backend="naive"))
+    with pytest.raises(ValueError, match="got 'no': there is no such backend"):
+        module(backend="no")(x)
 
 
 @pytest.mark.parametrize(
@@ -82,17 +91,25 @@ class TestState:
     """The state is a buffer that follows the calls and changes no result."""
 
     @pytest.fixture
-    def warm(self, small_backend):
-        module = TopKOrthoLoss(k=40, backend=small_backend)
+    def warm(self):
+        return self.after_a_call("tiled")
+
+    @pytest.fixture
+    def warm_on_every_backend(self, small_backend):
+        return self.after_a_call(small_backend)
+
+    @staticmethod
+    def after_a_call(backend):
+        module = TopKOrthoLoss(k=40, backend=backend)
         module(normal(16, 43))
         return module
 
     def test_starts_cold(self):
         assert torch.equal(TopKOrthoLoss().state, initial_state())
 
-    def test_is_updated(self, warm):
-        assert -1 < warm.state[0] < 1
-        assert 1 <= warm.state[2] <= 7
+    def test_is_updated(self, warm_on_every_backend):
+        assert -1 < warm_on_every_backend.state[0] < 1
+        assert 1 <= warm_on_every_backend.state[2] <= 7
 
     def test_reset(self, warm):
         buffer = warm.state
@@ -122,8 +139,8 @@ class TestState:
         assert torch.equal(TopKOrthoLoss(k=40).state, initial_state())
 
     @pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "float"])
-    def test_casts(self, warm, cast):
-        x = normal(16, 43)
+    def test_casts(self, warm_on_every_backend, cast):
+        x, warm = normal(16, 43), warm_on_every_backend
         module = getattr(warm, cast)()
         for _ in range(3):
             assert torch.equal(module(x), topk_ortho_loss(x, k=40, backend=warm.backend))
@@ -138,13 +155,13 @@ class TestState:
             warm(torch.full((16, 43), torch.nan))
         assert torch.equal(warm.state, before)
 
-    def test_another_n_features(self, warm):
-        x = normal(16, 20, seed=9)
+    def test_another_n_features(self, warm_on_every_backend):
+        x, warm = normal(16, 20, seed=9), warm_on_every_backend
         assert torch.equal(warm(x), topk_ortho_loss(x, k=40, backend=warm.backend))
 
 
-def test_max_cosine_deepcopy_continues_the_generator(small_backend):
-    x, module = normal(16, 43), MaxCosineLoss(4, generator=seeded(3), backend=small_backend)
+def test_max_cosine_deepcopy_continues_the_generator():
+    x, module = normal(16, 43), MaxCosineLoss(4, generator=seeded(3))
     module(x)
     twin = copy.deepcopy(module)
     assert torch.equal(twin(x), module(x))

@@ -44,9 +44,9 @@ def test_jaccard(a, b, expected):
     assert isinstance(pair_jaccard(a, b), float)
 
 
-def test_jaccard_of_selections(small_backend):
+def test_jaccard_of_selections():
     x = normal(9, 30)
-    a, b = (topk_pairs(x, k=k, backend=small_backend) for k in (20, 50))
+    a, b = (topk_pairs(x, k=k) for k in (20, 50))
     assert pair_jaccard(a, b) == 0.4
 
 

@@ -39,9 +39,6 @@ CASES = {
 every_case = pytest.mark.parametrize("case", CASES)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def classes(case, *, base=False):
     name = CASES[case][0]
     module, prefix = (sae_lens, "") if base else (saelens, "Ortho")
