@@ -41,16 +41,19 @@ def assert_norms(x: Tensor, flags: int = 0) -> Norms:
     return actual
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 2), (1, 33), (127, 31), (128, 32), (129, 65), (300, 2)], ids=str)
-def test_shapes_and_dtypes(shape, dtype):
-    assert_norms(normal(*shape, dtype=dtype))
+def test_shapes(shape):
+    assert_norms(normal(*shape))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes(dtype):
+    assert_norms(normal(129, 33, dtype=dtype))
+
+
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_layouts(view, dtype):
-    assert_norms(view(normal(37, 53, dtype=dtype)))
+def test_layouts(view):
+    assert_norms(view(normal(37, 53)))
 
 
 @pytest.mark.parametrize(("name", "x"), EDGES.items(), ids=EDGES)

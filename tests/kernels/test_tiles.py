@@ -110,10 +110,10 @@ class TestTriangle:
             n_checked += n
         assert n_checked == n_tile_rows * (n_tile_rows + 1) // 2
 
-    @pytest.mark.parametrize("group", [1, 2, 3, 8, 16])
+    @pytest.mark.parametrize("group", [1, 3, 8])
     def test_every_small_triangle(self, group):
         """Bands that are cut short by the diagonal, one tile row, fewer tile rows than a band."""
-        for n_tile_rows in range(1, 71):
+        for n_tile_rows in range(1, 30):
             n_tiles = n_tile_rows * (n_tile_rows + 1) // 2
             rows, cols = tiles_of(np.arange(n_tiles), n_tile_rows, group)
             assert (rows >= 0).all()
@@ -187,18 +187,20 @@ class TestGramTile:
 
     CORNERS = ((0, 0), (0, 32), (32, 32))
 
-    @pytest.mark.parametrize("m", [1, 15, 16, 17, 40])
-    @pytest.mark.parametrize("n", [2, 31, 33, 50, 64])
+    @pytest.mark.parametrize(("m", "n"), [(1, 2), (15, 31), (16, 64), (17, 33), (40, 50)], ids=str)
     def test_ragged(self, m, n):
         x = VIEWS["sliced_out_of_nan"](normal(m, n, seed=1))
         for corner in self.CORNERS:
             tile, _ = tile_at(to_device(x), *corner)
             assert_tile(tile, x, *corner)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+    @pytest.mark.parametrize(
+        ("view", "dtype"),
+        [*((view, torch.float32) for view in VIEWS), ("transposed", torch.bfloat16), ("contiguous", torch.float16)],
+        ids=str,
+    )
     def test_layouts_and_dtypes(self, view, dtype):
-        x = view(normal(21, 50, dtype=dtype))
+        x = VIEWS[view](normal(21, 50, dtype=dtype))
         tile, _ = tile_at(to_device(x), 0, 32)
         assert_tile(tile, x, 0, 32)
 
