@@ -30,7 +30,7 @@ class Norms(NamedTuple):
     factor: Tensor
     """float32 [N], inverse / scale"""
     flags: Tensor
-    """int32 [1], two bits: OUT_OF_RANGE if a norm is above 2**60, so that products may overflow; NOT_FINITE if a norm is
+    """int32 [1], two bits: OUT_OF_RANGE if a norm is above 2**60, so that products may overflow; NOT_FINITE if one is
     Inf or NaN"""
 
 
