@@ -264,12 +264,12 @@ COMPILE = """
 import dataclasses, json
 from bench.compile_report import ARCHITECTURES, AbsentDevice, compiled, variants
 
-device = AbsentDevice("sm_90", compiles=False)
-records = []
+device, numbers = AbsentDevice("sm_90", compiles=False), []
 for number, variant in enumerate(variants()):
     variant.launch()
     if (device.kernel_name, variant.label) in [("gram_survivors", "half"), ("coactivation_sums", "fp32, int32 keys")]:
-        records += [compiled((architecture, number)) for architecture in ARCHITECTURES]
+        numbers.append(number)
+records = [compiled((architecture, number)) for number in numbers for architecture in ARCHITECTURES]
 print(json.dumps([dataclasses.asdict(record) for record in records]))
 """
 
