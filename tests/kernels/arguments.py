@@ -16,7 +16,7 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 """Where the kernels run: in the interpreter, on CPU tensors, or on a GPU where there is one."""
 
 
-FEW = settings(max_examples=settings().max_examples // 3)
+FEW = settings(max_examples=settings().max_examples // 5)
 """For properties whose every example takes the interpreter half a second."""
 
 
