@@ -1,10 +1,11 @@
-"""Sums over groups of products of the values that meet there: expand, (sort,) sum runs, and back to the entries.
+"""Sums over the samples of products of the values that meet there: expand, sum runs, and spread back to the entries.
 
-    sum[i, j] = sum_g value[g, i] * value[g, j],    i < j
+    sum[i, j] = sum_m value[m, i] * value[m, j],    features i < j, over the samples m that hold both
 
-An *entry* is a (group, member, value); the entries of a group are consecutive, members ascending. A product pairs an
-entry with one that follows it in its group. All products of an entry are consecutive, from its first product on. How
-products are cut into slabs and sorted by pair is up to the caller, `topk_ortho.backends.coactivation`.
+An *entry* is a (sample, feature, value). The entries of a sample are consecutive, in the order of their features. A
+product pairs an entry with one that follows it in its sample; all products of an entry are consecutive. The caller cuts
+the products into slabs and sorts them by pair between the first step and the second. It may also hand over a transposed
+matrix, where samples and features change places.
 
 Nothing is added atomically: every number is the sum of one program in a fixed order, in float64.
 """
@@ -13,46 +14,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK_ENTRY = 64  # entries of a group at a step: of an SAE's sample, few more are active
+_BLOCK_ENTRY = 64  # entries of a sample at a step; few SAEs have more features active in a sample
 _BLOCK_PRODUCT = 128
 
 
 @triton.jit
 def _coactivation_products_kernel(
     entries_ptr, starts_ptr,    # [e] int64, [e + 1] int64
-    members_ptr, values_ptr,    # [n] int64, [n] floating
+    features_ptr, values_ptr,    # [n] int64, [n] floating
     keys_ptr, products_ptr,     # [products] int32 or int64, [products] floating
-    first_member, n_members,
+    first_feature, n_features,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0)
     entry = tl.load(entries_ptr + place)
     start = tl.load(starts_ptr + place)
     n_partners = (tl.load(starts_ptr + place + 1) - start).to(tl.int32)
-    first_key = (tl.load(members_ptr + entry) - first_member) * n_members
+    first_key = (tl.load(features_ptr + entry) - first_feature) * n_features
     value = tl.load(values_ptr + entry)
     for step in range(0, n_partners, BLOCK):
         offs = step + tl.arange(0, BLOCK)
         mask = offs < n_partners
         partner = entry + 1 + offs
-        member = tl.load(members_ptr + partner, mask=mask, other=0)
+        feature = tl.load(features_ptr + partner, mask=mask, other=0)
         product = value * tl.load(values_ptr + partner, mask=mask, other=0.0)
-        tl.store(keys_ptr + start + offs, (first_key + member).to(keys_ptr.dtype.element_ty), mask=mask)
+        tl.store(keys_ptr + start + offs, (first_key + feature).to(keys_ptr.dtype.element_ty), mask=mask)
         tl.store(products_ptr + start + offs, product, mask=mask)
 
 
 def coactivation_products(
-    entries: Tensor, starts: Tensor, members: Tensor, values: Tensor, first_member: int, n_members: int, keys: Tensor,
-    products: Tensor,
+    entries: Tensor, starts: Tensor, features: Tensor, values: Tensor, first_feature: int, n_features: int,
+    keys: Tensor, products: Tensor,
 ) -> None:  # fmt: skip
-    """Write products of the given entries with those that follow them, and keys of their pairs.
+    """Write the products of the given entries with those that follow them in their sample, and the keys of their pairs.
 
-    A key is ``(first - first_member) * n_members + second``, which the dtype of `keys` must hold.
-
-    The products of ``entries[i]`` are at ``starts[i]`` up to ``starts[i + 1]``, which must be as many as follow it.
+    A key is ``(feature - first_feature) * n_features + second feature``, which the dtype of `keys` must hold. The
+    products of ``entries[i]`` go to the places from ``starts[i]`` to ``starts[i + 1]``, as many as entries follow it.
     """
     _coactivation_products_kernel[(entries.numel(),)](
-        entries, starts, members, values, keys, products, first_member, n_members, BLOCK=_BLOCK_ENTRY, num_warps=1,
+        entries, starts, features, values, keys, products, first_feature, n_features, BLOCK=_BLOCK_ENTRY, num_warps=1,
         enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -78,7 +78,7 @@ def _coactivation_sums_kernel(
 
 
 def coactivation_sums(keys: Tensor, products: Tensor, sums: Tensor) -> None:
-    """Write at the first place of every run of equal keys the sum of its products, elsewhere 0."""
+    """Write the sum of the products of every run of equal keys at the first place of the run, and 0 at the others."""
     n = keys.numel()
     _coactivation_sums_kernel[(triton.cdiv(n, _BLOCK_PRODUCT),)](
         keys, products, sums, n, BLOCK=_BLOCK_PRODUCT, num_warps=4, enable_fp_fusion=True
@@ -120,12 +120,12 @@ def coactivation_spread(
     first_product: Tensor, first_weights: Tensor, second_weights: Tensor, begins: Tensor, stops: Tensor, ends: Tensor,
     values: Tensor, out: Tensor,
 ) -> None:  # fmt: skip
-    """Add to out [n] for each entry the weighted values of those that it meets in its group.
+    """Add to each entry of `out` [n] the values of the entries that it meets in its sample, times weights.
 
-    `first_product` is where the products of an entry start, -1 if it has none among the weights. In a product the first
-    entry sees its first weight times the value of the second, and the other way round. Of the entries before it in its
-    group, those from `begins` up to `stops`, at most itself, have products among the weights; the group is over at
-    `ends`.
+    In a product of two entries, the first one receives its first weight times the value of the second, and the second
+    one its second weight times the value of the first. `first_product` is the place of an entry's first product, -1 if
+    it has none in this slab. Of the entries before it in its sample, those from `begins` up to `stops` have products in
+    this slab. `ends` is where the sample ends.
     """
     _coactivation_spread_kernel[(values.numel(),)](
         first_product, first_weights, second_weights, begins, stops, ends, values, out, BLOCK=_BLOCK_ENTRY,

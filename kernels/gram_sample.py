@@ -1,8 +1,9 @@
-"""Histogram of the similarities of some pairs of columns, for a first guess.
+"""Histogram of the similarities of a sample of pairs, for a first guess.
 
-Columns are drawn without a generator: column i of the sample is i * step mod N, with a step near the golden section of
-N and coprime to it, so that the columns differ and spread evenly. Rows are the first of them, columns the next.
-Products are of columns rounded to bf16, good enough to guess.
+Columns of x are drawn without a random generator: number i of the sample is column i * step mod N. The step is near the
+golden section of N and has no divisor in common with N, so that the columns are all different and evenly spread. The
+first of them are the rows of a small gram, the next ones its columns. It is computed from columns rounded to bf16,
+which is good enough for a guess.
 """
 
 import math
@@ -26,7 +27,7 @@ def _gram_sample_kernel(
     HAS_STATE: tl.constexpr, IS_ABS: tl.constexpr, SHIFT: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    if HAS_STATE:  # noqa: SIM102 -- the first is decided by the compiler
+    if HAS_STATE:  # noqa: SIM102 -- the compiler decides the outer condition
         if tl.load(state_ptr + GUESS) > -1.0:
             return
     offs_m = tl.arange(0, BLOCK_M)
@@ -59,7 +60,7 @@ def _gram_sample_kernel(
 def gram_sample(
     x: Tensor, inverse: Tensor, radix: RadixSelect, state: Tensor | None, n_rows: int, n_cols: int, *, is_abs: bool
 ) -> None:
-    """Count n_rows * n_cols pairs into `radix.histogram`, unless `state` holds a guess; n_rows + n_cols <= N."""
+    """Add n_rows * n_cols pairs to `radix.histogram`, unless `state` holds a guess; n_rows + n_cols <= N."""
     n_features = x.shape[1]
     step = max(1, round(n_features * (math.sqrt(5) - 1) / 2))
     while math.gcd(step, n_features) > 1:

@@ -1,10 +1,10 @@
-"""Column norms of x [M, N] in one pass, with everything that follows from them.
+"""Column norms of x [M, N] in one pass, and all that follows from them.
 
     norm[j] = sqrt(sum_m x[m, j]**2),    x_hat[:, j] = x[:, j] / max(norm[j], EPS)
 
-Sums are float32. Squares that overflow are summed again at the same time, of x * 2**-70, so that every norm below the
-largest float32 is right. `scale` and `factor` split 1 / max(norm, EPS) into a power of two, which multiplies x exactly
-(entries of fp16 that become subnormal round) and leaves norms in [2, 4), and the rest.
+Sums are float32. The squares of x * 2**-70 are summed at the same time and take over where those of x overflow, so that
+every norm that float32 can hold is right. `scale` and `factor` are two factors of 1 / max(norm, EPS). The scale is a
+power of two that brings the norm into [2, 4), and multiplies x exactly, but for entries of fp16 that become subnormal.
 """
 
 from typing import NamedTuple
@@ -19,18 +19,19 @@ _BLOCK_COL, _BLOCK_M = 32, 128
 
 
 class Norms(NamedTuple):
-    """What the kernel writes."""
+    """Norms of the columns, and what follows from them."""
 
     norms: Tensor
-    """float32 [N]; Inf or NaN where x is not finite or the norm exceeds float32"""
+    """float32 [N]; Inf or NaN where x is not finite, Inf where float32 cannot hold the norm"""
     inverse: Tensor
     """float32 [N], 1 / max(norm, EPS), 0 for a dead column"""
     scale: Tensor
-    """float32 [N], a power of two; norm * scale is in [2, 4), or below for a norm under EPS"""
+    """float32 [N], powers of two; norm * scale is in [2, 4), or below 2 for a norm under EPS"""
     factor: Tensor
     """float32 [N], inverse / scale"""
     flags: Tensor
-    """int32 [1], bits: OUT_OF_RANGE, a norm above 2**60, whose products may overflow; NOT_FINITE, one that is not"""
+    """int32 [1], two bits: OUT_OF_RANGE if a norm is above 2**60, so that products may overflow; NOT_FINITE if one is
+    Inf or NaN"""
 
 
 @triton.jit
@@ -72,7 +73,7 @@ def _column_norms_kernel(
 
 
 def column_norms(x: Tensor, eps: float) -> Norms:
-    """Norms of the columns of x, float32, bfloat16 or float16, any strides."""
+    """Norms of the columns of x, which is float32, bfloat16 or float16 with any strides."""
     n_features = x.shape[1]
     norms, inverse, scale, factor = (x.new_empty(n_features, dtype=torch.float32) for _ in range(4))
     flags = x.new_zeros(1, dtype=torch.int32)

@@ -1,11 +1,11 @@
-"""Gradient of a weighted sum of cosines: gather the partners of each column, then the Jacobian of the normalisation.
+"""Gradient of a weighted sum of cosines: gather the partners of each column, then apply the normalisation's Jacobian.
 
     grad_hat[:, j] = sum_p weight[p] * x_hat[:, partner[p]],    own[j] = sum_p weight[p] * value[p],    p of column j
     grad[:, j] = (grad_hat[:, j] - x_hat[:, j] * own[j]) / max(norm[j], EPS),    without `own` where norm[j] <= EPS
 
 The pairs of a column are consecutive (CSR). One program owns a column and a block of its entries, so there are no
-atomics and every sum has a fixed order. All columns of a block come before the next block: their entries, N * BLOCK_M
-of them, stay in L2 while they are gathered.
+atomics and every sum has a fixed order. The programs of a block of entries run for all columns before those of the next
+block, so that the N * BLOCK_M entries that they gather stay in L2.
 """
 
 import triton
@@ -15,7 +15,7 @@ from torch import Tensor
 from topk_ortho.kernels.tiles import round_to
 
 BLOCK_M = 64
-"""Entries of a column that a program owns: a gathered line of 128 to 256 bytes."""
+"""Entries of a column that a program owns; it gathers them in lines of 128 to 256 bytes."""
 _BLOCK_PAIR = 32
 
 
@@ -60,7 +60,7 @@ def pair_gradient(
     x_slab: Tensor, norms: Tensor, inverse: Tensor, offsets: Tensor, partners: Tensor, weights: Tensor, values: Tensor,
     grad_slab: Tensor, eps: float,
 ) -> None:  # fmt: skip
-    """Write grad_slab [N, slab] for x_slab [N, slab], features in rows, any strides."""
+    """Write grad_slab for x_slab, both [N, rows of the slab] slabs of transposed matrices, with any strides."""
     n_features, n_rows = x_slab.shape
     _pair_gradient_kernel[(n_features, triton.cdiv(n_rows, BLOCK_M))](
         x_slab, x_slab.stride(0), x_slab.stride(1), norms, inverse, offsets, partners, weights, values,

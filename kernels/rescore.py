@@ -1,9 +1,10 @@
-"""Cosines of recorded pairs in float32, from columns that lie contiguous.
+"""Cosines of the recorded pairs in float32, from columns whose entries are contiguous.
 
     value[p] += sum_m x_hat[m, rows[p]] * x_hat[m, cols[p]],    x_hat[:, j] = x[:, j] * inverse[j]
 
-For the survivors of a pass over rounded columns; x may come slab by slab of its rows. After the last slab, how many of
-them reach the bound is counted: those are all pairs that do, see `topk_ortho.kernels.radix_select`.
+It replaces the values that a pass over rounded columns recorded. x may come in slabs of its rows; the values add up.
+After the last slab, the pairs that reach the bound are counted. Thanks to the slack of that pass, no pair that reaches
+the bound is missing from the records, see `topk_ortho.kernels.radix_select`.
 """
 
 import triton
@@ -64,7 +65,7 @@ def rescore(
     x_slab: Tensor, inverse: Tensor, radix: RadixSelect, values: Tensor, rows: Tensor, cols: Tensor,
     *, is_first: bool, is_last: bool, is_abs: bool,
 ) -> None:  # fmt: skip
-    """Add a slab [N, slab] of x, features in rows, to the values [capacity] of what is recorded."""
+    """Add the products of a slab [N, rows of the slab] of x.T to the values [capacity] of the records."""
     capacity = values.numel()
     n_programs = min(triton.cdiv(capacity, _BLOCK_PAIR), current_device().n_multiprocessors * _PROGRAMS_PER_SM)
     _rescore_kernel[(n_programs,)](

@@ -1,11 +1,12 @@
-"""Unit columns rounded to fp16, and how far the rounding moved them.
+"""Unit columns rounded to fp16, and how far the rounding moved them at most.
 
     rounded[:, j] = fp16(2**15 * x_hat[:, j]),    x_hat[:, j] = x[:, j] * inverse[j]
     deviation = max_j ||2**-15 * rounded[:, j] - x_hat[:, j]||_2
 
-With unit columns a, b and their rounded forms a', b', |a'.b' - a.b| <= |a'-a||b| + |b'-b||a| + |a'-a||b'-b|, so that
-2 deviation + deviation**2 bounds what rounding does to any cosine (Cauchy-Schwarz). fp16 rounds to 11 bits, bf16 to 8,
-at the same speed; 2**15 keeps all entries from 2**-29 on out of its subnormals and 1.0 below its largest number.
+For unit columns a, b and their rounded forms a', b', |a'.b' - a.b| <= |a'-a||b| + |b'-b||a| + |a'-a||b'-b| by
+Cauchy-Schwarz, so that rounding changes no cosine by more than 2 deviation + deviation**2. fp16 rounds to 11 bits and
+bf16 to 8, at the same speed. The factor 2**15 keeps entries from 2**-29 on out of the subnormal numbers of fp16, and
+1.0 below its largest number.
 """
 
 import torch
@@ -48,7 +49,7 @@ def _round_columns_kernel(
 
 
 def round_columns(x: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """(rounded float16 [M, N] in the layout of x, deviation float32 [1]) for x float32."""
+    """(rounded columns, float16 [M, N] in the layout of x; deviation, float32 [1]) of a float32 x."""
     n_rows, n_features = x.shape
     rounded = torch.empty_like(x, dtype=torch.float16)
     deviation = x.new_zeros(1)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from tests import oracle
@@ -13,6 +14,10 @@ from topk_ortho.kernels.radix_select import RadixSelect
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 """Where the kernels run: in the interpreter, on CPU tensors, or on a GPU where there is one."""
+
+
+FEW = settings(max_examples=settings().max_examples // 5)
+"""For properties whose every example takes the interpreter half a second."""
 
 
 def to_device(tensor: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from tests.inputs import dyadic, normal
 from tests.kernels.arguments import (
     DEVICE,
+    FEW,
     assert_same,
     copy_of,
     exact_products,
@@ -59,9 +59,10 @@ def count(
 class TestHistogram:
     """Each digit, under each floor."""
 
+    @FEW
     @given(data=st.data())
     def test_any_digit_to_the_bit(self, data):
-        n = data.draw(st.integers(2, 40))
+        n = data.draw(st.integers(2, 35))
         n_values = data.draw(st.sampled_from([None, 2]))
         operand, cosine = exact_products(n, data.draw(st.integers(0, 99)), n_values)
         is_abs = data.draw(st.booleans())
@@ -76,7 +77,7 @@ class TestHistogram:
     @pytest.mark.parametrize(("shift", "bits"), DIGITS_OF_SIMILARITY, ids=["first", "second", "third", "last"])
     def test_digits(self, shift, bits):
         """Pairs that share the digits above one with the median."""
-        operand, cosine = exact_products(48, n_values=7)
+        operand, cosine = exact_products(34, n_values=7)
         s = similarities_of(cosine, is_abs=True)
         median = int(np.sort(s)[len(s) // 2].view(np.int32))
         lowest = median >> (shift + bits) << (shift + bits)
@@ -84,8 +85,7 @@ class TestHistogram:
         assert expected.sum() >= 5
         assert count(operand, shift, bits, lowest=lowest).tolist() == expected.tolist()
 
-    @pytest.mark.parametrize("is_scaled", [False, True], ids=["plain", "scaled"])
-    @pytest.mark.parametrize("is_abs", [True, False], ids=["abs", "signed"])
+    @pytest.mark.parametrize(("is_abs", "is_scaled"), [(True, False), (False, True)], ids=["abs", "signed_scaled"])
     def test_ties_zeros_and_ones(self, is_abs, is_scaled):
         """1.0 and 0.0 are bins like others; what is negative has none."""
         x = dyadic(6, 40, seed=1)
@@ -100,11 +100,11 @@ class TestHistogram:
 
     def test_floor_is_excluded(self):
         x = dyadic(6, 40, seed=1)
-        for floor in (0.0, 0.5, 1.0):
+        for floor in (0.0, 0.5):
             s = similarities_of(gram_of(x), is_abs=True)
             assert count(operand_of(x), *FIRST, floor=floor).sum() == (s > floor).sum()
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_any_products(self, dtype):
         """From every bin on, as many as there are at its lower edge, give or take an error of a cosine."""
         x = normal(40, 40, dtype=dtype)
@@ -137,15 +137,17 @@ def moments_of(operand: Operand, floor: float, *, is_abs: bool) -> np.ndarray:
     return moments.cpu().numpy()
 
 
-@pytest.mark.parametrize("make", [normal, lambda m, n: torch.ones(m, n)], ids=["normal", "all_equal"])
-@pytest.mark.parametrize(("floor", "is_abs"), [(-1.0, True), (0.5, True), (0.0, False)])
-def test_moments_of_all_pairs(make, floor, is_abs):
-    """Of |cosine|, whatever is counted: as in the first pass."""
-    x: Tensor = make(20, 47)
+@pytest.mark.parametrize(
+    ("x", "floor", "is_abs"),
+    [(normal(20, 35), -1.0, True), (normal(20, 35), 0.0, False), (torch.ones(20, 35), 0.5, True)],
+    ids=["all_counted", "some_counted", "all_equal"],
+)
+def test_moments_of_all_pairs(x, floor, is_abs):
+    """They are of the |cosine| of all pairs, whatever is counted: as in the first pass."""
     operand = operand_of(x)
     count, mean, squares = moments_of(operand, floor, is_abs=is_abs).T
     assert len(count) > 1 or operand.n_tiles == 1
-    magnitude = np.abs(gram_of(x)[np.triu_indices(47, 1)])
+    magnitude = np.abs(gram_of(x)[np.triu_indices(35, 1)])
     assert count.sum() == magnitude.size
     mean_of_all = (count * mean).sum() / magnitude.size
     std = ((squares + count * (mean - mean_of_all) ** 2).sum() / magnitude.size) ** 0.5
@@ -172,17 +174,18 @@ class TestRowTies:
         s = np.abs(cosine) if is_abs else cosine
         return np.triu(s.astype(np.float32) == np.float32(value), 1).sum(axis=1).tolist()
 
+    @FEW
     @given(data=st.data())
     def test_any_shape(self, data):
-        n = data.draw(st.integers(2, 40))
+        n = data.draw(st.integers(2, 35))
         operand, cosine = exact_products(n, data.draw(st.integers(0, 99)), data.draw(st.sampled_from([1, 3])))
         value = abs(float(cosine[0, 1]))
         is_abs = data.draw(st.booleans())
         assert self.ties(operand, value, is_abs=is_abs) == self.expected(cosine, value, is_abs=is_abs)
 
-    @pytest.mark.parametrize("is_scaled", [False, True], ids=["plain", "scaled"])
-    @pytest.mark.parametrize("is_abs", [True, False], ids=["abs", "signed"])
-    @pytest.mark.parametrize("value", [0.0, 0.25, 1.0])
+    @pytest.mark.parametrize(
+        ("value", "is_abs", "is_scaled"), [(0.0, True, False), (0.25, False, True), (1.0, True, True)], ids=str
+    )
     def test_dyadic(self, value, is_abs, is_scaled):
         x = dyadic(8, 40, seed=1)
         x[:, 20] = 0
@@ -193,7 +196,7 @@ class TestRowTies:
         assert self.ties(operand_of(x, is_scaled=is_scaled), value, is_abs=is_abs) == expected
 
     def test_all_tied(self):
-        assert self.ties(operand_of(torch.ones(4, 50)), 1.0) == list(range(49, -1, -1))
+        assert self.ties(operand_of(torch.ones(4, 34)), 1.0) == list(range(33, -1, -1))
 
     def test_neighbours_of_the_value_are_not_ties(self):
         operand, cosine = exact_products(30, n_values=4)

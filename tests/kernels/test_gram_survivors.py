@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.inputs import VIEWS, activations, dyadic, normal, seeded
+from tests.inputs import VIEWS, activations, dyadic, normal
 from tests.kernels.arguments import (
     DEVICE,
+    FEW,
     assert_same,
     copy_of,
     exact_products,
@@ -24,7 +25,7 @@ from tests.kernels.arguments import (
 )
 from tests.tolerances import assert_within, cosine_bound
 from topk_ortho.kernels.gram_survivors import gram_survivors
-from topk_ortho.kernels.launch import INTERPRETED, TILE_CONFIGS, Operand
+from topk_ortho.kernels.launch import INTERPRETED, LEAN_CONFIGS, TILE_CONFIGS, Operand, TileConfig
 from topk_ortho.kernels.radix_select import COLLECT, PASS
 
 POISON = 123456
@@ -108,9 +109,10 @@ def bound_in_a_gap(cosine: np.ndarray, gap: float) -> float:
 class TestRecords:
     """All pairs above the bound of their row, each once."""
 
+    @FEW
     @given(data=st.data())
     def test_any_shape_any_bound(self, data):
-        n = data.draw(st.integers(2, 52))
+        n = data.draw(st.integers(2, 35))
         if data.draw(st.booleans()):
             operand, cosine = exact_products(n, data.draw(st.integers(0, 99)), data.draw(st.sampled_from([None, 1, 3])))
         else:
@@ -133,8 +135,7 @@ class TestRecords:
         assert records.n_survivors == len(expected)
         assert records.pairs.items() <= expected.items()
 
-    @pytest.mark.parametrize("is_abs", [True, False], ids=["abs", "signed"])
-    @pytest.mark.parametrize("n", [2, 3, 15, 16, 17, 32, 33, 49])
+    @pytest.mark.parametrize(("n", "is_abs"), [(2, True), (16, False), (17, True), (33, True)], ids=str)
     def test_all_pairs(self, n, is_abs):
         """No bound: every row of a tile is full."""
         operand, cosine = exact_products(n, seed=n)
@@ -142,32 +143,31 @@ class TestRecords:
         assert len(expected) == n * (n - 1) // 2
         assert select(operand, is_abs=is_abs).pairs == expected
 
-    @pytest.mark.parametrize("floor", [0.0, 0.3])
-    def test_floor_alone(self, floor):
-        operand, cosine = exact_products(40)
-        for is_abs in (True, False):
-            expected = survivors_of(cosine, floor=np.float32(floor), is_abs=is_abs)
-            assert 0 < len(expected) <= 780
-            assert select(operand, floor=floor, is_abs=is_abs).pairs == expected
+    @pytest.mark.parametrize(("floor", "is_abs"), [(0.0, False), (0.3, True)], ids=str)
+    def test_floor_alone(self, floor, is_abs):
+        operand, cosine = exact_products(33)
+        expected = survivors_of(cosine, floor=np.float32(floor), is_abs=is_abs)
+        assert 0 < len(expected) < 528
+        assert select(operand, floor=floor, is_abs=is_abs).pairs == expected
 
     def test_nothing(self):
         operand, _ = exact_products(40)
         assert select(operand, bound=1.0).n_survivors == 0
 
-    @pytest.mark.parametrize("n_missing", [1, 17, 779])
+    @pytest.mark.parametrize("n_missing", [1, 527])
     def test_a_capacity_that_is_too_small(self, n_missing):
         """Guard words are checked by `select`; the count is exact whatever fits."""
-        operand, cosine = exact_products(40)
-        records = select(operand, 780 - n_missing)
-        assert records.n_survivors == 780
+        operand, cosine = exact_products(33)
+        records = select(operand, 528 - n_missing)
+        assert records.n_survivors == 528
         assert records.pairs.items() <= survivors_of(cosine).items()
 
-    @pytest.mark.parametrize("tie_row", [-1, 0, 5, 16, 39])
+    @pytest.mark.parametrize("tie_row", [-1, 5, 16])
     def test_ties_up_to_a_row(self, tie_row):
-        x = torch.ones(4, 40)
-        expected = survivors_of(np.ones((40, 40)), bound=1.0, tie_row=tie_row)
+        x = torch.ones(4, 33)
+        expected = survivors_of(np.ones((33, 33)), bound=1.0, tie_row=tie_row)
         records = select(operand_of(x), bound=1.0, tie_row=tie_row)
-        assert records.n_survivors == len(expected) == sum(39 - row for row in range(tie_row + 1))
+        assert records.n_survivors == len(expected) == sum(32 - row for row in range(tie_row + 1))
         assert records.pairs.keys() == expected.keys()
 
     def test_slack(self):
@@ -177,9 +177,9 @@ class TestRecords:
         assert len(expected) > len(survivors_of(cosine, bound=0.5))
         assert select(operand, **fields).pairs == expected
 
-    @pytest.mark.parametrize("programs", [1, 2, 6, 99])
+    @pytest.mark.parametrize("programs", [1, 99])
     def test_any_number_of_programs(self, programs, monkeypatch):
-        """One tile each, several, or all by one program."""
+        """All tiles by one program, or one tile each; several each everywhere else."""
         operand, cosine = exact_products(47)
         if INTERPRETED:
             key = ("interpreter", "ieee")
@@ -208,23 +208,24 @@ class TestProducts:
         assert 10 < len(expected) < 0.9 * x.shape[1] * (x.shape[1] - 1) / 2
         assert_close_records(select(operand, bound=bound), expected, error)
 
-    @pytest.mark.parametrize("m", [2, 31, 32, 33, 70])
-    def test_ragged(self, m):
-        x = normal(m, 37, seed=m)
-        self.check(x, operand_of(x, is_scaled=m > 32))
+    # `tests/kernels/test_tiles.py` has every layout and dtype, and every way to be ragged, for one tile.
 
-    @pytest.mark.parametrize("is_scaled", [False, True], ids=["plain", "scaled"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize(("m", "is_scaled"), [(2, False), (33, True)], ids=str)
+    def test_ragged(self, m, is_scaled):
+        x = normal(m, 37, seed=m)
+        self.check(x, operand_of(x, is_scaled=is_scaled))
+
+    @pytest.mark.parametrize(("dtype", "is_scaled"), [(torch.bfloat16, False), (torch.float16, True)], ids=str)
     def test_dtypes(self, dtype, is_scaled):
         x = activations(40, 37, dtype=dtype)
-        self.check(x, operand_of(x, "ieee" if dtype == torch.float32 else "half", is_scaled=is_scaled))
+        self.check(x, operand_of(x, "half", is_scaled=is_scaled))
 
-    @pytest.mark.parametrize("view", [v for v in VIEWS if not v.startswith("expanded")])
+    @pytest.mark.parametrize("view", ["transposed", "sliced_out_of_nan"])
     def test_layouts(self, view):
         x = VIEWS[view](normal(33, 37))
         self.check(x, operand_of(x))
 
-    @pytest.mark.parametrize("magnitude", [1e30, 1e-11, 3e37], ids=str)
+    @pytest.mark.parametrize("magnitude", [1e-11, 3e37], ids=str)
     def test_scaled_columns_of_any_norm(self, magnitude):
         """Products of the plain columns are not finite, or have no digits left."""
         x = normal(33, 45)
@@ -249,9 +250,9 @@ class TestProducts:
 
     def test_clamped(self):
         """Cosines of columns that are nearly parallel may round to more than 1."""
-        x = torch.ones(70, 45) * torch.linspace(0.1, 3, 45)
+        x = torch.ones(70, 33) * torch.linspace(0.1, 3, 33)
         values = np.array(list(select(operand_of(x)).pairs.values()))
-        assert len(values) == 990
+        assert len(values) == 528
         assert values.max() <= 1
         operand = Operand(x=to_device(x), factor=2 * inverse_of(x), scale=None, kind="ieee")
         assert set(select(operand).pairs.values()) == {1.0}
@@ -260,11 +261,10 @@ class TestProducts:
 class TestRealTiles:
     """The sizes of the table, three tile rows."""
 
-    @pytest.mark.parametrize("is_scaled", [False, True], ids=["plain", "scaled"])
-    def test_select(self, is_scaled):
+    def test_select(self):
         x = dyadic(8, 150, seed=2)
         expected = survivors_of(gram_of(x), bound=0.5, tie_row=70)
-        records = select(operand_of(x, is_scaled=is_scaled), 5000, bound=0.5, tie_row=70)
+        records = select(operand_of(x), 5000, bound=0.5, tie_row=70)
         assert 1000 < len(expected) < 5000
         assert records.pairs == expected
 
@@ -300,36 +300,32 @@ class TestMoments:
         assert_within(actual=mean, expected=magnitude.mean(), bound=error)
         assert_within(actual=std, expected=magnitude.std(), bound=error)
 
-    @pytest.mark.parametrize("n", [2, 16, 17, 33])
-    @pytest.mark.parametrize("make", [normal, activations, dyadic])
+    @pytest.mark.parametrize(("make", "n"), [(normal, 2), (normal, 17), (activations, 33), (dyadic, 33)])
     def test_against_float64(self, make, n, small_tiles):
         self.check(make(20, n, seed=n))
 
-    @pytest.mark.parametrize(("bound", "is_abs"), [(0.0, True), (0.5, False), (1.0, True)])
+    @pytest.mark.parametrize(("bound", "is_abs"), [(0.0, True), (0.5, False)])
     def test_of_all_pairs_whatever_is_selected(self, bound, is_abs, small_tiles):
-        self.check(normal(20, 50), bound=bound, is_abs=is_abs)
+        self.check(normal(20, 33), bound=bound, is_abs=is_abs)
 
-    @pytest.mark.parametrize("cosine", [0.5, 0.3, 0.999], ids=str)
+    @pytest.mark.parametrize("cosine", [0.3, 0.999], ids=str)
     def test_all_cosines_equal(self, cosine, small_tiles):
         """The standard deviation is 0, and what rounding leaves of it is no more than a rounding."""
-        x = torch.cat([torch.full((1, 60), cosine**0.5), torch.eye(60) * (1 - cosine) ** 0.5])
+        x = torch.cat([torch.full((1, 40), cosine**0.5), torch.eye(40) * (1 - cosine) ** 0.5])
         self.check(x, error=2.0**-22)
 
     def test_few_large_among_many_small(self, small_tiles):
-        self.check(torch.eye(12).repeat(1, 5))
+        self.check(torch.eye(12).repeat(1, 4))
 
     def test_tiles_of_different_means(self, small_tiles):
         """Deviations from the mean of a tile, of a program and of all."""
-        x = normal(20, 80)
-        x[:, :32] += 9
+        x = normal(20, 48)
+        x[:, :16] += 9
         self.check(x)
 
-    def test_real_tiles(self):
-        self.check(normal(20, 150))
-
     def test_dead_columns_count(self, small_tiles):
-        x = normal(20, 50)
-        x[:, 10:30] = 0
+        x = normal(20, 33)
+        x[:, 10:20] = 0
         self.check(x)
 
 
@@ -351,13 +347,26 @@ def test_only_at_its_stage(stage, is_first):
         assert (tensor == POISON).all() != its_turn
 
 
-def test_the_order_of_columns_does_not_matter(small_tiles):
-    """The same pairs survive, under their new names."""
-    operand, cosine = exact_products(40, n_values=5)
-    new_name = torch.randperm(40, generator=seeded(0)).tolist()
-    bound = float(np.median(np.abs(cosine)))
-    expected = {tuple(sorted((new_name[r], new_name[c]))) for r, c in select(operand, bound=bound).pairs}
-    x = torch.empty_like(operand.x)
-    x[:, new_name] = operand.x
-    moved = Operand(x=x, factor=operand.factor, scale=None, kind="ieee")
-    assert set(select(moved, bound=bound).pairs) == expected
+@pytest.mark.parametrize(
+    ("is_first", "has_moments", "is_scaled", "is_lean"),
+    [(True, False, False, True), (True, True, False, False), (True, False, True, False), (False, False, False, False)],
+    ids=["first", "moments", "scaled", "collect"],
+)
+def test_only_a_plain_first_pass_is_lean(is_first, has_moments, is_scaled, is_lean, monkeypatch):
+    """The others share block sizes: a line of moments belongs to a program, and COLLECT repeats what was counted."""
+    monkeypatch.setitem(LEAN_CONFIGS, ("interpreter", "ieee"), TileConfig(
+        block=32, block_m=32, group=2, num_warps=1, num_stages=1, programs_per_sm=5
+    ))  # fmt: skip
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **arguments: launches.append((grid, arguments["BLOCK"]))
+
+    monkeypatch.setattr("topk_ortho.kernels.gram_survivors._gram_survivors_kernel", Kernel())
+    operand = operand_of(torch.ones(3, 200), is_scaled=is_scaled)
+    moments = torch.empty(operand.n_programs, 3, dtype=torch.float64, device=DEVICE) if has_moments else None
+    values, ints = torch.empty(9, device=DEVICE), torch.empty(9, dtype=torch.int32, device=DEVICE)
+    radix = radix_at(PASS.value, 200)
+    gram_survivors(operand, radix, values, ints, ints, moments, -1.0, is_abs=True, is_first=is_first)
+    assert launches == [((5,), 32) if is_lean else ((operand.n_programs,), operand.config.block)]

@@ -87,13 +87,17 @@ class TestTileConfigs:
 )
 def test_every_device_has_a_table_entry(target, architecture, has_tf32, monkeypatch):
     """Its own, or that of the nearest architecture."""
-    driver = SimpleNamespace(
-        get_current_device=lambda: 3,
-        get_current_target=lambda: target,
-        utils=SimpleNamespace(get_device_properties=lambda number: {"multiprocessor_count": 100 + number}),
-    )
+
+    class Driver:
+        utils = SimpleNamespace(get_device_properties=lambda number: {"multiprocessor_count": 100 + number})
+
+        def get_current_device(self):
+            return 3
+
+        def get_current_target(self):
+            return target
+
     monkeypatch.setattr(launch, "INTERPRETED", triton.language.constexpr(False))
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    launch._device.cache_clear()
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     assert launch.current_device() == launch.Device(architecture, 103, has_tf32)
     assert all((architecture, kind) in TILE_CONFIGS for kind in KINDS)

@@ -11,6 +11,7 @@ from tests import oracle
 from tests.inputs import EDGES, VIEWS, dyadic, normal, seeded
 from tests.kernels.arguments import (
     DEVICE,
+    FEW,
     exact_products,
     far_apart,
     gram_of,
@@ -79,23 +80,24 @@ def assert_close(actual: tuple[np.ndarray, np.ndarray], x: Tensor) -> None:
 class TestWhole:
     """One chunk of all columns."""
 
-    @pytest.mark.parametrize("n", [2, 3, 15, 16, 17, 33, 48, 49])
+    @pytest.mark.parametrize("n", [2, 16, 17, 33])
     def test_sizes_around_the_tiles(self, n):
         x = dyadic(6, n, seed=n)
         assert_exact(whole(operand_of(x)), gram_of(x))
 
+    @FEW
     @given(data=st.data())
     def test_to_the_bit(self, data):
         """Maxima of either sign, with and without ties."""
-        n = data.draw(st.integers(2, 40))
+        n = data.draw(st.integers(2, 35))
         operand, cosine = exact_products(n, data.draw(st.integers(0, 99)), data.draw(st.sampled_from([None, 1, 3])))
         assert_exact(whole(operand), cosine)
 
     def test_ties_go_to_the_lowest_partner(self):
         """Across quarters, tiles and programs, above and below the diagonal."""
-        values, partners = whole(operand_of(torch.ones(4, 60)))
+        values, partners = whole(operand_of(torch.ones(4, 35)))
         assert set(values.tolist()) == {1.0}
-        assert partners.tolist() == [1] + [0] * 59
+        assert partners.tolist() == [1] + [0] * 34
 
     def test_negative_maxima(self):
         """Every cosine is negative: corners of a simplex, each a little off."""
@@ -126,18 +128,19 @@ class TestWhole:
         x[:, [0, 17, 39]] = 0
         assert_exact(whole(operand_of(x, is_scaled=is_scaled)), gram_of(x))
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize("is_scaled", [False, True], ids=["plain", "scaled"])
-    def test_dtypes(self, dtype, is_scaled):
-        x = normal(33, 40, dtype=dtype)
-        assert_close(whole(operand_of(x, "ieee" if dtype == torch.float32 else "half", is_scaled=is_scaled)), x)
+    # `tests/kernels/test_tiles.py` has every layout and dtype, and every way to be ragged, for one tile.
 
-    @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+    @pytest.mark.parametrize(("dtype", "is_scaled"), [(torch.bfloat16, True), (torch.float16, False)], ids=str)
+    def test_dtypes(self, dtype, is_scaled):
+        x = normal(33, 35, dtype=dtype)
+        assert_close(whole(operand_of(x, "half", is_scaled=is_scaled)), x)
+
+    @pytest.mark.parametrize("view", ["transposed", "sliced_out_of_nan", "expanded_columns"])
     def test_layouts(self, view):
-        x = view(normal(33, 37))
+        x = VIEWS[view](normal(33, 35))
         assert_close(whole(operand_of(x)), x)
 
-    @pytest.mark.parametrize("name", [name for name in EDGES if "huge" in name])
+    @pytest.mark.parametrize("name", ["all_columns_huge", "huge_beside_tiny"])
     def test_huge_columns_are_scaled(self, name):
         assert_close(whole(operand_of(EDGES[name], is_scaled=True)), EDGES[name])
 
@@ -184,9 +187,7 @@ class TestChunks:
         [
             ([2, 2], 2),
             ([3, 2], 16),
-            ([17, 17, 17], 32),
             ([17, 16, 16], 32),  # the smaller ones have a tile row less
-            ([18, 17], 18),
             ([34, 34, 33], 48),
         ],
         ids=str,
@@ -194,10 +195,11 @@ class TestChunks:
     def test_sizes(self, sizes, stride):
         self.check(sizes, stride)
 
-    @pytest.mark.parametrize("view", [view for view in VIEWS if not view.startswith("expanded")])
+    @pytest.mark.parametrize("view", ["transposed", "sliced_out_of_nan"])
     def test_layouts(self, view):
         self.check([18, 17], 32, is_scaled=True, view=view)
 
+    @FEW
     @given(data=st.data())
     def test_any_sizes(self, data):
         size, n_larger, n_smaller = (

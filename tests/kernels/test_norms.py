@@ -41,16 +41,19 @@ def assert_norms(x: Tensor, flags: int = 0) -> Norms:
     return actual
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 2), (1, 33), (127, 31), (128, 32), (129, 65), (300, 2)], ids=str)
-def test_shapes_and_dtypes(shape, dtype):
-    assert_norms(normal(*shape, dtype=dtype))
+def test_shapes(shape):
+    assert_norms(normal(*shape))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes(dtype):
+    assert_norms(normal(129, 33, dtype=dtype))
+
+
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_layouts(view, dtype):
-    assert_norms(view(normal(37, 53, dtype=dtype)))
+def test_layouts(view):
+    assert_norms(view(normal(37, 53)))
 
 
 @pytest.mark.parametrize(("name", "x"), EDGES.items(), ids=EDGES)
@@ -133,6 +136,11 @@ class TestFlags:
         return int(norms_on_cpu(x).flags)
 
     @pytest.mark.parametrize("column", [0, 31, 32, 69], ids=["first", "last_of_program", "first_of_next", "last"])
+    def test_of_any_column(self, column):
+        x = VIEWS["sliced_out_of_nan"](normal(5, 70))
+        x[4, column] = torch.nan
+        assert self.flags_of(x) == BOTH
+
     @pytest.mark.parametrize(
         ("value", "flags"),
         [
@@ -145,11 +153,11 @@ class TestFlags:
         ],
         ids=["at_the_limit", "just_above", "largest", "inf", "minus_inf", "nan"],
     )
-    def test_of_one_column(self, value, flags, column):
+    def test_of_one_value(self, value, flags):
         x = VIEWS["sliced_out_of_nan"](normal(5, 70))
         assert self.flags_of(x) == 0
-        x[:, column] = 0
-        x[4, column] = value
+        x[:, 32] = 0
+        x[4, 32] = value
         assert self.flags_of(x) == flags
 
     def test_a_norm_beyond_float32(self):

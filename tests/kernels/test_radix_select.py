@@ -173,8 +173,7 @@ class TestBegin:
         _, plan, bound, _ = self.begin(state=0.75, rank=5, histogram=np.zeros(4096, dtype=np.int64))
         assert (plan[0], bound) == (PASS.value, 0.75)
 
-    @pytest.mark.parametrize("m", [1, 12, 4096, 32768])
-    @pytest.mark.parametrize("deviation", [0.0, 1e-4, 2.0**-8, 2.0**-7])
+    @pytest.mark.parametrize(("m", "deviation"), [(1, 0.0), (32768, 1e-4), (12, 2.0**-8), (4096, 2.0**-7)], ids=str)
     def test_slack(self, deviation, m):
         """Both columns moved by the deviation, and a sum of m float32 products; not much more."""
         *_, slack = self.begin(state=0.5, deviation=deviation, m=m)
@@ -220,8 +219,8 @@ class TestRowBounds:
     """Around every bound and every floor below; -0.0 is 0.0."""
     SIMILARITIES = SIMILARITIES[(SIMILARITIES >= -1) & (SIMILARITIES <= 1)]
 
-    @pytest.mark.parametrize("tie_row", [-1, 0, 3, N])
-    @pytest.mark.parametrize("floor", [-1.0, 0.0, 0.3, 0.5, 0.7])
+    @pytest.mark.parametrize("tie_row", [-1, 3, N])
+    @pytest.mark.parametrize("floor", [-1.0, 0.3, 0.5, 0.7])
     @pytest.mark.parametrize("bound", [float_of(1), 0.3, 0.5, float_of(bits_of(0.5) - 1), 1.0], ids=str)
     def test_positive_bounds(self, bound, floor, tie_row):
         by_row = self.row_bounds(bound=bound, floor=floor, tie_row=tie_row)

@@ -12,6 +12,7 @@ from torch import Tensor
 from tests import oracle
 from tests.conftest import use_case
 from tests.inputs import EDGES, activations, dyadic, normal, seeded
+from tests.kernels.arguments import FEW
 from tests.tolerances import assert_selection, float64
 from topk_ortho import TopKPairs, topk_pairs
 from topk_ortho.backends import triton
@@ -80,6 +81,7 @@ def kth_of(x: Tensor, k: int, similarity: str) -> float:
     return float(np.sort(np.abs(values) if similarity == "abs" else values)[-k])
 
 
+@FEW
 @given(data=st.data())
 def test_anything(data, route):
     """Guesses, floors, orders, precisions and numbers at random."""
@@ -120,12 +122,12 @@ class TestPasses:
         _, n_passes = check(x, self.K, kth_of(x, self.K, "abs") - 0.001)
         assert n_passes == 1
 
-    @pytest.mark.parametrize("guess", [-1.0, math.nan, -math.inf, -3.0], ids=str)
+    @pytest.mark.parametrize("guess", [-1.0, math.nan], ids=str)
     def test_no_guess_takes_that_of_the_sample(self, guess):
         _, n_passes = check(normal(12, 150), 1000, guess)
         assert n_passes == 1
 
-    @pytest.mark.parametrize("guess", [0.99, 1.0, 7.0, math.inf], ids=str)
+    @pytest.mark.parametrize("guess", [0.99, math.inf], ids=str)
     def test_too_high(self, x, guess):
         """Few pairs, if any."""
         _, n_passes = check(x, self.K, guess)
@@ -137,7 +139,7 @@ class TestPasses:
         assert check(x, self.K, kth + 2e-6)[1] in AFTER_A_PASS
         assert check(x, self.K, kth - 2e-6)[1] == 1
 
-    @pytest.mark.parametrize("guess", [0.0, 0.02, -0.5], ids=str)
+    @pytest.mark.parametrize("guess", [0.02, -0.5], ids=str)
     def test_too_low(self, x, guess):
         """More than the records hold."""
         _, n_passes = check(x, self.K, guess)
@@ -151,7 +153,7 @@ class TestPasses:
             assert check(x, self.K, kth_of(x, capacity + 1, "abs") - 1e-6)[1] in AFTER_A_PASS
         assert check(x, self.K, kth_of(x, capacity * 5 // 4, "abs"))[1] in AFTER_A_PASS
 
-    @pytest.mark.parametrize("guess", [0.0, 0.999, 1.0], ids=str)
+    @pytest.mark.parametrize("guess", [0.0, 0.999], ids=str)
     def test_more_ties_than_fit(self, guess):
         pairs, n_passes = check(torch.ones(4, N), self.K, guess)
         assert n_passes == OF_TIES
@@ -182,13 +184,11 @@ class TestPasses:
         for guess in (None, 0.5, math.nan):
             assert check(x, N_PAIRS, guess)[1] == 1
 
-    @pytest.mark.parametrize("k", [1, 2], ids=str)
-    def test_few_pairs(self, x, k):
-        assert check(x, k, 0.999)[1] in AFTER_A_PASS
-        assert check(x, k, kth_of(x, k, "abs") - 1e-4)[1] == 1
+    def test_one_pair(self, x):
+        assert check(x, 1, 0.999)[1] in AFTER_A_PASS
+        assert check(x, 1, kth_of(x, 1, "abs") - 1e-4)[1] == 1
 
-    @pytest.mark.parametrize("precision", ["highest", "medium"])
-    @pytest.mark.parametrize("guess", [0.5, 0.999], ids=["good", "too_high"])
+    @pytest.mark.parametrize(("guess", "precision"), [(0.5, "highest"), (0.999, "highest"), (0.5, "medium")], ids=str)
     def test_norms_out_of_range(self, guess, precision, route):
         """Products of the columns as they are would overflow: no pass is made of them. Rounded ones have unit norm."""
         x = normal(12, N) * 1e30
@@ -224,8 +224,7 @@ class TestFloors:
         assert len(pairs.rows) == 0
         assert pairs.threshold == 0.5
 
-    @pytest.mark.parametrize("guess", [0.05, 0.3, 0.99, None], ids=str)
-    @pytest.mark.parametrize("n_std", [-0.5, 1.0])
+    @pytest.mark.parametrize(("guess", "n_std"), [(0.05, 1.0), (0.3, -0.5), (0.99, 1.0), (None, -0.5)], ids=str)
     def test_adaptive(self, guess, n_std):
         """Moments of all pairs, by the first pass or by its repair."""
         x = normal(12, N)
@@ -240,7 +239,7 @@ class TestFloors:
         _, n_passes = check(x, 100, 0.5, tau="adaptive")
         assert n_passes in WITHOUT_A_PASS
 
-    @pytest.mark.parametrize("guess", [0.3, 0.99, 0.0, None], ids=str)
+    @pytest.mark.parametrize("guess", [0.3, 0.0, None], ids=str)
     def test_positive(self, guess, route):
         """190 cosines are positive, the others 0: pairs, but not positive ones."""
         x = torch.eye(N)
@@ -250,7 +249,7 @@ class TestFloors:
         assert len(pairs.rows) == 150
         pairs, n_passes = check(x, 200, guess, similarity="positive")
         assert len(pairs.rows) == 190
-        if guess in (0.3, 0.99):
+        if guess == 0.3:
             assert n_passes == 3
         elif route == "plain":  # a screen cannot tell zeros from what is just above
             assert n_passes == 1

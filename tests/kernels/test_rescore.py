@@ -67,12 +67,12 @@ def check(x: Tensor, n_records: int, capacity: int | None = None, **options) -> 
     return n_certified
 
 
-@pytest.mark.parametrize("m", [1, 63, 64, 65, 130])
+@pytest.mark.parametrize("m", [1, 64, 65])
 def test_rows(m):
     check(normal(m, 40, seed=m) if m > 1 else dyadic(4, 40)[:1] + 0.5, 100)
 
 
-@pytest.mark.parametrize("n_records", [0, 1, 31, 32, 33, 257, 300, 1000])
+@pytest.mark.parametrize("n_records", [0, 1, 32, 33, 300])
 def test_records(n_records):
     """None, a part of a block, more blocks than programs."""
     check(normal(12, 40), n_records, bound=0.3)
@@ -87,16 +87,16 @@ def test_no_more_than_are_stored(n_records, capacity):
     check(normal(12, 40), n_records, capacity)
 
 
-@pytest.mark.parametrize("is_abs", [True, False], ids=["abs", "signed"])
-@pytest.mark.parametrize("slabs", [(12,), (1, 11), (6, 6), (1, 1, 10), (5, 4, 3)], ids=str)
+@pytest.mark.parametrize(("slabs", "is_abs"), [((12,), False), ((1, 11), True), ((5, 4, 3), True)], ids=str)
 def test_slabs(slabs, is_abs):
     """Values add up over slabs; only the last one counts."""
     n_certified = check(normal(12, 40), 300, slabs=slabs, bound=0.3, is_abs=is_abs)
     assert 0 < n_certified < 300
 
 
-@pytest.mark.parametrize("bound", [-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 2.0])
-@pytest.mark.parametrize("is_abs", [True, False], ids=["abs", "signed"])
+@pytest.mark.parametrize(
+    ("bound", "is_abs"), [(-1.0, False), (0.0, False), (0.25, True), (0.5, False), (1.0, True), (2.0, True)], ids=str
+)
 def test_pairs_at_the_bound_are_certified(bound, is_abs):
     """Cosines are multiples of 1/4: to the bit."""
     values, expected, n_certified, _ = rescored(dyadic(6, 40), 200, 200, bound=bound, is_abs=is_abs, slabs=(2, 4))

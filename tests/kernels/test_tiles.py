@@ -110,10 +110,10 @@ class TestTriangle:
             n_checked += n
         assert n_checked == n_tile_rows * (n_tile_rows + 1) // 2
 
-    @pytest.mark.parametrize("group", [1, 2, 3, 8, 16])
+    @pytest.mark.parametrize("group", [1, 3, 8])
     def test_every_small_triangle(self, group):
         """Bands that are cut short by the diagonal, one tile row, fewer tile rows than a band."""
-        for n_tile_rows in range(1, 71):
+        for n_tile_rows in range(1, 30):
             n_tiles = n_tile_rows * (n_tile_rows + 1) // 2
             rows, cols = tiles_of(np.arange(n_tiles), n_tile_rows, group)
             assert (rows >= 0).all()
@@ -187,18 +187,20 @@ class TestGramTile:
 
     CORNERS = ((0, 0), (0, 32), (32, 32))
 
-    @pytest.mark.parametrize("m", [1, 15, 16, 17, 40])
-    @pytest.mark.parametrize("n", [2, 31, 33, 50, 64])
+    @pytest.mark.parametrize(("m", "n"), [(1, 2), (15, 31), (16, 64), (17, 33), (40, 50)], ids=str)
     def test_ragged(self, m, n):
         x = VIEWS["sliced_out_of_nan"](normal(m, n, seed=1))
         for corner in self.CORNERS:
             tile, _ = tile_at(to_device(x), *corner)
             assert_tile(tile, x, *corner)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+    @pytest.mark.parametrize(
+        ("view", "dtype"),
+        [*((view, torch.float32) for view in VIEWS), ("transposed", torch.bfloat16), ("contiguous", torch.float16)],
+        ids=str,
+    )
     def test_layouts_and_dtypes(self, view, dtype):
-        x = view(normal(21, 50, dtype=dtype))
+        x = VIEWS[view](normal(21, 50, dtype=dtype))
         tile, _ = tile_at(to_device(x), 0, 32)
         assert_tile(tile, x, 0, 32)
 
@@ -253,24 +255,28 @@ def test_round_to(dtype):
 def _cosines_kernel(
     gram_ptr, factor_ptr, cosine_ptr,  # [ROWS, COLS], [N], [ROWS, COLS] float32
     N, first_row, first_col,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, NO_PAIR: tl.constexpr,
 ):  # fmt: skip
     offs_row, offs_col = tl.arange(0, ROWS), tl.arange(0, COLS)
     offs = offs_row[:, None] * COLS + offs_col[None, :]
-    cosine = cosines(tl.load(gram_ptr + offs), factor_ptr, first_row + offs_row, first_col + offs_col, N)
+    cosine = cosines(tl.load(gram_ptr + offs), factor_ptr, first_row + offs_row, first_col + offs_col, N, NO_PAIR)
     tl.store(cosine_ptr + offs, cosine)
 
 
 @pytest.mark.parametrize(("first_row", "first_col"), [(0, 0), (16, 16), (0, 32), (32, 32), (32, 36)])
 @pytest.mark.parametrize("n", [20, 39, 64])
 def test_cosines(n, first_row, first_col):
-    """The product of three numbers, clamped; NaN on the diagonal, below it, and outside N."""
+    """The product of three numbers, clamped; a number of the caller's on the diagonal, below it, and outside N."""
     generator = seeded(n)
     gram = torch.randn(16, 8, generator=generator) * 10
     factor = torch.rand(n, generator=generator) + 0.2
     poisoned = torch.cat([factor, torch.full((64,), torch.nan)]).to(DEVICE)
-    actual = torch.empty(16, 8, device=DEVICE)
-    _cosines_kernel[(1,)](gram.to(DEVICE), poisoned, actual, n, first_row, first_col, ROWS=16, COLS=8)
+    actual, with_number = torch.empty(2, 16, 8, device=DEVICE)
+    for result, no_pair in ((actual, float("nan")), (with_number, -2.0)):
+        _cosines_kernel[(1,)](
+            gram.to(DEVICE), poisoned, result, n, first_row, first_col, ROWS=16, COLS=8, NO_PAIR=no_pair
+        )
+    assert torch.equal(actual.nan_to_num(-2.0), with_number)
     row, col = np.arange(first_row, first_row + 16), np.arange(first_col, first_col + 8)
     is_pair = (row[:, None] < col) & (col < n)
     assert (actual.isnan().cpu().numpy() != is_pair).all()

@@ -1,0 +1,63 @@
+"""Every launch of the compile report as Triton sees it, and what its front end says to arguments that are 1.
+
+``python -m tests.kernels.launches`` prints it as JSON. It has a process of its own, because the kernels may be
+interpreted in that of the tests.
+"""
+
+import json
+from typing import Any
+
+from triton._C.libtriton import ir
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+
+from bench.compile_report import ARCHITECTURES, AbsentDevice, variants
+
+_TARGET = ARCHITECTURES["sm_90"].target
+
+
+def front_end_error(kernel: Any, signature: dict[str, str], constants: dict[tuple[int, ...], Any]) -> str | None:
+    """None, or the end of what the front end of Triton says."""
+    backend = make_backend(_TARGET)
+    options = backend.parse_options({"num_warps": 4})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions = backend.get_codegen_implementation(options)
+    try:
+        ASTSource(kernel, signature, constants).make_ir(_TARGET, options, functions, backend.get_module_map(), context)
+    except Exception as error:  # of many types
+        return str(error)[-300:]
+    return None
+
+
+def errors_by_argument(kernel: Any, signature: dict[str, str], constants: dict[tuple[int, ...], Any]) -> dict[str, Any]:
+    """What the front end says when no integer argument is a constant, and when one of them is, because it is 1."""
+    at_run_time = [p for p in kernel.params if not p.is_constexpr]
+    integers = [p for p in at_run_time if signature[p.name] in ("i32", "i64", "constexpr")]
+    signature = signature | {p.name: "i32" for p in integers if signature[p.name] == "constexpr"}
+    constants = {place: value for place, value in constants.items() if place not in [(p.num,) for p in integers]}
+    return {"none": front_end_error(kernel, signature, constants)} | {
+        p.name: front_end_error(kernel, signature | {p.name: "constexpr"}, constants | {(p.num,): 1}) for p in integers
+    }
+
+
+def main() -> None:
+    device = AbsentDevice("sm_90", compiles=False)
+    names, launches = [], {}
+    for variant in variants():
+        variant.launch()
+        names.append((device.kernel_name, variant.label))
+        signature, constants = device.arguments["signature"], device.arguments["constants"]
+        n_options = sum(value is True for value in constants.values())
+        launches.setdefault(device.kernel_name, []).append((n_options, device.kernel, signature, constants))
+    errors = {}
+    for name, of_kernel in launches.items():
+        # the launch that has most of its options on compiles most of the kernel
+        _, *arguments = max(of_kernel, key=lambda launch: launch[0])
+        errors[name] = errors_by_argument(*arguments)
+    print(json.dumps({"names": names, "errors": errors}))
+
+
+if __name__ == "__main__":
+    main()
