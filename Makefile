@@ -1,7 +1,7 @@
 # make train   environment, then the main job: an SAE on a real transformer, offline
 # make quick   environment, then linters, type checker and one test of each kind, for every change
 # make test    environment, then linters, type checker and every test
-# make bench   environment, then the CPU benchmarks and their report
+# make bench   environment, then the benchmarks; make bench ARGS=--report makes tables and figures of the results
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -35,13 +35,13 @@ lint: $(VENV)/installed
 	cd build/imports && $(abspath $(BIN))/lint-imports --no-logo ../../pyproject.toml
 
 quick: lint
-	$(BIN)/pytest -m quick --numprocesses 2 --benchmark-disable tests
+	$(BIN)/pytest -m quick --numprocesses 2 tests
 
 test: lint
-	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal --benchmark-disable
+	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 bench: $(VENV)/installed
-	$(BIN)/python -m bench.run $(ARGS)
+	$(BIN)/python -m bench $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

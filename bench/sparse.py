@@ -8,6 +8,7 @@ The provider "dense" is the route of "tiled", or of "triton" on a GPU; "auto" le
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,9 +113,8 @@ def make_call(case: Case, device: torch.device) -> Call:
     indices, values = (tensor.to(device) for tensor in active_features(case.M, case.L0, case.N))
     if case.provider == "scipy":
         return lambda: scipy_pairs(indices, values, case.N, k)
-    backend = case.provider
-    if backend == "dense":
-        backend = "tiled" if device.type == "cpu" else "triton"
+    dense = "tiled" if device.type == "cpu" else "triton"
+    backend: Any = dense if case.provider == "dense" else case.provider
     leaf = values.clone()
     x: Tensor | SparseFeatures = SparseFeatures(indices, leaf, case.N)
     if case.benchmark == "sparse_density" or case.provider == "dense":

@@ -63,7 +63,7 @@ BACKEND_CASES: dict[str, tuple[str, Any]] = {
     "tiled_11x15": ("tiled", TiledBackend(tile=TileShape(11, 15))),
     "triton": ("triton", _triton(least_screened_features=2**30)),
     "triton_screened": ("triton", _triton(least_screened_features=2)),
-    "sparse": ("sparse", SparseBackend(slabs=Slabs(n_products=300))),
+    "sparse": ("sparse", SparseBackend(slabs=Slabs(n_products=900))),
     "sparse_kernels": ("sparse", SparseBackend(slabs=Slabs(n_products=2000, on_kernels=True))),
 }
 """Where a new backend is added. Kernels run in the interpreter, or on a GPU where there is one."""

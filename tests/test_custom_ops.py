@@ -97,6 +97,7 @@ class TestGradcheck:
         arguments = (20, None, None, "abs", "highest", backend, None, None, False)
         assert torch.autograd.gradcheck(lambda x: custom_ops.topk_pairs(x, *arguments)[0], x)
 
+    @pytest.mark.quick
     @pytest.mark.parametrize("n_chunks", [1, 4])
     def test_max_cosine_loss(self, n_chunks, backend):
         x = normal(5, 13, seed=3, dtype=torch.float64).requires_grad_()
@@ -114,6 +115,7 @@ class TestGradcheck:
             torch.autograd.grad(gradient.sum(), x)
 
 
+@pytest.mark.quick
 def test_outputs_are_fresh(small_backend):
     """No output shares memory with an input or with another output."""
     x, state = dyadic(6, 11), initial_state()

@@ -52,6 +52,7 @@ assert not {"topk_ortho.training", "topk_ortho.sae", "topk_ortho.evaluation"} & 
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+@pytest.mark.quick
 def test_public_names():
     import topk_ortho
 

@@ -16,6 +16,7 @@ from topk_ortho.definitions import Query
 from topk_ortho.warm_start import MARGIN_LEAST, MARGIN_MOST, MARGIN_START
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("n_features", "fraction", "k"),
     [
@@ -55,6 +56,7 @@ def test_first_of_the_total_order(similarity, count, dtype):
     assert first_values.tolist() == values[expected].tolist()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("query", "adaptive", "floor"),
     [
@@ -154,6 +156,7 @@ def blocks_of(n, n_rows, n_cols):
 class TestSurvivors:
     """Streaming in bounded memory keeps the first k of the order, whatever overflows."""
 
+    @pytest.mark.quick
     @given(data=st.data())
     def test_keeps_the_first_k(self, data):
         n = data.draw(st.integers(2, 24))

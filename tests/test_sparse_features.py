@@ -127,6 +127,7 @@ class TestSelection:
         assert pairs.values.tolist() == expected.values[meets].tolist()
         assert pairs.threshold.item() == pytest.approx(expected.threshold, abs=1e-6)
 
+    @pytest.mark.quick
     @pytest.mark.parametrize("dtype", FLOATING, ids=str)
     @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
     def test_dtypes(self, dtype, index_dtype):
@@ -313,6 +314,7 @@ class TestLoss:
 
 
 class TestMaxCosine:
+    @pytest.mark.quick
     @pytest.mark.parametrize("n_chunks", [1, 4, 21])
     @forms
     def test_value_and_gradient(self, form, n_chunks):

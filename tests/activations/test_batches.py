@@ -30,6 +30,7 @@ def tokens(lists):
     return list(chain.from_iterable(lists))
 
 
+@pytest.mark.quick
 def test_an_epoch_visits_every_token_once_in_a_new_order(open_batches):
     batches = open_batches(numbered([10] * 6), list(range(6)), 5, buffer_tokens=1000, seed=0)
     assert batches.n_pools == 1

@@ -70,6 +70,7 @@ def oracle(W_dec, features, truth, coefficients, min_samples):
     return {name: mean(values) for name, values in parts.items() if values}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("n_features", [4, 6, 7], ids=["fewer_than_true", "as_many", "more"])
 @pytest.mark.parametrize("seed", range(3))
 def test_against_the_oracle(n_features, seed):

@@ -73,6 +73,7 @@ class TestProducts:
     def test_all_entries(self, sizes):
         self.check(Groups(sizes, 300), list(range(sum(sizes))), torch.float32)
 
+    @pytest.mark.quick
     def test_float64(self):
         self.check(Groups([3, 1, 7, 2], 300), list(range(13)), torch.float64)
 

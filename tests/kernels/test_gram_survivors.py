@@ -162,6 +162,7 @@ class TestRecords:
         assert records.n_survivors == 528
         assert records.pairs.items() <= survivors_of(cosine).items()
 
+    @pytest.mark.quick
     @pytest.mark.parametrize("tie_row", [-1, 5, 16])
     def test_ties_up_to_a_row(self, tie_row):
         x = torch.ones(4, 33)

@@ -93,6 +93,7 @@ class TestWhole:
         operand, cosine = exact_products(n, data.draw(st.integers(0, 99)), data.draw(st.sampled_from([None, 1, 3])))
         assert_exact(whole(operand), cosine)
 
+    @pytest.mark.quick
     def test_ties_go_to_the_lowest_partner(self):
         """Across quarters, tiles and programs, above and below the diagonal."""
         values, partners = whole(operand_of(torch.ones(4, 35)))

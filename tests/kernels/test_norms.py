@@ -41,6 +41,7 @@ def assert_norms(x: Tensor, flags: int = 0) -> Norms:
     return actual
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("shape", [(1, 2), (1, 33), (127, 31), (128, 32), (129, 65), (300, 2)], ids=str)
 def test_shapes(shape):
     assert_norms(normal(*shape))

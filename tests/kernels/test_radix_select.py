@@ -62,6 +62,7 @@ def from_the_top(histogram, wanted, counted=0):
     return None
 
 
+@pytest.mark.quick
 def test_a_new_radix_select_is_blank():
     radix = new_radix_select(DEVICE, N)
     for name in ("plan", "histogram", "row_ties", "n_survivors", "n_certified"):

@@ -59,6 +59,7 @@ def expected_features(name, sae, x):
             return np.where(z >= cut, np.maximum(z, 0), 0)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", BUILD)
 def test_forward_is_the_definition(name):
     sae, x = make(name), inputs()
@@ -82,6 +83,7 @@ def test_encoder_starts_tied_to_a_unit_decoder(name):
     torch.testing.assert_close(sae.W_enc, sae.W_dec * scale)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", BUILD)
 def test_gradients_are_those_of_the_dense_expression(name):
     sae, x = make(name), inputs()

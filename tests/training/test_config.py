@@ -5,6 +5,7 @@ from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig
 from topk_ortho.training.presets import PRESETS
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("build", "message"),
     [

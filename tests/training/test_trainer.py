@@ -113,6 +113,7 @@ def test_lines_without_an_evaluation_are_short(open_trainer, out_dir):
     assert ["explained_variance" in line for line in lines(out_dir)] == [False, False, True]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("target", ["decoder", "activations"])
 def test_step_descends_the_documented_loss(architecture, target, open_trainer, source):

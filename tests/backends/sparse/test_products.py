@@ -50,6 +50,7 @@ matrices = pytest.mark.parametrize("x", MATRICES.values(), ids=MATRICES)
 
 
 class TestSlabs:
+    @pytest.mark.quick
     @pytest.mark.parametrize("n_products", [1, 7, 50, 2**20])
     @matrices
     def test_cover_all_pairs(self, x, n_products, slabs):

@@ -19,7 +19,8 @@ def pair_gradient(x: Coordinates, pairs: WeightedPairs, slabs: Slabs) -> Tensor:
         first, stop = torch.searchsorted(index, ends).tolist()
         if first < stop:
             products, places = slab.find(index[first:stop])
-            slab.add_gradient(products, *weights[:, first:stop].index_select(1, places), of_needed)
+            row_weights, col_weights = weights[:, first:stop].index_select(1, places)
+            slab.add_gradient(products, row_weights, col_weights, of_needed)
     gradient = torch.zeros_like(unit.x_hat.values, dtype=torch.float64)
     gradient[needed] = of_needed
     return gradient_in_values(x, unit, gradient)
