@@ -1,4 +1,6 @@
-"""Radix select on the device: find a bound that at least k pairs exceed, and no more than the records can hold.
+"""Radix select on the device: find a bound that enough pairs exceed, and no more than the records can hold.
+
+Enough are k pairs, or all that are above the floor if these are fewer.
 
 Every call enqueues the same kernels, in the same order. One number on the device, the stage, says whose turn it is: a
 kernel reads it first and returns at once if it is not its own. So the host never reads a result to decide what to
@@ -11,7 +13,7 @@ launch next, whatever the data are.
              The stage ends early, as soon as the pairs from some digit on fit the capacity.
     TIES     If the pairs equal to the k-th similarity alone do not fit, a pass counts them by row, to find the last row
              whose ties are needed.
-    COLLECT  A pass records what was found: at least k pairs and at most `capacity`, by construction.
+    COLLECT  A pass records what was found: enough pairs and at most `capacity`, by construction.
 
 A pair is recorded if its similarity exceeds the bound, or equals it and the row of the pair is at most `tie_row`.
 """
@@ -29,7 +31,7 @@ STAGE, LOWEST, ABOVE, TIE_ROW, PASSES_SO_FAR, FAILURE = (tl.constexpr(place) for
 BOUND, SLACK = (tl.constexpr(place) for place in range(2))
 """Places in `RadixSelect.bounds`."""
 GUESS, MARGIN, N_PASSES = (tl.constexpr(place) for place in range(3))
-"""Places in a warm-start state."""
+"""Places in a warm-start state: those of `topk_ortho.warm_start`, which kernels may not import."""
 NO_FAILURE, SHORTFALL, OVERFLOW = (tl.constexpr(failure) for failure in range(3))
 """What went wrong in the first pass: nothing, it recorded too few pairs, or there were more than fit."""
 DIGITS_OF_SIMILARITY = ((22, 8), (14, 8), (7, 7), (0, 7))

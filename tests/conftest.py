@@ -63,13 +63,13 @@ BACKEND_CASES: dict[str, tuple[str, Any]] = {
     "tiled_11x15": ("tiled", TiledBackend(tile=TileShape(11, 15))),
     "triton": ("triton", _triton(least_screened_features=2**30)),
     "triton_screened": ("triton", _triton(least_screened_features=2)),
-    "sparse": ("sparse", SparseBackend(slabs=Slabs(n_products=900))),
-    "sparse_kernels": ("sparse", SparseBackend(slabs=Slabs(n_products=2000, on_kernels=True))),
+    "sparse": ("sparse", SparseBackend(slabs=Slabs(most_products=900))),
+    "sparse_kernels": ("sparse", SparseBackend(slabs=Slabs(most_products=2000, on_kernels=True))),
 }
 """Where a new backend is added. Kernels run in the interpreter, or on a GPU where there is one."""
 _WITH_KERNELS = ("triton", "triton_screened", "sparse_kernels")
 # The interpreter takes a millisecond for each program of a launch, and there is one for each non-zero: the suite goes
-# through these kernels on a GPU, tests/backends/test_sparse.py always.
+# through these kernels on a GPU, tests/backends/sparse/ always.
 _SUITE = [name for name in BACKEND_CASES if name != "sparse_kernels" or not launch.INTERPRETED]
 
 

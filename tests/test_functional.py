@@ -595,7 +595,12 @@ class TestDeterminism:
 
     @pytest.fixture(autouse=True)
     def _as_users_run_it(self):
+        """With threads, whose sums may come in any order, and without torch's deterministic algorithms."""
         torch.use_deterministic_algorithms(False)
+        n_threads = torch.get_num_threads()
+        torch.set_num_threads(2)
+        yield
+        torch.set_num_threads(n_threads)
 
     @pytest.mark.parametrize(
         ("make", "arguments"),

@@ -159,7 +159,7 @@ class TestSparse:
         ids=str,
     )
     def test_as_on_the_cpu(self, arguments, dtype, slab, monkeypatch):
-        monkeypatch.setitem(registry.BACKENDS, "sparse", SparseBackend(slabs=Slabs(n_products=slab)))
+        monkeypatch.setitem(registry.BACKENDS, "sparse", SparseBackend(slabs=Slabs(most_products=slab)))
         features = self.features(dtype)
         device = self.on_gpu(features)
         for x in (features, device):

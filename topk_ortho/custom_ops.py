@@ -1,7 +1,7 @@
 """The boundary that torch sees for a dense x: opaque custom ops with fake kernels and registered gradients.
 
     topk_ortho::topk_pairs      x -> the selected pairs, padded to k; the cosines are differentiable, the choice is not
-    topk_ortho::max_cosine      x -> for every column its largest cosine and the column that it has it with
+    topk_ortho::max_cosine      x -> for every column its largest cosine to another column, and which column that is
     topk_ortho::pair_gradient   the gradient of both
 
 They take plain, already checked arguments and look only at what tracing cannot see: the values of x and of priority.
@@ -74,7 +74,7 @@ def pair_gradient(x: Tensor, norms: Tensor, cosines: Tensor, *arguments: Any) ->
     """See `topk_ortho.backends.base.Backend.pair_gradient`; with `structural_zeros` the gradient is 0 where x is 0."""
     *weighted, backend_name, structural_zeros = arguments
     pairs, backend = WeightedPairs(*weighted), backend_for(backend_name, x)
-    if structural_zeros and isinstance(backend, SparseBackend):
+    if structural_zeros and isinstance(backend, SparseBackend):  # it need not compute what is then set to 0
         return backend.structural_gradient(x, pairs)
     grad = backend.pair_gradient(x, norms, cosines, pairs)
     return grad.masked_fill_(x == 0, 0) if structural_zeros else grad
@@ -141,7 +141,7 @@ def fake_max_cosine(values: Tensor, n_features: int) -> MaxCosine:
 
 
 def refuse_nan(priority: Tensor | None) -> None:
-    """Raise if a column has no priority; reads the data."""
+    """Raise a ValueError if a priority is NaN; this waits for the device."""
     is_bad = priority.isnan() if priority is not None and priority.is_floating_point() else None
     if is_bad is not None and is_bad.any():
         raise ValueError(f"priority has {int(is_bad.sum())} NaN; every column needs a number")
@@ -162,7 +162,7 @@ def partner_pairs(partners: Tensor, grad: Tensor) -> WeightedPairs:
 
 
 def refuse_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> NoReturn:
-    """Say why, instead of looping."""
+    """Refuse torch.func.vmap, and say why."""
     raise NotImplementedError(
         "topk_ortho ops do not support torch.func.vmap: each matrix needs a selection of its own; loop over the batch"
     )

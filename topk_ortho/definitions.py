@@ -22,7 +22,7 @@ BackendName = Literal["auto", "naive", "tiled", "triton", "sparse"]
 Tau = float | Literal["adaptive"] | None
 
 EPS = 1e-12
-"""Floor of a column norm, as in `torch.nn.functional.normalize`."""
+"""Least norm that a column is divided by, as in `torch.nn.functional.normalize`."""
 
 
 class Query(NamedTuple):
@@ -31,7 +31,7 @@ class Query(NamedTuple):
     k: int
     """Number of pairs, 1 <= k <= N(N-1)/2."""
     tau: float | None = None
-    """Fixed tau: a pair counts only if its |cosine| is above it. None for none."""
+    """Fixed tau: a pair counts only if its |cosine| is above it. None if there is no fixed tau."""
     n_std: float | None = None
     """Adaptive tau: mean + n_std * std of |cosine| over all pairs. None unless tau is adaptive."""
     similarity: Similarity = "abs"
@@ -60,9 +60,13 @@ def similarity_of(cosines: Tensor, similarity: Similarity) -> Tensor:
     return cosines.abs() if similarity == "abs" else cosines
 
 
-def floor_of(query: Query, adaptive_tau: float | None = None) -> float:
-    """The similarity that a pair must exceed to count; -1, which excludes nothing, if there is no floor (yet)."""
-    tau = query.tau if adaptive_tau is None else adaptive_tau
+def floor_of(query: Query, tau: float | None = None) -> float:
+    """The similarity that a pair must exceed to count.
+
+    `tau` is the one in force, if it is known; by default the query's. The floor is -1, which excludes nothing, if none
+    was asked for or an adaptive tau is not known yet.
+    """
+    tau = query.tau if tau is None else tau
     if query.similarity == "positive":
         return max(0.0, tau or 0.0)
     return -1.0 if tau is None else tau
@@ -80,14 +84,17 @@ def first_in_order(cosines: Tensor, index: Tensor, similarity: Similarity, count
 
 
 def first_unsorted(cosines: Tensor, index: Tensor, similarity: Similarity, count: int) -> tuple[Tensor, Tensor]:
-    """The first `count` pairs of the order, left as they came: only ties at the end are sorted."""
+    """The first `count` pairs of the order, in the sequence in which they came.
+
+    Only pairs tied at the last similarity are sorted, to choose among them.
+    """
     if index.numel() <= count:
         return cosines, index
-    score = similarity_of(cosines, similarity)
-    least = score.topk(count, sorted=False).values.min()
-    is_first = score > least
+    similarities = similarity_of(cosines, similarity)
+    least = similarities.topk(count, sorted=False).values.min()
+    is_first = similarities > least
     n_ties = count - int(is_first.sum())
-    ties = (score == least).nonzero().squeeze(1)
+    ties = (similarities == least).nonzero().squeeze(1)
     if ties.numel() > n_ties:
         ties = ties[index[ties].argsort()[:n_ties]]
     is_first[ties] = True

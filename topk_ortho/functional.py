@@ -91,7 +91,7 @@ def topk_pairs(
     -----
     Exact means: against float64, every selected pair has |cosine| >= t_k - e and every other one |cosine| <= t_k + e,
     where t_k is the k-th value and e the rounding of the precision asked for; the count is exact. A call takes
-    N**2 M / 2 multiply-adds, twice as many if the first guess was wrong ("triton": four to seven times). Extra memory
+    N**2 M / 2 multiply-adds, twice as many if the first guess was wrong ("triton": three to seven times). Extra memory
     is O(k) and a bounded number of tiles. "tiled" also copies x to float32 if it is bfloat16, float16 or has no unit
     stride; "triton" copies a float32 x to float16 where it screens it, and for `precision` "medium".
 
@@ -222,7 +222,7 @@ def topk_ortho_loss(
         selection = _select(x, query, chosen, priority, state, structural_zeros)
     else:
         coordinates, n_products = coordinates_of(x)
-        if n_products <= query.k and tau is None and similarity == "abs" and priority is None:
+        if tau is None and similarity == "abs" and priority is None and n_products <= query.k:
             # every pair whose cosine is not 0 is selected
             total: Tensor = sparse_ops.sum_of_squares(*coordinates)
             return total / query.k if reduction == "mean" else total

@@ -60,7 +60,7 @@ class TopKOrthoLoss(nn.Module):
         self.register_buffer("state", initial_state())
 
     def forward(self, x: Tensor | SparseFeatures, priority: Tensor | None = None) -> Tensor:
-        """Penalty of x [M, N]; `priority` [N] holds the more frequent column of a pair, see `topk_ortho_loss`."""
+        """Penalty on the columns of x [M, N]; in each pair the column of higher `priority` [N] is held constant."""
         options = {name: getattr(self, name) for name in _OPTIONS}
         return topk_ortho_loss(x, self.fraction, priority=priority, state=self.state, **options)
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 class TopKPairs(NamedTuple):
-    """The k most similar pairs of columns, most similar first, equals by (row, col).
+    """The k most similar pairs of columns, most similar first; pairs of equal similarity are ordered by (row, col).
 
-    Of a sparse x, pairs of cosine 0 are selected like others, but not listed.
+    For a sparse x, pairs of cosine 0 are selected like others, but not listed.
     """
 
     rows: Tensor
@@ -19,9 +19,9 @@ class TopKPairs(NamedTuple):
     values: Tensor
     """float32 [p], signed cosines; differentiable in x"""
     threshold: Tensor
-    """[] the k-th |cosine|; the floor in force (tau, or 0) if fewer than k pairs passed it"""
+    """[] the k-th similarity; the floor in force (tau, or 0) if fewer than k pairs passed it"""
     tau: float | None
-    """The floor used, given or adaptive; None if there was none"""
+    """The tau in force, given or adaptive; None if there was none"""
     n_features: int
     """N"""
     k: int

@@ -5,7 +5,8 @@ bound starts at a guess, hoped to lie just under the k-th similarity, and rises 
 of the pairs seen so far never exceeds the k-th of all, so what falls below it is not selected whatever follows. After
 the pass the selection is exact if k pairs survived, or if the guess was no higher than the floor that the user asked
 for. If neither holds, the guess was wrong: a second pass starts from the floor itself and cannot fail. Memory is
-bounded by the capacity of the records plus one tile either way.
+bounded by the capacity of the records plus one tile either way. The backend "triton" does not raise the bound in a
+pass: where the guess was too high or too low, a radix select finds a bound that holds, in place of the second pass.
 """
 
 from typing import NamedTuple
@@ -55,9 +56,7 @@ def finish(
     size: int | None = None,
     n_zeros: int = 0,
 ) -> Selection:
-    """Select among what a certified pass has kept.
-
-    Nothing is read on the host.
+    """Make a `Selection` of what a certified pass has kept, without waiting for the device.
 
     Parameters
     ----------
@@ -89,21 +88,21 @@ def finish(
         tau_in_force, floor = tau.clone(), tau.clamp_min(floor_of(query))
     else:
         tau_in_force, floor = number(-1.0 if tau is None else tau), number(floor_of(query, tau))
-    missing = max(0, size - cosines.numel())
-    cosines, index = pad(cosines[:size], (0, missing), value=torch.nan), pad(index[:size], (0, missing))
+    cosines, index = cosines[:size], index[:size]
     similarity = similarity_of(cosines, query.similarity)
     is_listed = similarity > floor
     n_listed = is_listed.sum()
     index = torch.where(is_listed, index, 0)
     rows = index.div(n_features, rounding_mode="floor")
     least = floor.clamp_min(0.0)
+    padding = (0, size - cosines.numel())
     return Selection(
-        cosines=torch.where(is_listed, cosines, 0.0),
-        rows=rows,
-        cols=index - rows * n_features,
+        cosines=pad(torch.where(is_listed, cosines, 0.0), padding),
+        rows=pad(rows, padding),
+        cols=pad(index - rows * n_features, padding),
         n_listed=n_listed,
         n_selected=(n_listed + n_zeros).clamp_max(query.k),
-        threshold=torch.where(n_listed == query.k, similarity.min(), least) if size else least,
+        threshold=torch.where(n_listed == query.k, similarity.min(), least) if cosines.numel() else least.clone(),
         tau=tau_in_force,
         norms=norms,
         state=norms.new_empty(0) if state is None else state,

@@ -37,13 +37,13 @@ class SparseFeatures(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
-        """[B, n_features], as of the matrix."""
+        """Shape [B, n_features] of the matrix."""
         is_int = isinstance(self.n_features, (int, torch.SymInt))
         return torch.Size((self.values.shape[0], self.n_features if is_int else int(self.n_features)))
 
     @property
     def device(self) -> torch.device:
-        """Where indices and values are."""
+        """Device of indices and values."""
         return self.values.device
 
     @classmethod
@@ -73,7 +73,7 @@ class SparseFeatures(NamedTuple):
         return cls(indices, x.gather(1, indices), x.shape[1])
 
     def to_dense(self) -> Tensor:
-        """The matrix.
+        """The same matrix as a dense tensor.
 
         Returns
         -------
@@ -91,7 +91,7 @@ class SparseFeatures(NamedTuple):
 
 
 def is_dense(x: SparseFeatures | Tensor) -> TypeGuard[Tensor]:
-    """Whether x is a matrix that names all its entries."""
+    """Whether x is a dense tensor, not a sparse one or `SparseFeatures`."""
     return isinstance(x, Tensor) and x.layout == torch.strided
 
 
@@ -120,5 +120,5 @@ def coordinates_of(x: SparseFeatures | Tensor) -> tuple[Coordinates, int]:
 
 
 def _n_products(n_active: Tensor) -> int:
-    """One for every two features of a row of x, given how many are active in each row."""
+    """Sum over the rows of x of the pairs of features active in it, from the number of active features in each row."""
     return int((n_active * (n_active - 1) // 2).sum())

@@ -1,7 +1,7 @@
 """The boundary that torch sees for a sparse x: as `topk_ortho.custom_ops`, over coordinates.
 
     topk_ortho::sparse_topk_pairs    -> the selected pairs whose cosine is not 0, padded; the cosines are differentiable
-    topk_ortho::sparse_max_cosine    -> for every column its largest cosine and the column that it has it with
+    topk_ortho::sparse_max_cosine    -> for every column its largest cosine to another column, and which column that is
     topk_ortho::sum_of_squares       -> sum of the squared cosines of all pairs
     topk_ortho::sparse_pair_gradient, topk_ortho::sum_of_squares_gradient    their gradients in the values of x
 
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from topk_ortho.backends.base import MaxCosine, WeightedPairs
 from topk_ortho.backends.registry import BACKENDS
+from topk_ortho.backends.sparse import closed_form
 from topk_ortho.backends.sparse.backend import SparseBackend
-from topk_ortho.backends.sparse.closed_form import sum_of_squares as sum_of_squares_of
-from topk_ortho.backends.sparse.closed_form import sum_of_squares_gradient as gradient_of_sum_of_squares
 from topk_ortho.backends.sparse.coordinates import Coordinates
 from topk_ortho.backends.sparse.gradient import pair_gradient
 from topk_ortho.backends.sparse.max_cosine import max_cosine
@@ -105,7 +104,7 @@ def sparse_pair_gradient(*arguments: Any) -> Tensor:
 )
 def sum_of_squares(*coordinates: Any) -> Tensor:
     """See `topk_ortho.backends.sparse.closed_form`."""
-    return sum_of_squares_of(Coordinates(*coordinates), _slabs())
+    return closed_form.sum_of_squares(Coordinates(*coordinates), _slabs())
 
 
 @sum_of_squares.register_fake
@@ -123,7 +122,7 @@ def _(*coordinates: Any) -> Tensor:
 def sum_of_squares_gradient(*arguments: Any) -> Tensor:
     """See `topk_ortho.backends.sparse.closed_form`."""
     x, (grad,) = _split(arguments)
-    return gradient_of_sum_of_squares(x, grad, _slabs())
+    return closed_form.sum_of_squares_gradient(x, grad, _slabs())
 
 
 @sparse_pair_gradient.register_fake
@@ -134,7 +133,7 @@ def _(*arguments: Any) -> Tensor:
 
 
 def _in_values(grad: Tensor, n_arguments: int) -> tuple[Tensor | None, ...]:
-    """Gradients of so many arguments that begin with coordinates: of their values alone."""
+    """A gradient for each argument of an op, coordinates first: `grad` for their values, None for the others."""
     return tuple(grad if i == Coordinates._fields.index("values") else None for i in range(n_arguments))
 
 
@@ -152,7 +151,8 @@ def _saved_coordinates(ctx: Any) -> tuple[Coordinates, tuple[Any, ...]]:
 def _setup_topk_pairs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     selection = Selection(*output)
     ctx.mark_non_differentiable(selection.threshold, selection.tau, selection.norms, selection.state)
-    _save_coordinates(ctx, inputs, selection.rows, selection.cols, inputs[-2])  # the last but one is the priority
+    *_, priority, _is_ordered = inputs
+    _save_coordinates(ctx, inputs, selection.rows, selection.cols, priority)
 
 
 def _backward_topk_pairs(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -61,7 +61,7 @@ def _check_numbers(dtype: torch.dtype, n_rows: int, n_columns: int) -> None:
 def resolve_query(
     n_features: int, *, fraction: Any, k: Any, tau: Any, n_std: Any, similarity: Any, precision: Any
 ) -> Query:
-    """What the arguments of a call ask for."""
+    """Check the arguments of a call and make a `Query` of them."""
     k = resolve_k(n_features, fraction, k)
     fixed_tau, adaptive_n_std = resolve_tau(tau, n_std)
     check_word("similarity", similarity, Similarity)
@@ -83,7 +83,7 @@ def resolve_k(n_features: int, fraction: Any, k: Any) -> int:
 
 
 def resolve_tau(tau: Any, n_std: Any) -> tuple[float | None, float | None]:
-    """(fixed tau or None, n_std if tau is adaptive or None)."""
+    """Two numbers: tau if it is fixed, else None; n_std if tau is adaptive, else None."""
     _check_number("n_std", n_std)
     if not -float("inf") < n_std < float("inf"):
         raise ValueError(f"n_std must be finite, got {n_std}")

@@ -19,6 +19,7 @@ GUESS, MARGIN, N_PASSES = 0, 1, 2
 """Places in the state."""
 
 MARGIN_START, MARGIN_LEAST, MARGIN_MOST = 0.15, 0.05, 1.0
+"""Margin before the first call, and its least and greatest value."""
 
 
 def initial_state(device: torch.device | str | None = None) -> Tensor:
@@ -46,7 +47,9 @@ def initial_state(device: torch.device | str | None = None) -> Tensor:
 
 
 def next_state(state: Tensor, ordered: Tensor, k: int, n_passes: int) -> Tensor:
-    """State after a call that left the similarities `ordered`, descending: k or more, if as many passed the floor.
+    """State after a call that kept the similarities `ordered`, descending.
+
+    There are k of them or more, if as many passed the floor, else all that did.
 
     The next guess is the similarity at rank (1 + margin) k. Where fewer pairs survived, it is extrapolated in a
     straight line from rank (1 - margin) k through rank k; tails are convex, so that this aims low. A call that needed a
@@ -86,7 +89,9 @@ class SampleSizes:
 
 
 def sample_rank(n_sampled: int, k: int, count: int) -> int:
-    """Rank in a sample of `n_sampled` of `count` pairs whose similarity about 1.15 k of them exceed; 0 if it has none.
+    """Rank within a sample of the similarity that about 1.15 k of all pairs exceed; 0 if the sample is too small.
+
+    The sample has `n_sampled` of all `count` pairs.
 
     The rank is raised by three standard deviations of a binomial count, so that a small sample aims lower.
     """

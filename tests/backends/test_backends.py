@@ -211,7 +211,7 @@ class TestRegistry:
         assert set(available_backends()) <= {"naive", "tiled", "triton", "sparse"}
 
     def test_auto_on_cpu_waits_for_the_data(self):
-        """See tests/backends/test_sparse.py for what it then does."""
+        """See tests/backends/sparse/test_cost.py for what it then does."""
         assert resolve_backend("auto", torch.device("cpu")) == "auto"
 
     def test_auto_is_sparse_for_a_sparse_x(self):

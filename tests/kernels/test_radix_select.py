@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.kernels.arguments import DEVICE, assert_same, copy_of, numbers, radix_at
-from topk_ortho import selection
+from topk_ortho import warm_start
 from topk_ortho.kernels.radix_select import (
     CERTIFIED,
     COLLECT,
@@ -457,9 +457,9 @@ class TestTieRow:
 
 
 class TestNextState:
-    """The warm start of the next call; see `topk_ortho.selection.next_state` for the one on the host."""
+    """The warm start of the next call; see `topk_ortho.warm_start.next_state` for the one on the host."""
 
-    MARGINS = (selection.MARGIN_START, selection.MARGIN_LEAST, selection.MARGIN_MOST)
+    MARGINS = (warm_start.MARGIN_START, warm_start.MARGIN_LEAST, warm_start.MARGIN_MOST)
     FACTORS: ClassVar = {NO_FAILURE.value: 0.98, SHORTFALL.value: 2.0, OVERFLOW.value: 0.5}
     """Of the margin: a guess that was too high doubles it, one that was too low halves it."""
 
@@ -505,7 +505,7 @@ class TestNextState:
         stage = "collect" if failure else "certified"
         actual = self.state_after([0.5, 0.21, 2.0], similarity, n_ordered, 100, stage=stage, failure=failure)
         ordered = torch.from_numpy(similarity[:n_ordered])
-        expected = selection.next_state(torch.tensor([0.5, 0.21, 2.0]), ordered, 100, 2 if failure else 1)
+        expected = warm_start.next_state(torch.tensor([0.5, 0.21, 2.0]), ordered, 100, 2 if failure else 1)
         assert actual.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
 
     @pytest.mark.parametrize(

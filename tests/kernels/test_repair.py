@@ -1,6 +1,7 @@
 """The kernels in order: whatever the guess, the selection is exact, and it takes the passes that it should."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from tests.inputs import EDGES, activations, dyadic, normal, seeded
 from tests.kernels.arguments import FEW
 from tests.tolerances import assert_selection, float64
 from topk_ortho import TopKPairs, topk_pairs
-from topk_ortho.backends import triton
+from topk_ortho.backends.registry import BACKENDS
 from topk_ortho.kernels.radix_select import DIGITS_OF_SIMILARITY
-from topk_ortho.selection import MARGIN_LEAST
+from topk_ortho.warm_start import MARGIN_LEAST, SampleSizes
 
 N = 40
 N_PAIRS = N * (N - 1) // 2
@@ -34,9 +35,14 @@ WITHOUT_A_PASS = range(2, 2 + len(DIGITS_OF_SIMILARITY))
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """float32 in "highest" precision without and with a screen in bf16; few records and small samples either way."""
     use_case({"plain": "triton", "screened": "triton_screened"}[request.param], monkeypatch)
-    monkeypatch.setattr(triton, "_SMALLEST_SAMPLED", 8)
-    assert triton._SLACK == 0
+    sample_from(8, monkeypatch)
     return request.param
+
+
+def sample_from(least_features: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sample a matrix of so many features or more."""
+    backend = replace(BACKENDS["triton"], sample=SampleSizes(least_features=least_features))
+    monkeypatch.setitem(BACKENDS, "triton", backend)
 
 
 def capacity_of(k: int, route: str) -> int:
@@ -48,7 +54,7 @@ def check(x: Tensor, k: int, guess: float | None, **arguments) -> tuple[TopKPair
     state = torch.tensor([-1.0 if guess is None else guess, 0.15, 0.0])
     pairs = topk_pairs(x, k=k, backend="triton", state=state, **arguments)
     assert_selection(pairs, x, k=k, **arguments)
-    assert MARGIN_LEAST <= state[1] <= triton._MARGIN_MOST
+    assert MARGIN_LEAST <= state[1] <= BACKENDS["triton"].most_margin
     assert state[2] == int(state[2])
     if len(pairs.rows) == k:
         assert state[0] <= pairs.threshold
@@ -288,7 +294,7 @@ class TestWithoutASample:
 
     @pytest.fixture(autouse=True)
     def _no_sample(self, route, monkeypatch):
-        monkeypatch.setattr(triton, "_SMALLEST_SAMPLED", 2**30)
+        sample_from(2**30, monkeypatch)
 
     def test_straight_to_the_digits(self):
         _, n_passes = check(normal(12, N), 60, None)

@@ -1,7 +1,8 @@
 """What a backend is: a reason why it cannot run, and three functions over plain tensors.
 
 A backend finds pairs and moves gradients; it knows nothing of losses, reductions, autograd or user input. To add one,
-write a class with the methods of `Backend` and name an instance in `topk_ortho.backends.registry`. Everything a backend
+write a class with the methods of `Backend`, name an instance in `topk_ortho.backends.registry`, and its name in
+`topk_ortho.definitions.BackendName`. Everything a backend
 returns has a shape that follows from its arguments, so that the ops above it can be traced without running it. How a
 backend cuts its work into pieces are fields of a frozen dataclass, with defaults: they change the time that a call
 takes, never what it finds.
@@ -44,7 +45,7 @@ class WeightedPairs(NamedTuple):
 
 
 class Backend(Protocol):
-    """The interface."""
+    """The methods of every backend."""
 
     def unavailable_reason(self, device: torch.device) -> str | None:
         """Why this backend cannot run on `device`, in words that an error can quote; None if it can."""

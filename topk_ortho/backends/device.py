@@ -24,11 +24,14 @@ try:
 except (ImportError, AttributeError) as error:  # none installed, or one that is too old
     IMPORT_ERROR = f"Triton 3.6 or later could not be imported ({error}); `pip install triton` (Linux)"
 
-_TRITON_FOR_SM_100 = (3, 9)  # seen compiling with it and failing with 3.6, not tried with those between
+_TRITON_FOR_SM_100 = (3, 9)  # Triton 3.9 compiles the kernels for sm_100 and 3.6 fails; versions between were not tried
 
 
 def kernels_unavailable_reason(device: torch.device) -> str | None:
-    """Why Triton's kernels cannot run on `device`: no Triton, no GPU that it supports, or a tensor elsewhere."""
+    """Why Triton's kernels cannot run on `device`; None if they can.
+
+    There may be no Triton, no GPU that it supports, or the tensor may be elsewhere.
+    """
     if IMPORT_ERROR is not None:
         return IMPORT_ERROR
     if INTERPRETED:

@@ -5,8 +5,6 @@
 Products are always "highest": `precision` names the least that is asked for.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,6 @@ from topk_ortho.selection import Selection, finish
 from topk_ortho.warm_start import next_state
 
 
-@dataclass(frozen=True)
 class NaiveBackend:
     """Materialises the gram, on any device of torch."""
 
@@ -39,11 +36,11 @@ class NaiveBackend:
 
         similarity = similarity_of(cosines, query.similarity)
         order = similarity.argsort(descending=True, stable=True)
-        similarity = similarity[order]
         if state is not None:
-            state = next_state(state, similarity[similarity > floor_of(query, tau)], query.k, n_passes=1)
-        index = rows * n_features + cols
-        return finish(cosines[order], index[order], query, tau=tau, norms=norms, state=state)
+            passing = similarity[order][: (similarity > floor_of(query, tau)).sum()]
+            state = next_state(state, passing, query.k, n_passes=1)
+        first = order[: query.k]
+        return finish(cosines[first], rows[first] * n_features + cols[first], query, tau=tau, norms=norms, state=state)
 
     def max_cosine(self, x: Tensor, chunks: tuple[Tensor, ...] | None, precision: Precision) -> MaxCosine:
         """Mask the diagonal of each chunk's gram and take the largest entry of each row, and so of each column."""

@@ -63,5 +63,5 @@ def _refuse(columns: Tensor, message: str) -> None:
 
 
 def first_ten(items: list[Any]) -> str:
-    """What an error shows of a list that may be long; of more than ten it need only be given eleven."""
+    """The first ten items as text, with dots if there are more. Of a long list, the first eleven are enough."""
     return ", ".join(map(str, items[:10])) + (", ..." if len(items) > 10 else "")

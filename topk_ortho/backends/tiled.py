@@ -90,8 +90,8 @@ class TiledBackend:
             cosines, partners = torch.empty_like(norms), torch.empty_like(norms, dtype=torch.int64)
             for chunk in chunks:
                 members = chunk.sort().values
-                cosines[members], among_members = self._max_cosine_of_all(x.index_select(1, members), norms[members])
-                partners[members] = members[among_members]
+                cosines[members], local_partners = self._max_cosine_of_all(x.index_select(1, members), norms[members])
+                partners[members] = members[local_partners]
         return MaxCosine(cosines, partners, norms)
 
     def pair_gradient(self, x: Tensor, norms: Tensor, cosines: Tensor, pairs: WeightedPairs) -> Tensor:
@@ -155,7 +155,7 @@ class TiledBackend:
             if query.n_std is not None:
                 magnitudes = scores.mul_(inverse[cols])
                 if row == col:
-                    moments.add(magnitudes, lower.n_above(magnitudes), partial(lower.fill, value=0.0))
+                    moments.add(magnitudes, lower.n_pairs_in(magnitudes), partial(lower.fill, value=0.0))
                 else:
                     moments.add(magnitudes, magnitudes.numel())
                 scores = scan.load(products, absolute=query.similarity == "abs")
@@ -214,17 +214,17 @@ def upper_tiles(x: Tensor, norms: Tensor, shape: TileShape) -> Iterator[Tile]:
 
 
 class _LowerTriangle:
-    """The diagonal and all below it, in the first tile of a panel: no pairs of their own."""
+    """Entries on and below the diagonal in the first tile of a panel: they are no pairs, or repeat those above it."""
 
     def __init__(self, x: Tensor, shape: TileShape):
         self._mask = torch.ones(shape.rows, shape.rows, dtype=torch.bool, device=x.device).tril_()
 
     def fill(self, tile: Tensor, value: float) -> None:
-        """Overwrite it in a tile [rows, cols >= rows]."""
+        """Overwrite these entries of a tile [rows, cols >= rows]."""
         n_rows = tile.shape[0]
         tile[:, :n_rows].masked_fill_(self._mask[:n_rows, :n_rows], value)
 
-    def n_above(self, tile: Tensor) -> int:
+    def n_pairs_in(self, tile: Tensor) -> int:
         """How many entries of a tile [rows, cols >= rows] are pairs."""
         n_rows = tile.shape[0]
         return tile.numel() - n_rows * (n_rows + 1) // 2
@@ -232,6 +232,8 @@ class _LowerTriangle:
 
 class _Scan:
     """Finds the rare scores of a tile that exceed their column's bound, in memory that every tile reuses.
+
+    A score is a cosine, or its magnitude, times the norm of the column.
 
     A vectorised maximum over groups of eight rows leaves an eighth to compare, and the flags are searched eight at a
     time as int64: a third of the time of comparing and searching every score (2 cores, AVX-512).
@@ -267,9 +269,9 @@ class _Scan:
         position = 8 * hits[hit] + lane
         group = position.div(n_cols, rounding_mode="floor")
         col = position - group * n_cols
-        scores = self._grouped[group, :, col]  # [flagged, group members]
-        flagged, member = (scores > bound[col].unsqueeze(1)).nonzero().unbind(1)
-        return group[flagged] * self._GROUP + member, col[flagged]
+        scores = self._grouped[group, :, col]  # [flagged, rows of a group]
+        flagged, offset = (scores > bound[col].unsqueeze(1)).nonzero().unbind(1)
+        return group[flagged] * self._GROUP + offset, col[flagged]
 
 
 def _multipliable(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from topk_ortho.backends.base import Backend, MaxCosine, WeightedPairs
 from topk_ortho.backends.device import IMPORT_ERROR, device_guard, kernels_unavailable_reason, may_synchronize
-from topk_ortho.backends.norms import column_norms as refuse_what_is_not_finite
+from topk_ortho.backends.norms import column_norms as column_norms_in_torch
 from topk_ortho.backends.norms import inverse_norms
 from topk_ortho.backends.tiled import TiledBackend
 from topk_ortho.definitions import EPS, Precision, Query, floor_of, n_pairs, similarity_of
@@ -38,8 +38,6 @@ if IMPORT_ERROR is None:
     from topk_ortho.kernels.rescore import rescore
     from topk_ortho.kernels.round_columns import SCALE, round_columns
 
-_MARGIN_MOST = 0.4  # of the warm-start guess, as a share of k: the records hold 1.5 k
-
 
 @dataclass(frozen=True, kw_only=True)
 class TritonBackend:
@@ -55,21 +53,23 @@ class TritonBackend:
     """Features from which float32 columns are screened: below, the products take less time than the launches that the
     screen adds. Not measured yet."""
     most_screened_rows: int = 8192
-    """Rows of x up to which they are: beyond, the bound on the rounding of so long a sum lets more pairs pass than the
-    records hold."""
+    """Most rows of x for which float32 columns are screened: the bound on the rounding of longer sums lets more pairs
+    pass than the records hold."""
     slab_bytes: int = 2**25
     """Size of a transposed slab of x: it stays in the L2 cache of an A100 (40 MB) and of what came after."""
     chunk_copy_elements: int = 2**26
     """Elements of x that `max_cosine` copies at once, if columns are compared within chunks."""
+    most_margin: float = 0.4
+    """Largest margin of the warm-start guess, as a share of k: the records hold 1.5 k."""
     float64: Backend = field(default_factory=TiledBackend)
-    """Does float64, for which there are no kernels."""
+    """Backend for float64, for which there are no kernels."""
 
     def unavailable_reason(self, device: torch.device) -> str | None:
         """No Triton, no GPU that it supports, or a tensor elsewhere."""
         return kernels_unavailable_reason(device)
 
     def topk_pairs(self, x: Tensor, query: Query, state: Tensor | None) -> Selection:
-        """One pass from a guess, then an exact search for the bound that returns at once if the pass was certified."""
+        """One pass from a guess; then a radix select, whose kernels return at once if that pass was certified."""
         if x.dtype == torch.float64:
             return self.float64.topk_pairs(x, query, state)
         with device_guard(x.device):
@@ -80,7 +80,7 @@ class TritonBackend:
             self._first_pass(call)
             _certify(call)
             _repair(call)
-            return _finish(call)
+            return _finish(call, self.most_margin)
 
     def max_cosine(self, x: Tensor, chunks: tuple[Tensor, ...] | None, precision: Precision) -> MaxCosine:
         """Maxima of tiles for their rows and their columns, joined by atomic maxima of (cosine, partner)."""
@@ -200,7 +200,7 @@ class TritonBackend:
 
 
 class _Operands(NamedTuple):
-    """What is multiplied."""
+    """The operands of the passes over one x."""
 
     first: "Operand"
     repair: "Operand"
@@ -273,21 +273,21 @@ def _repair(call: _Call) -> None:
     gram_survivors(operand, radix, *records, None, floor, is_abs=call.is_abs, is_first=False)
 
 
-def _finish(call: _Call) -> Selection:
+def _finish(call: _Call, most_margin: float) -> Selection:
     """Put the records in order and select; certify the last pass once more."""
     query, radix, norms = call.query, call.radix, call.norms
     n_records = radix.n_survivors.clamp_max(call.capacity)
     similarity, cosines, index = _in_order(call, n_records)
     state = call.state
     if state is not None:
-        margins = (MARGIN_START, MARGIN_LEAST, _MARGIN_MOST)
+        margins = (MARGIN_START, MARGIN_LEAST, most_margin)
         following = radix_select.next_state(radix, _as_kernels_read(state), similarity, n_records, query.k, margins)
         state = following.to(state.dtype)
-    tau = call.adaptive_tau()
+    tau = call.adaptive_tau()  # again: a repair measures the moments anew
     selection = finish(
         cosines, index, query, tau=query.tau if tau is None else tau.squeeze(0), norms=norms.norms, state=state
     )
-    # what certified the selection, once more over the last pass; a kernel that counts unlike it collects shows here
+    # check the certificate again for the last pass: this reveals a kernel that counts other pairs than it records
     floor = selection.tau.clamp_min(floor_of(query))
     is_wrong = ((radix.n_survivors < query.k) & (radix.bounds[:1] > floor)) | (radix.n_survivors > call.capacity)
     if may_synchronize(call.x.device, call.state):
@@ -389,4 +389,4 @@ def _max_cosine_of_chunks(
 
 def _refuse_not_finite(x: Tensor, norms: "Norms") -> None:
     if norms.flags.item() & NOT_FINITE.value:
-        refuse_what_is_not_finite(x)
+        column_norms_in_torch(x)  # raises the error that names the columns

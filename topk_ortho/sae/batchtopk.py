@@ -12,8 +12,8 @@ from torch import Tensor
 from topk_ortho.sae.active import ActiveFeatures, encode_selected
 from topk_ortho.sae.base import SparseAutoencoder
 
-_THRESHOLD_DECAY = 0.95  # per step: the cut of a batch is nearly free of noise, and moves with the weights
-_GUESS = 0.9  # of the threshold: a little below the next batch's cut
+_THRESHOLD_DECAY = 0.95  # per step: the threshold of a batch is nearly free of noise, and moves with the weights
+_GUESS = 0.9  # of the threshold: a little below that of the next batch
 
 
 class BatchTopKSAE(SparseAutoencoder):

@@ -71,7 +71,7 @@ class TestKernels:
             partial(sum_of_squares, coordinates),
             partial(sum_of_squares_gradient, coordinates, torch.ones(())),
         ):
-            actual = function(slabs=Slabs(n_products=200, on_kernels=True))
+            actual = function(slabs=Slabs(most_products=200, on_kernels=True))
             expected = function(slabs=Slabs(on_kernels=False))
             actual, expected = ([r] if isinstance(r, torch.Tensor) else list(r) for r in (actual, expected))
             for a, e in zip(actual, expected, strict=True):

@@ -30,7 +30,7 @@ class TestMaxCosine:
         assert set((x.square().sum(dim=0) * 4).round().tolist()) <= {0.0, 4.0}
         n_chunks = data.draw(st.integers(1, n // 2))
         chunks = None if n_chunks == 1 else torch.randperm(n, generator=seeded(n)).tensor_split(n_chunks)
-        result = SparseBackend(slabs=Slabs(n_products=slab)).max_cosine(x, chunks, "highest")
+        result = SparseBackend(slabs=Slabs(most_products=slab)).max_cosine(x, chunks, "highest")
         cosine = float64(x).T @ float64(x)
         values, _ = oracle.max_cosines(float64(x), None if chunks is None else [c.tolist() for c in chunks])
         assert_within(actual=result.cosines, expected=values, bound=1e-12)

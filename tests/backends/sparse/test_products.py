@@ -19,7 +19,7 @@ ENGINES = ["torch", "kernels"] if launch.INTERPRETED else ["torch"]
 @pytest.fixture(params=ENGINES)
 def slabs(request):
     """Slabs of at most so many products."""
-    return lambda n_products=None: Slabs(n_products=n_products, on_kernels=request.param == "kernels")
+    return lambda n_products=None: Slabs(most_products=n_products, on_kernels=request.param == "kernels")
 
 
 def coordinates_of(x, dtype=torch.float64):
@@ -109,8 +109,7 @@ class TestGradient:
             weights = torch.stack([torch.from_numpy(weights)[rows, cols].double() for weights in (first, second)])
             weighted = weights.any(dim=0)
             if weighted.any():
-                products, places = slab.find(met.pairs[weighted])
-                slab.add_gradient(products, *weights[:, weighted][:, places], out)
+                slab.add_pair_gradient(met.pairs[weighted], weights[:, weighted], out)
         expected = np.zeros(x.shape)
         for g in range(x.shape[0]):
             for i in range(x.shape[1]):

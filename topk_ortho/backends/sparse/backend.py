@@ -11,10 +11,10 @@ from topk_ortho.backends.sparse.coordinates import Coordinates, unit_columns
 from topk_ortho.backends.sparse.gradient import pair_gradient
 from topk_ortho.backends.sparse.max_cosine import max_cosine
 from topk_ortho.backends.sparse.products import Slabs
-from topk_ortho.backends.sparse.selection import find
+from topk_ortho.backends.sparse.selection import stream
 from topk_ortho.backends.tiled import TiledBackend
 from topk_ortho.backends.triton import TritonBackend
-from topk_ortho.definitions import Precision, Query, first_in_order, floor_of, similarity_of
+from topk_ortho.definitions import Precision, Query, floor_of, similarity_of
 from topk_ortho.selection import Selection, finish
 from topk_ortho.warm_start import next_state
 
@@ -34,23 +34,23 @@ class SparseBackend:
         """Select among the pairs that meet, then, if that is not enough, pairs of cosine 0 in (row, col) order."""
         n_features = x.shape[1]
         x_hat, _, norms = unit_columns(Coordinates.from_dense(x))
-        found = find(x_hat, query, self.slabs)
+        streamed = stream(x_hat, query, self.slabs)
+        cosines, index = streamed.survivors.first_in_order(query.k if state is None else 2 * query.k)
         if state is not None:
-            survivors, _ = found.survivors.first_in_order(2 * query.k)
-            state = next_state(state, similarity_of(survivors, query.similarity), query.k, n_passes=1)
-        cosines, index = first_in_order(*found.selected(), query.similarity, query.k)
-        if floor_of(query, found.tau) < 0:
+            state = next_state(state, similarity_of(cosines, query.similarity), query.k, n_passes=1)
+        cosines, index = streamed.passing(cosines[: query.k], index[: query.k])
+        if floor_of(query, streamed.tau) < 0:
             n_zeros = query.k - index.numel()
             cosines = torch.cat([cosines, cosines.new_zeros(n_zeros)])
             index = torch.cat([index, first_others(index, n_zeros, n_features)])
-        return finish(cosines, index, query, tau=found.tau, norms=norms, state=state)
+        return finish(cosines, index, query, tau=streamed.tau, norms=norms, state=state)
 
     def max_cosine(self, x: Tensor, chunks: tuple[Tensor, ...] | None, precision: Precision) -> MaxCosine:
         """Maxima over the pairs that meet, and 0 where that is larger."""
         return max_cosine(Coordinates.from_dense(x), chunks, self.slabs)
 
     def pair_gradient(self, x: Tensor, norms: Tensor, cosines: Tensor, pairs: WeightedPairs) -> Tensor:
-        """As the dense backend of the device computes it: zeros of x get gradient too, so it is dense like x."""
+        """Gradient by the dense backend of the device: zeros of x get gradient too, so it is as dense as x."""
         dense: Backend = TiledBackend() if x.device.type == "cpu" else TritonBackend()
         return dense.pair_gradient(x, norms, cosines, pairs)
 

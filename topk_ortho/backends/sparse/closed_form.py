@@ -30,10 +30,10 @@ def sum_of_squares_gradient(x: Coordinates, weight: Tensor, slabs: Slabs) -> Ten
 
 def _sum_of_squares(x_hat: Coordinates, slabs: Slabs, *, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """The sum and its gradient in the values of x_hat, which is 0 unless it is wanted; float64."""
-    turned, order = x_hat.transposed()
-    if turned.n_products() < x_hat.n_products():
+    transposed, order = x_hat.transposed()
+    if transposed.n_products() < x_hat.n_products():
         # what is subtracted below leaves little: float64 throughout
-        total, gradient = _sum_over_slabs(turned._replace(values=turned.values.double()), slabs, with_gradient)
+        total, gradient = _sum_over_slabs(transposed._replace(values=transposed.values.double()), slabs, with_gradient)
         squares = x_hat.values.double().square()
         of_samples = sum_by(x_hat.samples, squares, x_hat.n_samples)  # diagonal of x_hat @ x_hat.T
         of_features = sum_by(x_hat.features, squares, x_hat.n_features)  # diagonal of x_hat.T @ x_hat
@@ -57,5 +57,5 @@ def _sum_over_slabs(x_hat: Coordinates, slabs: Slabs, with_gradient: bool) -> tu
         total += met.cosines.double().square().sum()
         if with_gradient:
             weights = (2 * met.cosines).index_select(0, met.runs)
-            slab.add_gradient(met.order, weights, weights, gradient)
+            slab.add_gradient(met.order, weights.expand(2, -1), gradient)
     return total, gradient

@@ -12,8 +12,8 @@ from topk_ortho.definitions import EPS, accumulation_dtype
 class Coordinates(NamedTuple):
     """The entries of a sparse x [n_samples, n_features]; whatever is not named is 0.
 
-    Those that the public face makes are in the order of (sample, feature), but for padding: entries of value 0, whose
-    feature does not matter. `unit_columns` drops these.
+    `SparseFeatures` and coalesced tensors come in the order of (sample, feature), apart from padding, which are entries
+    of value 0 whose feature does not matter. `unit_columns` drops padding and sorts what is not in order.
     """
 
     samples: Tensor

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-# In multiply-adds of the dense route for each thread, which shares those out and not these. Measured by
-# `python -m bench sparse`, see bench/results/sparse.jsonl.
+# The unit is a multiply-add of the dense route on one thread. Threads share the work of the dense route, not of this
+# one. Measured by `python -m bench sparse`, see bench/results/cpu.jsonl.
 _PER_PRODUCT, _PER_CELL, _PER_CALL = 1500, 1, 1e8
 _SAMPLED_ROWS = 64
 
@@ -14,8 +14,8 @@ def is_cheaper(x: Tensor) -> bool:
 
     ::
 
-        tiled    M N**2 / 2 multiply-adds
-        sparse   a * products + b * M N (to find the non-zeros) + c (a call's overhead), in multiply-adds
+        tiled    M N**2 / 2 / threads
+        sparse   a * products + b * M N (to find the non-zeros) + c (a call's overhead)
 
     Products are counted in a sample of the rows, and, if it says that they are few, in all.
     """

@@ -1,4 +1,4 @@
-"""The gradient of weighted cosines in the entries of a sparse x: the products once more, and their weights."""
+"""Gradient of a weighted sum of cosines in the entries of a sparse x: the products are made once more and weighted."""
 
 import torch
 from torch import Tensor
@@ -18,9 +18,7 @@ def pair_gradient(x: Coordinates, pairs: WeightedPairs, slabs: Slabs) -> Tensor:
         ends = torch.tensor([slab.first_feature, slab.last_feature + 1], device=index.device) * x.n_features
         first, stop = torch.searchsorted(index, ends).tolist()
         if first < stop:
-            products, places = slab.find(index[first:stop])
-            row_weights, col_weights = weights[:, first:stop].index_select(1, places)
-            slab.add_gradient(products, row_weights, col_weights, of_needed)
+            slab.add_pair_gradient(index[first:stop], weights[:, first:stop], of_needed)
     gradient = torch.zeros_like(unit.x_hat.values, dtype=torch.float64)
     gradient[needed] = of_needed
     return gradient_in_values(x, unit, gradient)

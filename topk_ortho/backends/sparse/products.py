@@ -28,7 +28,7 @@ if IMPORT_ERROR is None:
 class Slabs:
     """How the products are cut into slabs; None is the best known for the device of x."""
 
-    n_products: int | None = None
+    most_products: int | None = None
     """Most products of a slab, but for a slab of one feature, which has as many as that feature takes.
 
     CPU: what a slab holds, about 60 bytes a product, is sorted in the cache; from 2**18 to 2**20 the time is the same,
@@ -40,7 +40,7 @@ class Slabs:
         """Slabs that cover all pairs of an x_hat whose entries are in order, first features ascending."""
         is_cuda = x_hat.values.device.type == "cuda"
         on_kernels = is_cuda if self.on_kernels is None else self.on_kernels
-        most = self.n_products or (2**24 if is_cuda else 2**19)
+        most = self.most_products or (2**24 if is_cuda else 2**19)
         entries = x_hat.features.argsort(stable=True)
         totals = torch.nn.functional.pad(x_hat.n_partners()[entries].cumsum(0), (1, 0))
         features = x_hat.features[entries]
@@ -92,39 +92,47 @@ class Slab(NamedTuple):
         sums.index_add_(0, runs, products.double())
         return SlabCosines(pairs, sums.to(products.dtype), order, runs)
 
-    def find(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
-        """The products that belong to given pairs, int64 [q] ascending; and the place of the pair of each, int64 [q].
+    def add_pair_gradient(self, pairs: Tensor, weights: Tensor, out: Tensor) -> None:
+        """Add to out [n], float64, the gradient of the weighted cosines of given pairs in the entries of x_hat.
 
-        Pairs are first * n_features + second, ascending, with first features of this slab.
+        Pairs [p] are first * n_features + second, ascending, with first features of this slab. Entries of a pair's
+        first feature see `weights[0]` [p] times those of its second, which see `weights[1]` times those of the first.
         """
-        keys, _ = self._products()
+        partners = None
+        if self.on_kernels:
+            keys, _ = self._products()
+        else:
+            partners = self._partners()
+            keys = self._keys(*partners)
         wanted = (pairs - self.first_feature * self.x_hat.n_features).to(keys.dtype)
         places = torch.searchsorted(wanted, keys).clamp_max_(wanted.numel() - 1)
         products = (wanted.index_select(0, places) == keys).nonzero().squeeze(1)
-        return products, places.index_select(0, products)
+        self.add_gradient(products, weights.index_select(1, places.index_select(0, products)), out, partners)
 
-    def add_gradient(self, products: Tensor, first_weights: Tensor, second_weights: Tensor, out: Tensor) -> None:
+    def add_gradient(
+        self, products: Tensor, weights: Tensor, out: Tensor, partners: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         """Add to out [n], float64, the gradient of a weighted sum of some products in the entries of x_hat.
 
-        The first entry of a product sees its `first_weights` [q] times the second entry, and the other way round.
+        The first entry of a product sees `weights[0]` [q] times the second entry, which sees `weights[1]` times the
+        first. `partners` are those of the slab, if they are at hand.
         """
         values = self.x_hat.values
         if self.on_kernels:
-            weights = values.new_zeros(2, self.n_products)
-            for of_all, of_some in zip(weights, (first_weights, second_weights), strict=True):
-                of_all[products] = of_some.to(values.dtype)
+            of_all = values.new_zeros(2, self.n_products)
+            of_all[:, products] = weights.to(values.dtype)
             first_product = torch.full_like(self.x_hat.samples, -1)
             first_product[self.entries] = self.starts[:-1]
             with device_guard(values.device):
-                coactivation_spread(first_product, *weights, *self.partner_bounds(), values, out)
+                coactivation_spread(first_product, *of_all, *self._partner_bounds(), values, out)
             return
-        places, partners = self.partners()
-        entry = self.entries.index_select(0, places.index_select(0, products))
-        partner = partners.index_select(0, products)
-        for weights, target, source in ((first_weights, entry, partner), (second_weights, partner, entry)):
-            out.index_add_(0, target, weights.double() * values.index_select(0, source))
+        places, seconds = partners or self._partners()
+        first = self.entries.index_select(0, places.index_select(0, products))
+        second = seconds.index_select(0, products)
+        for of_products, target, source in zip(weights, (first, second), (second, first), strict=True):
+            out.index_add_(0, target, of_products.double() * values.index_select(0, source))
 
-    def partner_bounds(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _partner_bounds(self) -> tuple[Tensor, Tensor, Tensor]:
         """Three places [n] for each entry of `x_hat`.
 
         The entries before it in its sample that belong to the slab begin at the first place and stop before the second;
@@ -138,7 +146,7 @@ class Slab(NamedTuple):
         places = torch.arange(samples.numel(), device=samples.device)
         return begins, torch.minimum(ends, places), torch.searchsorted(samples, samples, right=True)
 
-    def partners(self) -> tuple[Tensor, Tensor]:
+    def _partners(self) -> tuple[Tensor, Tensor]:
         """For each product, where its first entry is in `entries` and its second in `x_hat`, int64 [n_products]."""
         places = torch.repeat_interleave(self.starts.diff(), output_size=self.n_products)
         offsets = self.entries + 1 - self.starts[:-1]
@@ -147,21 +155,31 @@ class Slab(NamedTuple):
     def _products(self) -> tuple[Tensor, Tensor]:
         """((first - first_feature) * n_features + second, product) [n_products]."""
         _, features, values, _, n_features = self.x_hat
-        # keys of 32 bits take half the time to sort
-        fits = (self.last_feature + 1 - self.first_feature) * n_features < 2**31
-        dtype = torch.int32 if fits else torch.int64
         if self.on_kernels:
-            keys, products = features.new_empty(self.n_products, dtype=dtype), values.new_empty(self.n_products)
+            keys = features.new_empty(self.n_products, dtype=self._key_dtype)
+            products = values.new_empty(self.n_products)
             with device_guard(keys.device):
                 coactivation_products(
                     self.entries, self.starts, features, values, self.first_feature, n_features, keys, products
                 )
             return keys, products
-        places, second = self.partners()
-        # index_select: a third of the time of indexing
-        keys = ((features[self.entries] - self.first_feature) * n_features).to(dtype).index_select(0, places)
-        keys += features.index_select(0, second)
-        return keys, values[self.entries].index_select(0, places).mul_(values.index_select(0, second))
+        places, partners = self._partners()
+        products = values[self.entries].index_select(0, places).mul_(values.index_select(0, partners))
+        return self._keys(places, partners), products
+
+    def _keys(self, places: Tensor, partners: Tensor) -> Tensor:
+        """The pair of each product as (first - first_feature) * n_features + second, in plain torch."""
+        features, n_features = self.x_hat.features, self.x_hat.n_features
+        keys = ((features[self.entries] - self.first_feature) * n_features).to(self._key_dtype)
+        keys = keys.index_select(0, places)  # a third of the time of indexing
+        keys += features.index_select(0, partners)
+        return keys
+
+    @property
+    def _key_dtype(self) -> torch.dtype:
+        """Keys of 32 bits, where they fit, take half the time to sort."""
+        fits = (self.last_feature + 1 - self.first_feature) * self.x_hat.n_features < 2**31
+        return torch.int32 if fits else torch.int64
 
 
 class SlabCosines(NamedTuple):

@@ -18,16 +18,16 @@ def topk_pairs(x: Coordinates, size: int, query: Query, *, is_ordered: bool, sla
     They are listed in the total order, or else, which takes less time, by (row, col).
     """
     x_hat, _, norms = unit_columns(x)
-    found = find(x_hat, query, slabs)
-    cosines, index = found.selected()
+    streamed = stream(x_hat, query, slabs)
+    cosines, index = streamed.passing(*streamed.survivors.first_unsorted(query.k))
     if is_ordered:
         cosines, index = first_in_order(cosines, index, query.similarity, query.k)
-    n_zeros = found.n_zeros if floor_of(query, found.tau) < 0 else 0
-    return finish(cosines, index, query, tau=found.tau, norms=norms, size=size, n_zeros=n_zeros)
+    n_zeros = streamed.n_zeros if floor_of(query, streamed.tau) < 0 else 0
+    return finish(cosines, index, query, tau=streamed.tau, norms=norms, size=size, n_zeros=n_zeros)
 
 
-class Found(NamedTuple):
-    """What one pass over the pairs that meet has found."""
+class Streamed(NamedTuple):
+    """What one pass over the pairs that meet has streamed."""
 
     query: Query
     survivors: Survivors
@@ -37,14 +37,13 @@ class Found(NamedTuple):
     n_zeros: int
     """Pairs of cosine 0"""
 
-    def selected(self) -> tuple[Tensor, Tensor]:
-        """Cosines and index of the first k pairs that pass tau, which, if adaptive, is known only now."""
-        cosines, index = self.survivors.first_unsorted(self.query.k)
+    def passing(self, cosines: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of some pairs that are above the floor, which an adaptive tau decides only at the end of the pass."""
         passes = similarity_of(cosines, self.query.similarity) > floor_of(self.query, self.tau)
         return cosines[passes], index[passes]
 
 
-def find(x_hat: Coordinates, query: Query, slabs: Slabs) -> Found:
+def stream(x_hat: Coordinates, query: Query, slabs: Slabs) -> Streamed:
     """Stream the pairs that meet, as `topk_ortho.backends.tiled` streams all pairs."""
     survivors, moments = Survivors(query, floor_of(query)), Moments()
     survivors.add(x_hat.values.new_empty(0), x_hat.features.new_empty(0))
@@ -56,6 +55,6 @@ def find(x_hat: Coordinates, query: Query, slabs: Slabs) -> Found:
             moments.add(cosines.double().abs().unsqueeze(0), pairs.numel())
         survivors.add(cosines, pairs)
     if query.n_std is None:
-        return Found(query, survivors, query.tau, n_zeros)
+        return Streamed(query, survivors, query.tau, n_zeros)
     moments.add_zeros(n_zeros)
-    return Found(query, survivors, moments.adaptive_tau(query.n_std), n_zeros)
+    return Streamed(query, survivors, moments.adaptive_tau(query.n_std), n_zeros)
