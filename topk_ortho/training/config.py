@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from topk_ortho.activations.config import (
     CacheDtype,
@@ -201,12 +203,10 @@ class TrainConfig:
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         clips = self.clip_norm is None or 0 < self.clip_norm < math.inf
         require(clips, "clip_norm", self.clip_norm, "above 0, or None")
-        known = set(self.loggers) <= {"tensorboard", "wandb"}
-        require(known, "loggers", self.loggers, "of tensorboard, wandb")
+        require(set(self.loggers) <= {"tensorboard", "wandb"}, "loggers", self.loggers, "of tensorboard, wandb")
         require_words(self, "")
 
     def as_json(self) -> dict[str, Any]:
         """The whole configuration as plain JSON values."""
-        paths = {"out_dir": str(self.out_dir), "cache_dir": str(self.cache_dir)}
-        sae = asdict(self.sae) | {"widths": None if self.sae.widths is None else list(self.sae.widths)}
-        return asdict(self) | paths | {"sae": sae, "loggers": list(self.loggers)}
+        values: dict[str, Any] = TypeAdapter(TrainConfig).dump_python(self, mode="json")
+        return values
