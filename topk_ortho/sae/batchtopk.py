@@ -12,8 +12,9 @@ from torch import Tensor
 from topk_ortho.sae.active import ActiveFeatures, encode_selected
 from topk_ortho.sae.base import SparseAutoencoder
 
-_THRESHOLD_DECAY = 0.95  # per step: the cut of a batch is nearly free of noise, and moves with the weights
-_GUESS = 0.9  # of the threshold: a little below the next batch's cut
+# per step; a short average, as the smallest value that a batch keeps has little noise and moves with the weights
+_THRESHOLD_DECAY = 0.95
+_GUESS = 0.9  # times the threshold: a little below the smallest value that the next batch keeps
 
 
 class BatchTopKSAE(SparseAutoencoder):

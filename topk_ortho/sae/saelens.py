@@ -156,9 +156,9 @@ class OrthoMixin(saes.TrainingSAE[Any]):
 
     @torch.no_grad()
     def _count_firing(self, feature_acts: Tensor) -> None:
-        # both also take the sparse activations that a TopK SAE may have
+        # these operations also take the sparse activations that a TopK SAE may have
         fired = feature_acts.bool().float().sum(0).to_dense() / feature_acts.shape[0]
-        # float: SAE.to(dtype) casts buffers
+        # back to float32, as SAE.to(dtype) casts buffers too
         self.ortho_firing_rate = self.ortho_firing_rate.float().lerp(fired, 1 - _FIRING_RATE_DECAY)
 
     def _ortho_loss(self, feature_acts: Tensor, step: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Everything that decides a training run. Nonsense is refused here, by name, before any model loads."""
+"""Everything that decides a training run. Values out of range are refused here, by name, before any model loads."""
 
 import math
 from collections.abc import Mapping
@@ -103,7 +103,7 @@ class PenaltyConfig:
     weight: float = 0.3
     """Weight, relative to the fraction of variance unexplained."""
     warmup_fraction: float = 0.0
-    """First share of the steps, over which the weight rises from 0."""
+    """Share of the steps, at the beginning, over which the weight rises from 0."""
     every: int = 1
     """Steps between two uses; the weight is multiplied by it, so that the pull is the same on average."""
     fraction: float = 1e-3
@@ -113,7 +113,7 @@ class PenaltyConfig:
     n_std: float = 1.0
     """Standard deviations above the mean, for the adaptive tau."""
     similarity: Literal["abs", "positive"] = "positive"
-    """Whether anti-parallel features count as similar (topk_pairs)."""
+    """"abs" takes anti-parallel features for similar too, "positive" leaves them free (topk_pairs)."""
     reduction: Literal["mean", "sum"] = "mean"
     """Whether squared cosines are averaged or summed over the selected pairs (topk_pairs)."""
     priority: Literal["firing-rate", "none"] = "firing-rate"
@@ -153,9 +153,9 @@ class TrainConfig:
     lr: float = 3e-3
     """Peak learning rate of Adam."""
     warmup_fraction: float = 0.08
-    """First share of the steps, over which the learning rate and the weight of the sparsity term rise from 0."""
+    """Share of the steps, at the beginning, over which the learning rate and the sparsity term's weight rise from 0."""
     decay_fraction: float = 0.2
-    """Last share of the steps, over which the learning rate falls to 0."""
+    """Share of the steps, at the end, over which the learning rate falls to 0."""
     clip_norm: float | None = 1.0
     """Largest norm of the gradient; a larger one is scaled down to it. None turns it off."""
     autocast: Literal["auto", "bfloat16", "off"] = "auto"
@@ -169,7 +169,7 @@ class TrainConfig:
     cache: CacheDtype = "float16"
     """Precision of the activations on disk. "off" keeps none: the transformer runs each time they are needed."""
     held_out_tokens: int = 16_384
-    """Tokens that are never trained on and that the dictionary is judged by, at most half of all."""
+    """Number of tokens that are never trained on and that the dictionary is judged by, at most half of all."""
 
     dead_after_tokens: int = 200_000
     """A feature that has not fired for this many training tokens counts as dead."""
