@@ -47,6 +47,7 @@ def test_a_configuration_survives_its_json(name, tmp_path):
         ("steps = true", "steps must be a valid integer, got True"),
         ("steps = 6.5", "steps must be a valid integer, got 6.5"),
         ('lr = "fast"', "lr must be a valid number, got 'fast'"),
+        ("lr = 1979-05-27", "lr must be a valid number, got '1979-05-27'"),
         ("device = 0", "device must be a valid string, got 0"),
         ("out_dir = 0", "out_dir must be a valid string, got 0"),
         ('autocast = "fp8"', "autocast must be 'auto', 'bfloat16' or 'off', got 'fp8'"),

@@ -69,9 +69,9 @@ class Transformer:
 
     @torch.no_grad()
     def activations(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """What passes the hook, [n, context, d_in], for windows of token ids [n, context], on the CPU.
+        """Activations at the hook, [n, context, d_in], for windows of token ids [n, context], on the CPU.
 
-        It is converted to `dtype`; None keeps the model's own.
+        They are converted to `dtype`; None keeps the model's own.
         """
         from transformer_lens.model_bridge.exceptions import StopAtLayerException
 

@@ -147,9 +147,9 @@ class TrainConfig:
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
 
     steps: int = 600
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: int = 1024
-    """Tokens in a step."""
+    """Number of tokens in a step."""
     lr: float = 3e-3
     """Peak learning rate of Adam."""
     warmup_fraction: float = 0.08
@@ -165,7 +165,7 @@ class TrainConfig:
     """Compile the SAE with torch.compile."""
 
     buffer_tokens: int = 500_000
-    """Tokens that are shuffled together; two such buffers are in memory, one in use and one being filled."""
+    """Number of tokens that are shuffled together; two such buffers are in memory, one in use and one being filled."""
     cache: CacheDtype = "float16"
     """Precision of the activations on disk. "off" keeps none: the transformer runs each time they are needed."""
     held_out_tokens: int = 16_384
@@ -178,11 +178,11 @@ class TrainConfig:
     eval_every: int = 100
     """Steps between two evaluations on held-out tokens, which go into the same file."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Places that get the metrics besides metrics.jsonl."""
+    """Further places that the metrics are sent to, besides metrics.jsonl."""
     checkpoint_every: int = 200
     """Steps between two checkpoints; 0 leaves only those made when the run is interrupted and when it ends."""
     keep_checkpoints: int = 2
-    """Latest checkpoints that stay, besides the one with the best explained variance."""
+    """Number of latest checkpoints that are kept, besides the one with the best explained variance."""
 
     seed: int = 0
     """Seeds the initial weights, the held-out tokens, the order of the others, and synthetic data."""
