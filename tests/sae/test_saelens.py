@@ -344,6 +344,12 @@ def test_second_import_registers_the_newer_classes(monkeypatch):
     assert registry.get_sae_training_class("topk_ortho_topk")[0] is again.OrthoTopKTrainingSAE
 
 
+def test_a_subclass_of_ones_own_takes_no_name_in_the_registry():
+    before = dict(registry.SAE_TRAINING_CLASS_REGISTRY)
+    type("Own", (saelens.OrthoTopKTrainingSAE,), {})
+    assert before == registry.SAE_TRAINING_CLASS_REGISTRY
+
+
 def test_sae_lens_is_imported_by_the_plug_in_alone():
     code = """
 import sys

@@ -24,7 +24,7 @@ class _Pool(NamedTuple):
     epoch: int
     number: int
     shards: list[int]
-    """Ascending"""
+    """Numbers of the shards, in ascending order"""
     n_batches: int
 
 
@@ -44,7 +44,7 @@ class Batches:
     seed : int
         Decides the order.
     position : int
-        Batches to leave out at the beginning.
+        Number of batches to skip at the beginning.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Batches:
         self._is_loaded = False
 
     def __iter__(self) -> "Batches":
-        """Itself."""
+        """This iterator."""
         return self
 
     def __next__(self) -> Tensor:
@@ -115,7 +115,8 @@ class Batches:
 
     def _load(self, pool: _Pool) -> tuple[Tensor, Tensor]:
         """The tokens of a pool and the order in which they are used."""
-        if self._last is None or self._last[0] != pool.shards:  # else there is one pool: only its order is new
+        # if an epoch is one pool, the next one has the same tokens in another order
+        if self._last is None or self._last[0] != pool.shards:
             self._last = (pool.shards, self._read(pool.shards))
         tokens = self._last[1]
         generator = generator_of("order of tokens", self.seed, pool.epoch, pool.number)
@@ -129,7 +130,7 @@ class Batches:
             if self._stopping.is_set():
                 raise Stopped
             part = self.source.shard(shard)
-            if start == 0:  # no list of parts: with their sum they would take twice the buffer
+            if start == 0:  # to collect the parts first would take twice the memory
                 tokens = part.new_empty(sum(sizes), part.shape[1])
             tokens[start : start + size] = part
         return tokens

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,11 @@ class TransformerActivations:
         manifest = _read_manifest(self._folder, content)
         self._windows = np.memmap(self._folder / "tokens.bin", np.int32, "r").reshape(manifest["shape"])
         self._special = torch.tensor(manifest["special_ids"], dtype=torch.int32)
-        # about 64 shards, so that those held out are from all over the text, of a size that loads fast
+        # about 64 shards: few enough to load fast, and enough to hold out some from all over the text
         n_windows, context_size = self._windows.shape
         per_shard = max(1, min(65_536, max(1_024, n_windows * context_size // 64)) // context_size)
         self._starts = [*range(0, n_windows, per_shard), n_windows]
         self.shard_sizes = [int((~self._is_special(n)).sum()) for n in range(len(self._starts) - 1)]
-        self._progress: tqdm[Any] | None = None
         self.d_in = self.shard(0).shape[1]
 
     @property
@@ -130,25 +130,25 @@ class TransformerActivations:
         """Run the transformer over the windows of a shard."""
         tokens = self.tokens(number)
         hidden = self.transformer.activations(tokens, self._cache_dtype or torch.float32)
-        self._show_progress(tokens.numel())
+        self._progress.update(tokens.numel())
+        if self._progress.n >= (self._progress.total or 0):
+            self._progress.close()
         activations = hidden[~self._is_special(number)].contiguous()
         if not activations.isfinite().all():
             remedy = " (cache can be bfloat16 or float32)" if self._cache_dtype == torch.float16 else ""
             raise ValueError(f"activations at {self.name} exceed {self._cache_dtype}{remedy}, or the model gave NaN")
         return activations
 
-    def _show_progress(self, n_tokens: int) -> None:
-        if self._progress is None:
-            missing = [n for n in range(len(self.shard_sizes)) if not self._path(n).is_file()]
-            total = sum(self.tokens(n).numel() for n in missing)
-            self._progress = tqdm(total=total, desc="transformer", unit=" tokens", unit_scale=True, mininterval=0.5)
-        self._progress.update(n_tokens)
-        if self._progress.n >= (self._progress.total or 0):
-            self._progress.close()
+    @cached_property
+    def _progress(self) -> "tqdm[Any]":
+        """The progress bar over the shards that are missing when the transformer first runs."""
+        missing = [n for n in range(len(self.shard_sizes)) if not self._path(n).is_file()]
+        total = sum(self.tokens(n).numel() for n in missing)
+        return tqdm(total=total, desc="transformer", unit=" tokens", unit_scale=True, mininterval=0.5)
 
 
 def _digest(content: dict[str, Any]) -> str:
-    """Name of the folder for a content. The model's name does not enter: a copy elsewhere is the same model."""
+    """Name of the folder for a content. It does not depend on the model's name: a copy elsewhere is the same model."""
     decisive = json.dumps({key: value for key, value in content.items() if key != "model"})
     return hashlib.sha256(decisive.encode()).hexdigest()[:16]
 

@@ -1,6 +1,6 @@
 """Settings of the activations: the transformer, the text that it reads, and synthetic data.
 
-Every configuration refuses nonsense when it is made, with an error that names the setting.
+Every configuration checks its values when it is made; the error for one out of range names the setting.
 """
 
 from dataclasses import dataclass

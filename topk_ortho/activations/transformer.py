@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,8 @@ class Transformer:
         self.device = device
         self.path = resolve_model(config)
         self.hf_config = AutoConfig.from_pretrained(self.path)
-        self._bridge: Any = None
         self._lock = threading.Lock()
-        self._n_tokens, self._seconds = 0, 0.0  # made into activations so far
+        self._n_tokens, self._seconds = 0, 0.0  # what `activations` has read so far, and how long it took
 
     @property
     def version(self) -> str:
@@ -69,9 +69,9 @@ class Transformer:
 
     @torch.no_grad()
     def activations(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """What passes the hook, [n, context, d_in], for windows of token ids [n, context], on the CPU.
+        """Activations at the hook, [n, context, d_in], for windows of token ids [n, context], on the CPU.
 
-        It is converted to `dtype`; None keeps the model's own.
+        They are converted to `dtype`; None keeps the model's own.
         """
         from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
@@ -119,23 +119,18 @@ class Transformer:
                 total += loss.item() * batch.shape[0]
         return total / tokens.shape[0]
 
-    @property
+    @cached_property
     def bridge(self) -> Any:
         """The model in transformer_lens, loaded at its first use."""
-        if self._bridge is None:
-            from transformer_lens.model_bridge import TransformerBridge
+        from transformer_lens.model_bridge import TransformerBridge
 
-            transformers_logging.disable_progress_bar()
-            dtype = getattr(torch, self.config.dtype)
-            bridge = TransformerBridge.boot_transformers(self.path, device=str(self.device), dtype=dtype)
-            if self.config.hook not in bridge.hook_dict:
-                residual = [name for name in bridge.hook_dict if name.endswith("hook_resid_post")]
-                raise ValueError(
-                    f"model.hook must be a hook of {self.path}, such as {', '.join(residual[:3])}; "
-                    f"got {self.config.hook!r}"
-                )
-            self._bridge = bridge
-        return self._bridge
+        transformers_logging.disable_progress_bar()
+        dtype = getattr(torch, self.config.dtype)
+        bridge = TransformerBridge.boot_transformers(self.path, device=str(self.device), dtype=dtype)
+        if self.config.hook not in bridge.hook_dict:
+            residual = ", ".join([name for name in bridge.hook_dict if name.endswith("hook_resid_post")][:3])
+            raise ValueError(f"model.hook must be a hook of {self.path}, such as {residual}; got {self.config.hook!r}")
+        return bridge
 
 
 def resolve_model(config: ModelConfig) -> str:

@@ -26,7 +26,7 @@ def ground_truth_metrics(
     truth : HierarchicalFeatures
         The true features.
     coefficients : Tensor, shape [n, n_true]
-        Of the true features in the same samples; above 0 is on.
+        Amounts of the true features in the same samples; above 0 is on.
     min_samples : int, default 10
         A parent and its child count for absorption only if the child is on, and the parent alone, in so many samples.
 

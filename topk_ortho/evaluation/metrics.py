@@ -1,4 +1,4 @@
-"""What a dictionary is judged by."""
+"""Metrics of a dictionary that every source of activations allows."""
 
 from collections.abc import Iterable
 from typing import Any

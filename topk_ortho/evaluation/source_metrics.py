@@ -1,4 +1,4 @@
-"""What can be said about a dictionary because of where its activations come from."""
+"""Metrics of a dictionary that only some sources of activations allow."""
 
 import torch
 

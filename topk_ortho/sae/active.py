@@ -48,7 +48,7 @@ class ActiveFeatures(NamedTuple):
 
 
 def firing_counts(features: Tensor | ActiveFeatures) -> Tensor:
-    """In how many samples of the batch each feature is above 0, int64 [n_features]."""
+    """Number of samples of the batch in which each feature is above 0, int64 [n_features]."""
     if isinstance(features, ActiveFeatures):
         return torch.bincount(features.features[features.values > 0], minlength=features.n_features)
     return (features > 0).sum(dim=0)

@@ -65,7 +65,7 @@ class SparseAutoencoder(nn.Module, ABC):
         return self.W_dec.shape[0]
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """Inputs of the activation, [batch, n_features], of x [batch, d_in]."""
+        """Inputs of the activation function, [batch, n_features], for x [batch, d_in]."""
         return linear(x - self.b_dec, self.W_enc, self.b_enc)
 
     @abstractmethod

@@ -12,8 +12,9 @@ from torch import Tensor
 from topk_ortho.sae.active import ActiveFeatures, encode_selected
 from topk_ortho.sae.base import SparseAutoencoder
 
-_THRESHOLD_DECAY = 0.95  # per step: the threshold of a batch is nearly free of noise, and moves with the weights
-_GUESS = 0.9  # of the threshold: a little below that of the next batch
+# per step; a short average, as the smallest value that a batch keeps has little noise and moves with the weights
+_THRESHOLD_DECAY = 0.95
+_GUESS = 0.9  # times the threshold: a little below the smallest value that the next batch keeps
 
 
 class BatchTopKSAE(SparseAutoencoder):
@@ -64,10 +65,10 @@ class BatchTopKSAE(SparseAutoencoder):
         return (pre_activations.flatten() > self.threshold).nonzero().squeeze(1)
 
     def _select_largest(self, pre_activations: Tensor) -> Tensor:
-        """Positions of the batch * l0 largest, if as many are above 0.
+        """Positions of the batch * l0 largest values, or of all above 0 if these are fewer.
 
-        Sorting a whole batch costs more than encoding it. What is above a guess is few, and holds the largest if it
-        is enough.
+        To sort a whole batch costs more than to encode it. So the largest are sought among the few values above a
+        guess, where all of them are unless fewer than batch * l0 values exceed it.
         """
         flat = pre_activations.flatten()
         n_kept = pre_activations.shape[0] * self.l0

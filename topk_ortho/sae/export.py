@@ -13,7 +13,7 @@ from topk_ortho.sae.jumprelu import JumpReLUSAE
 from topk_ortho.sae.topk import TopKSAE
 
 _FORMAT_VERSION = "6.0.0"
-"""Version of SAELens that a file claims; one without a version is read as of an older format."""
+"""Version of SAELens that a file names; SAELens takes a file without one for an older format."""
 
 
 def save_saelens(sae: SparseAutoencoder, folder: Path, metadata: dict[str, Any]) -> None:

@@ -30,10 +30,6 @@ class JumpReLUSAE(SparseAutoencoder):
         In units of the activations.
     bandwidth : float
         Width of the window in which a pre-activation moves its threshold, in the same units.
-
-    References
-    ----------
-    .. [1] Rajamanoharan et al., "Jumping ahead", arXiv:2407.14435.
     """
 
     def __init__(
@@ -90,7 +86,7 @@ def _sum_in_window(values: Tensor, z: Tensor, threshold: Tensor, bandwidth: floa
 
 
 class _JumpReLU(torch.autograd.Function):
-    """z * (z > threshold)."""
+    """The function z * (z > threshold), whose derivative in the threshold is that of the window."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
@@ -106,7 +102,7 @@ class _JumpReLU(torch.autograd.Function):
 
 
 class _Step(torch.autograd.Function):
-    """1 where z > threshold, else 0."""
+    """The function that is 1 where z > threshold and else 0; its derivative in the threshold is that of the window."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

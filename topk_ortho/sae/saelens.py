@@ -17,7 +17,7 @@ The term is logged as "losses/topk_ortho_loss", without coefficient and variance
 Checkpoints name the architecture "topk_ortho_..." and are loaded where this module has been imported; what is saved for
 inference is the extended architecture's and needs nothing of ours.
 
-Another architecture gets the penalty as the five below do: mix in `OrthoConfigMixin` and `OrthoMixin`, and register.
+Another architecture gets the penalty as the five below do, by mixing in `OrthoConfigMixin` and `OrthoMixin`.
 """
 
 import math
@@ -30,44 +30,12 @@ from torch import Tensor
 from topk_ortho import TopKOrthoLoss, max_cosine_loss
 
 try:
+    from sae_lens import saes
     from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, register_sae_training_class
-    from sae_lens.saes import (
-        BatchTopKTrainingSAE,
-        BatchTopKTrainingSAEConfig,
-        JumpReLUSAEConfig,
-        JumpReLUTrainingSAE,
-        JumpReLUTrainingSAEConfig,
-        MatryoshkaBatchTopKTrainingSAE,
-        MatryoshkaBatchTopKTrainingSAEConfig,
-        SAEConfig,
-        StandardSAEConfig,
-        StandardTrainingSAE,
-        StandardTrainingSAEConfig,
-        TopKSAEConfig,
-        TopKTrainingSAE,
-        TopKTrainingSAEConfig,
-        TrainingSAE,
-        TrainingSAEConfig,
-    )
     from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 except ModuleNotFoundError as error:
     message = "topk_ortho.sae.saelens needs SAELens: pip install 'topk-ortho[saelens]'"
     raise ModuleNotFoundError(message, name=error.name) from error
-
-__all__ = [
-    "OrthoBatchTopKTrainingSAE",
-    "OrthoBatchTopKTrainingSAEConfig",
-    "OrthoConfigMixin",
-    "OrthoJumpReLUTrainingSAE",
-    "OrthoJumpReLUTrainingSAEConfig",
-    "OrthoMatryoshkaBatchTopKTrainingSAE",
-    "OrthoMatryoshkaBatchTopKTrainingSAEConfig",
-    "OrthoMixin",
-    "OrthoStandardTrainingSAE",
-    "OrthoStandardTrainingSAEConfig",
-    "OrthoTopKTrainingSAE",
-    "OrthoTopKTrainingSAEConfig",
-]
 
 Op = Literal["topk_pairs", "max_cosine"]
 Target = Literal["decoder", "activations"]
@@ -77,10 +45,10 @@ _FIRING_RATE_DECAY = 0.99
 
 
 @dataclass(kw_only=True)
-class OrthoConfigMixin(TrainingSAEConfig):
+class OrthoConfigMixin(saes.TrainingSAEConfig):
     """Fields of the penalty; the architecture is called "topk_ortho_" and the name of the one that it extends."""
 
-    inference_config_class: ClassVar[type[SAEConfig]]
+    inference_config_class: ClassVar[type[saes.SAEConfig]]
     """Config of the SAE that is saved for inference: that of the extended architecture."""
 
     ortho_weight: float = 0.3
@@ -132,13 +100,13 @@ class OrthoConfigMixin(TrainingSAEConfig):
         """Name in SAELens's registry and in saved configs."""
         return f"topk_ortho_{super().architecture()}"
 
-    def get_inference_config_class(self) -> type[SAEConfig]:
+    def get_inference_config_class(self) -> type[saes.SAEConfig]:
         """Config of the SAE that is saved for inference, which knows nothing of the penalty."""
         return self.inference_config_class
 
 
-class OrthoMixin(TrainingSAE[Any]):
-    """The penalty's term of the loss.
+class OrthoMixin(saes.TrainingSAE[Any]):
+    """The penalty's term of the loss. A subclass that names its `config_class` is registered with SAELens.
 
     Attributes
     ----------
@@ -149,6 +117,13 @@ class OrthoMixin(TrainingSAE[Any]):
     """
 
     ortho_firing_rate: Tensor
+
+    def __init_subclass__(cls, config_class: type[OrthoConfigMixin] | None = None, **arguments: Any):
+        super().__init_subclass__(**arguments)
+        if config_class is not None:
+            # a module that is imported again registers its classes anew
+            SAE_TRAINING_CLASS_REGISTRY.pop(config_class.architecture(), None)
+            register_sae_training_class(config_class.architecture(), cls, config_class)
 
     def __init__(self, cfg: OrthoConfigMixin, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
@@ -181,9 +156,9 @@ class OrthoMixin(TrainingSAE[Any]):
 
     @torch.no_grad()
     def _count_firing(self, feature_acts: Tensor) -> None:
-        # both also take the sparse activations that a TopK SAE may have
+        # these operations also take the sparse activations that a TopK SAE may have
         fired = feature_acts.bool().float().sum(0).to_dense() / feature_acts.shape[0]
-        # float: SAE.to(dtype) casts buffers
+        # back to float32, as SAE.to(dtype) casts buffers too
         self.ortho_firing_rate = self.ortho_firing_rate.float().lerp(fired, 1 - _FIRING_RATE_DECAY)
 
     def _ortho_loss(self, feature_acts: Tensor, step: int) -> Tensor:
@@ -202,68 +177,57 @@ def _require(holds: bool, name: str, value: object, allowed: str) -> None:
 
 
 @dataclass
-class OrthoStandardTrainingSAEConfig(OrthoConfigMixin, StandardTrainingSAEConfig):
+class OrthoStandardTrainingSAEConfig(OrthoConfigMixin, saes.StandardTrainingSAEConfig):
     """`StandardTrainingSAEConfig` with the fields of the penalty."""
 
-    inference_config_class = StandardSAEConfig
+    inference_config_class = saes.StandardSAEConfig
 
 
-class OrthoStandardTrainingSAE(OrthoMixin, StandardTrainingSAE):
+class OrthoStandardTrainingSAE(OrthoMixin, saes.StandardTrainingSAE, config_class=OrthoStandardTrainingSAEConfig):
     """`StandardTrainingSAE` with the penalty."""
 
 
 @dataclass
-class OrthoTopKTrainingSAEConfig(OrthoConfigMixin, TopKTrainingSAEConfig):
+class OrthoTopKTrainingSAEConfig(OrthoConfigMixin, saes.TopKTrainingSAEConfig):
     """`TopKTrainingSAEConfig` with the fields of the penalty."""
 
-    inference_config_class = TopKSAEConfig
+    inference_config_class = saes.TopKSAEConfig
 
 
-class OrthoTopKTrainingSAE(OrthoMixin, TopKTrainingSAE):
+class OrthoTopKTrainingSAE(OrthoMixin, saes.TopKTrainingSAE, config_class=OrthoTopKTrainingSAEConfig):
     """`TopKTrainingSAE` with the penalty."""
 
 
 @dataclass
-class OrthoBatchTopKTrainingSAEConfig(OrthoConfigMixin, BatchTopKTrainingSAEConfig):
+class OrthoBatchTopKTrainingSAEConfig(OrthoConfigMixin, saes.BatchTopKTrainingSAEConfig):
     """`BatchTopKTrainingSAEConfig` with the fields of the penalty."""
 
-    inference_config_class = JumpReLUSAEConfig
+    inference_config_class = saes.JumpReLUSAEConfig
 
 
-class OrthoBatchTopKTrainingSAE(OrthoMixin, BatchTopKTrainingSAE):
+class OrthoBatchTopKTrainingSAE(OrthoMixin, saes.BatchTopKTrainingSAE, config_class=OrthoBatchTopKTrainingSAEConfig):
     """`BatchTopKTrainingSAE` with the penalty."""
 
 
 @dataclass
-class OrthoJumpReLUTrainingSAEConfig(OrthoConfigMixin, JumpReLUTrainingSAEConfig):
+class OrthoJumpReLUTrainingSAEConfig(OrthoConfigMixin, saes.JumpReLUTrainingSAEConfig):
     """`JumpReLUTrainingSAEConfig` with the fields of the penalty."""
 
-    inference_config_class = JumpReLUSAEConfig
+    inference_config_class = saes.JumpReLUSAEConfig
 
 
-class OrthoJumpReLUTrainingSAE(OrthoMixin, JumpReLUTrainingSAE):
+class OrthoJumpReLUTrainingSAE(OrthoMixin, saes.JumpReLUTrainingSAE, config_class=OrthoJumpReLUTrainingSAEConfig):
     """`JumpReLUTrainingSAE` with the penalty."""
 
 
 @dataclass
-class OrthoMatryoshkaBatchTopKTrainingSAEConfig(OrthoConfigMixin, MatryoshkaBatchTopKTrainingSAEConfig):
+class OrthoMatryoshkaBatchTopKTrainingSAEConfig(OrthoConfigMixin, saes.MatryoshkaBatchTopKTrainingSAEConfig):
     """`MatryoshkaBatchTopKTrainingSAEConfig` with the fields of the penalty."""
 
-    inference_config_class = JumpReLUSAEConfig
+    inference_config_class = saes.JumpReLUSAEConfig
 
 
-class OrthoMatryoshkaBatchTopKTrainingSAE(OrthoMixin, MatryoshkaBatchTopKTrainingSAE):
+class OrthoMatryoshkaBatchTopKTrainingSAE(
+    OrthoMixin, saes.MatryoshkaBatchTopKTrainingSAE, config_class=OrthoMatryoshkaBatchTopKTrainingSAEConfig
+):
     """`MatryoshkaBatchTopKTrainingSAE` with the penalty."""
-
-
-_CLASSES: list[tuple[type[OrthoMixin], type[OrthoConfigMixin]]] = [
-    (OrthoStandardTrainingSAE, OrthoStandardTrainingSAEConfig),
-    (OrthoTopKTrainingSAE, OrthoTopKTrainingSAEConfig),
-    (OrthoBatchTopKTrainingSAE, OrthoBatchTopKTrainingSAEConfig),
-    (OrthoJumpReLUTrainingSAE, OrthoJumpReLUTrainingSAEConfig),
-    (OrthoMatryoshkaBatchTopKTrainingSAE, OrthoMatryoshkaBatchTopKTrainingSAEConfig),
-]
-for _sae_class, _config_class in _CLASSES:
-    # what an earlier import of this module registered, if it is reloaded
-    SAE_TRAINING_CLASS_REGISTRY.pop(_config_class.architecture(), None)
-    register_sae_training_class(_config_class.architecture(), _sae_class, _config_class)

@@ -1,1 +1,1 @@
-"""The trainer: configuration, activations of a real transformer, the loop, and what it measures."""
+"""The trainer: its configuration, the loop, checkpoints and logs, and the report of a finished run."""

@@ -1,8 +1,8 @@
-"""Checkpoints: whole or not there, checked when read.
+"""Checkpoints that are either whole or absent, and are checked when they are read.
 
 A checkpoint is a folder `step-00000200` with `state.safetensors` (all tensors) and `manifest.json` (numbers, the
-configuration, and the sha256 of the state). It is written under another name, synced to disk and renamed, so that a
-process killed at any moment, or a full disk, leaves the earlier ones as they were.
+configuration, and the sha256 of the state). It is written under another name, synced to disk and renamed. So earlier
+checkpoints stay as they were if the process is killed at any moment, or if the disk is full.
 """
 
 import contextlib
@@ -30,16 +30,16 @@ class Checkpoint(NamedTuple):
     """What a checkpoint holds."""
 
     step: int
-    """Optimizer steps done"""
+    """Number of optimizer steps done"""
     tensors: dict[str, Tensor]
-    """On the CPU"""
+    """All tensors of the run by name, on the CPU"""
     values: dict[str, Any]
-    """What else decides the rest of the run, as JSON"""
+    """Everything else that decides the rest of the run, as JSON values"""
     config: dict[str, Any]
-    """The run's configuration, as JSON"""
+    """The configuration of the run, as JSON values"""
 
     def tensors_of(self, part: str) -> dict[str, Tensor]:
-        """The tensors of a part of the run, by their names in that part."""
+        """The tensors of one part of the run, by the names that they have there."""
         prefix = f"{part}."
         return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
@@ -49,11 +49,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     path = folder / _name(checkpoint.step)
     unfinished = folder / f".unfinished-{path.name}"
     folder.mkdir(parents=True, exist_ok=True)
-    _remove(unfinished)  # of a killed process
+    _remove(unfinished)  # a process that was killed may have left it
     try:
         unfinished.mkdir()
         state = unfinished / "state.safetensors"
-        # contiguous: as safetensors wants them
+        # safetensors refuses tensors that are not contiguous
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}, state)
         manifest = {
             "format": _FORMAT,
@@ -65,7 +65,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         for file in (state, unfinished / "manifest.json", unfinished):
             _sync(file)
-        _remove(path)  # of the same step, from before a resumption
+        _remove(path)  # a resumed run may come to the same step again
         unfinished.rename(path)
         _sync(folder)
     except (OSError, SafetensorError) as error:
@@ -84,9 +84,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path} is damaged: the sha256 of state.safetensors is not the one in its manifest")
         tensors = load_file(path / "state.safetensors")
         return Checkpoint(manifest["step"], tensors, manifest["values"], manifest["config"])
+    except CheckpointError:
+        raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{path} is not a readable checkpoint: {error}") from error
 
 
@@ -96,10 +96,10 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def latest_checkpoint(folder: Path, check: Callable[[Checkpoint], None]) -> tuple[Checkpoint | None, list[str]]:
-    """The latest checkpoint of a folder that can be read and passes `check`, and what is wrong with those after it.
+    """The latest checkpoint of a folder that can be read and passes `check`, and what is wrong with later ones.
 
-    `check` raises `CheckpointError` for one that belongs to another run. Raises it too if there are checkpoints, but
-    none is good: a run should not begin anew unasked.
+    `check` raises `CheckpointError` for a checkpoint of another run. If there are checkpoints and none of them is good,
+    this function raises that error too, as a run should not start anew unasked.
     """
     problems: list[str] = []
     for path in checkpoints(folder):
@@ -115,7 +115,7 @@ def latest_checkpoint(folder: Path, check: Callable[[Checkpoint], None]) -> tupl
 
 
 def prune_checkpoints(folder: Path, step: int, keep_last: int, best_step: int | None) -> None:
-    """Remove the checkpoints up to a step but the latest few and the best."""
+    """Remove the checkpoints up to a step, except for the latest few and the best one."""
     ours = [path for path in checkpoints(folder) if path.name <= _name(step)]
     for path in ours[keep_last:]:
         if best_step is None or path.name != _name(best_step):

@@ -1,10 +1,12 @@
-"""Everything that decides a training run. Nonsense is refused here, by name, before any model loads."""
+"""Everything that decides a training run. Values out of range are refused here, by name, before any model loads."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from topk_ortho.activations.config import (
     CacheDtype,
@@ -101,7 +103,7 @@ class PenaltyConfig:
     weight: float = 0.3
     """Weight, relative to the fraction of variance unexplained."""
     warmup_fraction: float = 0.0
-    """First share of the steps, over which the weight rises from 0."""
+    """Share of the steps, at the beginning, over which the weight rises from 0."""
     every: int = 1
     """Steps between two uses; the weight is multiplied by it, so that the pull is the same on average."""
     fraction: float = 1e-3
@@ -111,7 +113,7 @@ class PenaltyConfig:
     n_std: float = 1.0
     """Standard deviations above the mean, for the adaptive tau."""
     similarity: Literal["abs", "positive"] = "positive"
-    """Whether anti-parallel features count as similar (topk_pairs)."""
+    """"abs" takes anti-parallel features for similar too, "positive" leaves them free (topk_pairs)."""
     reduction: Literal["mean", "sum"] = "mean"
     """Whether squared cosines are averaged or summed over the selected pairs (topk_pairs)."""
     priority: Literal["firing-rate", "none"] = "firing-rate"
@@ -145,15 +147,15 @@ class TrainConfig:
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
 
     steps: int = 600
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: int = 1024
-    """Tokens in a step."""
+    """Number of tokens in a step."""
     lr: float = 3e-3
     """Peak learning rate of Adam."""
     warmup_fraction: float = 0.08
-    """First share of the steps, over which the learning rate and the weight of the sparsity term rise from 0."""
+    """Share of the steps, at the beginning, over which the learning rate and the sparsity term's weight rise from 0."""
     decay_fraction: float = 0.2
-    """Last share of the steps, over which the learning rate falls to 0."""
+    """Share of the steps, at the end, over which the learning rate falls to 0."""
     clip_norm: float | None = 1.0
     """Largest norm of the gradient; a larger one is scaled down to it. None turns it off."""
     autocast: Literal["auto", "bfloat16", "off"] = "auto"
@@ -163,11 +165,11 @@ class TrainConfig:
     """Compile the SAE with torch.compile."""
 
     buffer_tokens: int = 500_000
-    """Tokens that are shuffled together; two such buffers are in memory, one in use and one being filled."""
+    """Number of tokens that are shuffled together; two such buffers are in memory, one in use and one being filled."""
     cache: CacheDtype = "float16"
     """Precision of the activations on disk. "off" keeps none: the transformer runs each time they are needed."""
     held_out_tokens: int = 16_384
-    """Tokens that are never trained on and that the dictionary is judged by, at most half of all."""
+    """Number of tokens that are never trained on and that the dictionary is judged by, at most half of all."""
 
     dead_after_tokens: int = 200_000
     """A feature that has not fired for this many training tokens counts as dead."""
@@ -176,11 +178,11 @@ class TrainConfig:
     eval_every: int = 100
     """Steps between two evaluations on held-out tokens, which go into the same file."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Places that get the metrics besides metrics.jsonl."""
+    """Further places that the metrics are sent to, besides metrics.jsonl."""
     checkpoint_every: int = 200
     """Steps between two checkpoints; 0 leaves only those made when the run is interrupted and when it ends."""
     keep_checkpoints: int = 2
-    """Latest checkpoints that stay, besides the one with the best explained variance."""
+    """Number of latest checkpoints that are kept, besides the one with the best explained variance."""
 
     seed: int = 0
     """Seeds the initial weights, the held-out tokens, the order of the others, and synthetic data."""
@@ -201,12 +203,10 @@ class TrainConfig:
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         clips = self.clip_norm is None or 0 < self.clip_norm < math.inf
         require(clips, "clip_norm", self.clip_norm, "above 0, or None")
-        known = set(self.loggers) <= {"tensorboard", "wandb"}
-        require(known, "loggers", self.loggers, "of tensorboard, wandb")
+        require(set(self.loggers) <= {"tensorboard", "wandb"}, "loggers", self.loggers, "of tensorboard, wandb")
         require_words(self, "")
 
     def as_json(self) -> dict[str, Any]:
         """The whole configuration as plain JSON values."""
-        paths = {"out_dir": str(self.out_dir), "cache_dir": str(self.cache_dir)}
-        sae = asdict(self.sae) | {"widths": None if self.sae.widths is None else list(self.sae.widths)}
-        return asdict(self) | paths | {"sae": sae, "loggers": list(self.loggers)}
+        values: dict[str, Any] = TypeAdapter(TrainConfig).dump_python(self, mode="json")
+        return values

@@ -102,9 +102,9 @@ class DeadFeatures(nn.Module):
     def resample(self, sae: SparseAutoencoder, optimizer: Optimizer, x: Tensor, residual: Tensor, dead: Tensor) -> None:
         """Restart dead features at tokens that are reconstructed badly, in place [2]_.
 
-        A token is drawn with probability proportional to the square of its squared error. The directions of a feature
-        become the token's, its encoder's 0.2 times as long as the living ones' are on average; its bias becomes 0, and
-        Adam forgets it. The arguments are those of `auxiliary_loss`, and the optimizer of the SAE's parameters.
+        Each feature draws a token, with a probability proportional to the square of the token's squared error, and
+        takes its direction. The encoder's row gets 0.2 times the mean length of the rows of living features. The bias
+        becomes 0, and so do the moments of Adam. The arguments are those of `auxiliary_loss` and the optimizer.
         """
         numbers = dead.nonzero().squeeze(1)
         if numbers.numel() == 0:

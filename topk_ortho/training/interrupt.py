@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, as a request to stop at the next good moment."""
+"""Turns Ctrl-C and SIGTERM into a request to stop at the next good moment."""
 
 import signal
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Interrupted(Exception):
 
 
 class SignalGuard:
-    """While entered, SIGINT and SIGTERM set `received` and call `wake`; a second one acts as it did before.
+    """In its `with` block SIGINT and SIGTERM set `received` and call `wake`; a second signal acts as it would outside.
 
     Parameters
     ----------

@@ -28,7 +28,7 @@ def json_lines(path: Path, step: int) -> Iterator[Log]:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):  # torn when the process was killed
+        except (ValueError, KeyError):  # the process was killed while it wrote this line
             break
     write_whole(path, "".join(kept))
     with path.open("a") as file:

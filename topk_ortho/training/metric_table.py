@@ -20,7 +20,7 @@ class Metric(NamedTuple):
     detail: str = ""
     """What a headline adds, a format of the summary, left out if the summary lacks a value"""
     is_optional: bool = False
-    """Whether a headline is left out if there is no value, as of metrics that only some sources allow"""
+    """Whether a headline without a value is left out, because only some sources allow the metric"""
 
 
 class Headline(NamedTuple):

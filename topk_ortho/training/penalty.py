@@ -1,4 +1,4 @@
-"""The orthogonality penalty as a term of the training loss, by the public ops."""
+"""The orthogonality penalty as a term of the training loss, computed by the public ops."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ class PenaltyTerm(NamedTuple):
     """The penalty of one step, unweighted, with its gradient."""
 
     value: Tensor
-    """[]"""
+    """The penalty, []"""
     target: Tensor
     """What the penalty is a function of, with the SAE's graph behind it: W_dec, or the values of the features"""
     gradient: Tensor

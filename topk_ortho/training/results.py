@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, beside metrics and checkpoints."""
+"""Writes what a run leaves in its folder, besides metrics and checkpoints."""
 
 import json
 import platform

@@ -1,4 +1,4 @@
-"""Where a run goes on: the latest checkpoint in its folder that is whole and its own."""
+"""Finds the checkpoint that a run goes on from: the latest in its folder that is whole and belongs to it."""
 
 import sys
 from typing import Any
@@ -46,7 +46,7 @@ def find_checkpoint(config: TrainConfig, resume: bool) -> Checkpoint | None:
 
 
 def _changes(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Settings that differ, but for those that may."""
+    """Settings that differ, except for those that a resumed run may change."""
     mine, other = flatten(ours), flatten(theirs)
     differ = (name for name in sorted(mine.keys() | other.keys()) if mine.get(name) != other.get(name))
     return [f"{name} was {other.get(name)}, is {mine.get(name)}" for name in differ if name not in _FREE]

@@ -2,28 +2,19 @@
 
 import json
 import tomllib
-from contextlib import suppress
-from dataclasses import is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-_C = TypeVar("_C")
-_ALLOWED = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a string",
-    Path: "a path",
-    NoneType: '"None"',
-}
+from pydantic import TypeAdapter, ValidationError
+
+from topk_ortho.training.config import TrainConfig
 
 
-def with_settings(base: _C, path: Path) -> _C:
+def with_settings(base: TrainConfig, path: Path) -> TrainConfig:
     """A configuration with the settings of a file in place of its own; what the file does not name stays.
 
-    TOML has no null, so "None" stands for it wherever a setting may be None.
+    TOML has no null, so the string "None" stands for it.
 
     Raises
     ------
@@ -39,67 +30,40 @@ def with_settings(base: _C, path: Path) -> _C:
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings")
     try:
-        config: _C = _replace(base, settings, "")
-        return config
+        # JSON also for TOML: pydantic's strict mode then makes paths of strings and tuples of lists, and nothing else
+        text = json.dumps(_put_over(base.as_json(), settings, ""), default=str)
+        return TypeAdapter(TrainConfig).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_first_problem(error)}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _replace(config: Any, settings: dict[str, Any], prefix: str) -> Any:
-    """A configuration with other settings; the names of its own begin with the prefix."""
-    types = get_type_hints(type(config))
-    changes = {}
-    for name, value in settings.items():
-        if name not in types:
-            near = get_close_matches(name, types, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(types)}"
+def _put_over(base: Any, settings: Any, prefix: str) -> Any:
+    """The base with the settings in place of its own, table by table; a prefix is the name of the table."""
+    if not (isinstance(base, dict) and isinstance(settings, dict)):
+        return None if settings == "None" else settings
+    for name in settings:
+        if name not in base:
+            near = get_close_matches(name, base, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(base)}"
             raise ValueError(f"unknown setting {prefix}{name}; {hint}")
-        if is_dataclass(types[name]):
-            if not isinstance(value, dict):
-                raise ValueError(f"{prefix}{name} must be a table of settings, got {value!r}")
-            changes[name] = _replace(getattr(config, name), value, f"{prefix}{name}.")
-        else:
-            try:
-                changes[name] = _convert(value, types[name])
-            except TypeError as error:
-                raise ValueError(f"{prefix}{name} must be {_allowed(types[name])}, got {value!r}") from error
-    return replace(config, **changes)
+    return base | {name: _put_over(base[name], value, f"{prefix}{name}.") for name, value in settings.items()}
 
 
-def _convert(value: Any, kind: Any) -> Any:
-    """A value of a file as the type that a setting is annotated with; raises TypeError if it is none."""
-    options = get_args(kind)
-    if get_origin(kind) in (Union, UnionType):
-        # None first, so that "None" is not taken for a string
-        for option in sorted(options, key=lambda option: option is not NoneType):
-            with suppress(TypeError):
-                return _convert(value, option)
-    elif get_origin(kind) is Literal:
-        if isinstance(value, str) and value in options:
-            return value
-    elif get_origin(kind) is tuple:
-        if isinstance(value, list):
-            return tuple(_convert(item, options[0]) for item in value)
-    elif kind is NoneType:
-        if value in (None, "None"):
-            return None
-    elif kind is Path:
-        if isinstance(value, str):
-            return Path(value)
-    elif type(value) is kind:  # exactly: True is no number
-        return value
-    elif kind is float and type(value) is int:
-        return float(value)
-    raise TypeError
+def _first_problem(error: ValidationError) -> str:
+    """What is wrong with the first setting that pydantic refuses."""
+    problems = error.errors()
+    first = problems[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])  # the configuration's own words
+    # a setting that may be of several types has a problem for each of them
+    allowed = [p["msg"].removeprefix("Input should be ") for p in problems if _name_of(p) == _name_of(first)]
+    return f"{_name_of(first)} must be {' or '.join(allowed)}, got {first['input']!r}"
 
 
-def _allowed(kind: Any) -> str:
-    """In words, what `_convert` takes for a type."""
-    options = get_args(kind)
-    if get_origin(kind) in (Union, UnionType):
-        return " or ".join(map(_allowed, options))
-    if get_origin(kind) is Literal:
-        return " or ".join(f'"{word}"' for word in options)
-    if get_origin(kind) is tuple:
-        return f"a list, each item {_allowed(options[0])}"
-    return _ALLOWED[kind]
+def _name_of(problem: Any) -> str:
+    """The name of a setting, such as sae.l0, or of an item, such as sae.widths.0, without the type that was tried."""
+    first, *rest = problem["loc"]
+    is_table = isinstance(TrainConfig().as_json().get(first), dict)
+    return ".".join([first, *rest[:is_table], *(str(part) for part in rest[is_table:] if isinstance(part, int))])

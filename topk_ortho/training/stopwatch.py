@@ -1,4 +1,4 @@
-"""Where the time of a step goes, and how much memory there is to pay."""
+"""Measures how long the parts of a step take, and how much memory the run has needed."""
 
 import resource
 import sys

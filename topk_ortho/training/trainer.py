@@ -38,10 +38,10 @@ _SAVED_NUMBERS = ("variance", "scale", "seconds", "best")
 
 
 class StepResult(NamedTuple):
-    """One step, for the log. Terms are unweighted tensors [] on the device."""
+    """What a step reports to the log. The terms of the loss are unweighted tensors [] on the device."""
 
     loss: Tensor
-    """Everything that was minimised but for the penalty"""
+    """Everything that was minimised, without the penalty"""
     fvu: Tensor
     sparsity: Tensor
     auxiliary: Tensor
@@ -87,9 +87,9 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=config.lr, fused=True)
         keep_normalized(self.optimizer, self.sae.W_dec, config.sae.decoder_norm)
 
-        self.variance, self.scale = 1.0, 1.0  # total variance of the scaled activations, and what scales them
-        self.seconds = 0.0  # of training, without evaluations
-        self.best: dict[str, Any] | None = None  # the checkpoint of the largest explained variance
+        self.variance, self.scale = 1.0, 1.0  # total variance of the scaled activations; what they are scaled by
+        self.seconds = 0.0  # time spent on training, without evaluations
+        self.best: dict[str, Any] | None = None  # step and value of the checkpoint with the largest explained variance
         self.stopwatch = Stopwatch(self.device)
         self._step_of_last_line = self.step
         if checkpoint:
@@ -97,7 +97,7 @@ class Trainer:
             return
         try:
             self._fit_scale()
-        except BaseException:  # Ctrl-C too: the thread would go on to the end of its buffer
+        except BaseException:  # also at Ctrl-C, or the thread would first fill its buffer
             self.batches.close()
             raise
 
@@ -188,7 +188,7 @@ class Trainer:
         )
 
     def metrics(self, result: StepResult) -> dict[str, Any]:
-        """What every line of metrics.jsonl has; waits for the device."""
+        """The values that every line of metrics.jsonl has; waits for the device."""
         terms = {name: float(value) for name, value in result._asdict().items() if name != "features"}
         if not all(map(math.isfinite, terms.values())):
             raise FloatingPointError(self._diverged(str(terms)))
@@ -208,7 +208,7 @@ class Trainer:
         }
 
     def evaluation(self) -> dict[str, Any]:
-        """What the dictionary is like now, on held-out tokens.
+        """How good the dictionary is now, measured on held-out tokens.
 
         `pair_jaccard` compares the most similar pairs with those of the evaluation before.
         """
@@ -303,7 +303,7 @@ class Trainer:
         return self.step * self.config.batch_size
 
     def _is_due(self, *every: int) -> bool:
-        """Whether something that is done every so many steps, and at the end, is due after this one."""
+        """Whether something is due now that is done every so many steps (never if that is 0) and at the end."""
         return self.step == self.config.steps or any(n and self.step % n == 0 for n in every)
 
     def _warmup(self) -> float:
@@ -355,7 +355,7 @@ class Trainer:
 
 
 def _in_short(metrics: dict[str, Any]) -> str:
-    """Metrics beside the progress bar."""
+    """The few metrics that stand beside the progress bar."""
     return (
         f"FVU {metrics['fvu']:.3f}, L0 {metrics['l0']:.0f}, penalty {metrics['penalty']:.4f}, "
         f"dead {metrics['dead_fraction']:.0%}"
