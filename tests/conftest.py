@@ -99,7 +99,13 @@ def use_case(name: str, patch: pytest.MonkeyPatch) -> str:
     return backend_name
 
 
-@pytest.fixture(params=_parameters(*_SUITE))
+with_screen = pytest.mark.parametrize("backend", _parameters(*_SUITE), indirect=True)
+"""For tests of what is selected: also through the screen of the triton backend, which nothing else goes through."""
+in_float64 = pytest.mark.parametrize("backend", _parameters("naive", "tiled_11x15", "sparse"), indirect=True)
+"""For tests in float64, for which there are no kernels."""
+
+
+@pytest.fixture(params=_parameters(*(name for name in _SUITE if name != "triton_screened")))
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of each backend, and of each way to cut its work."""
     return use_case(request.param, monkeypatch)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from tests.conftest import in_float64
 from tests.inputs import EDGES, VIEWS, activations, dyadic, normal, seeded
 from topk_ortho import (
     MaxCosineLoss,
@@ -73,6 +74,7 @@ class TestOpcheck:
         opcheck(custom_ops.pair_gradient, (x, norms, cosines, rows, cols, 2 * cosines, -cosines, backend, False))
 
 
+@in_float64
 class TestGradcheck:
     """Analytic against numeric gradients, in float64."""
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests import oracle
+from tests.conftest import with_screen
 from tests.inputs import EDGES, FLOATING, VIEWS, activations, dyadic, normal, seeded
 from tests.tolerances import (
     PLAIN_FACTOR,
@@ -126,12 +127,14 @@ class TestSelection:
     """`topk_pairs` is exact."""
 
     @selections
+    @with_screen
     def test_arguments(self, arguments, k, backend):
         """On non-negative columns, many of which never meet; TestLoss has the same for columns of any sign."""
         x = activations(16, 43, seed=1)
         assert_selection(topk_pairs(x, **arguments, backend=backend), x, **definition(arguments, k))
 
     @selections
+    @with_screen
     def test_ties_are_broken_by_row_and_col(self, arguments, k, backend):
         x = dyadic(8, 43, seed=2)
         pairs = topk_pairs(x, **arguments, backend=backend)
@@ -157,6 +160,7 @@ class TestSelection:
             pytest.param(torch.float16, "medium", id="float16"),
         ],
     )
+    @with_screen
     def test_dtypes_and_precisions(self, dtype, precision, backend):
         x = normal(24, 43, seed=3, dtype=dtype)
         pairs = topk_pairs(x, k=100, backend=backend, precision=precision)
@@ -174,6 +178,7 @@ class TestSelection:
         assert not pairs.threshold.requires_grad
 
     @pytest.mark.parametrize("x", EDGES.values(), ids=EDGES)
+    @with_screen
     def test_edges(self, x, backend):
         n_pairs = x.shape[1] * (x.shape[1] - 1) // 2
         for arguments in (
@@ -185,6 +190,7 @@ class TestSelection:
             assert_selection(topk_pairs(x, **arguments, backend=backend), x, **arguments)
 
     @pytest.mark.parametrize("n", [2, 3, 9, 15, 16, 17, 32, 33, 64, 65])
+    @with_screen
     def test_sizes_around_the_tiles(self, n, backend):
         x = dyadic(6, n, seed=n)
         k = max(1, n * (n - 1) // 6)
@@ -192,6 +198,7 @@ class TestSelection:
         expected = oracle.select(float64(x), k=k)
         assert (pairs.rows.tolist(), pairs.cols.tolist()) == (expected.rows.tolist(), expected.cols.tolist())
 
+    @with_screen
     def test_floor_at_the_only_cosine(self, backend):
         """Every cosine is 1/2 and so is an adaptive tau: no pair is above it."""
         x = torch.cat([torch.ones(2, 21), torch.eye(21).repeat(2, 1)])
@@ -212,6 +219,7 @@ class TestSelection:
             pytest.param(1.0, torch.float32, id="spread_of_one"),
         ],
     )
+    @with_screen
     def test_adaptive_tau(self, spread, dtype, backend):
         """mean + n_std * std, also where the std is tiny beside the mean and a difference of sums would cancel."""
         x = (torch.ones(16, 1) + spread * normal(16, 43, seed=29)).to(dtype)
@@ -220,6 +228,7 @@ class TestSelection:
             expected = oracle.tau_of(oracle.cosines(float64(x)), "adaptive", n_std)
             assert_within(actual=pairs.tau, expected=expected, bound=(1 + abs(n_std)) * cosine_bound(x))
 
+    @with_screen
     def test_positive_does_not_list_zeros(self, backend):
         x = torch.eye(19)
         x[:, 7], x[:, 11] = x[:, 3], -x[:, 5]
@@ -227,6 +236,7 @@ class TestSelection:
         assert (pairs.rows.tolist(), pairs.cols.tolist(), pairs.threshold.item()) == ([3], [7], 0.0)
 
     @given(data=st.data())
+    @with_screen
     def test_any_small_integers(self, data, backend):
         """Columns of 1, 4 or 16 equal entries: exact cosines, so equal to the oracle whatever ties."""
         m = data.draw(st.sampled_from([16, 20]))
@@ -251,6 +261,7 @@ class TestSelection:
         assert pairs.threshold.item() == expected.threshold
 
     @given(data=st.data())
+    @with_screen
     def test_any_floats(self, data, backend):
         dtype = data.draw(st.sampled_from([np.float32, np.float64]))
         shape = data.draw(hnp.array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=24))
@@ -611,6 +622,7 @@ class TestDeterminism:
             pytest.param(activations, {"similarity": "positive"}, id="activations_positive"),
         ],
     )
+    @with_screen
     def test_two_runs(self, make, arguments, backend):
         x = make(16, 67, seed=22)
         for first, second in zip(
@@ -647,6 +659,7 @@ class TestDeterminism:
             pytest.param(dyadic, {"similarity": "positive", "tau": 0.3}, 0.5, id="positive_tau_at_a_tie"),
         ],
     )
+    @with_screen
     def test_warm_start_changes_no_bit(self, make, arguments, first_guess, backend, request):
         x = make(16, 67, seed=23)
         cold = topk_pairs(x, k=300, **arguments, backend=backend)
@@ -659,6 +672,7 @@ class TestDeterminism:
             for field in ("rows", "cols", "values", "threshold"):
                 assert torch.equal(getattr(cold, field), getattr(warm, field)), field
 
+    @with_screen
     def test_a_guess_that_leaves_one_pair_too_few_is_repaired(self, backend):
         x = normal(16, 67, seed=23)
         cold = topk_pairs(x, k=300, backend=backend)
@@ -667,6 +681,7 @@ class TestDeterminism:
         assert_selection(warm, x, k=300)
         assert (warm.rows.tolist(), warm.cols.tolist()) == (cold.rows.tolist(), cold.cols.tolist())
 
+    @with_screen
     def test_state_follows_a_moving_matrix(self, backend):
         generator, state = seeded(0), initial_state()
         x = normal(16, 67, seed=24)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests import oracle
+from tests.conftest import with_screen
 from tests.inputs import EDGES, FLOATING, VIEWS, activations, dyadic, normal, seeded
 from tests.tolerances import (
     accumulation_dtype,
@@ -33,6 +34,7 @@ def test_signatures_are_those_of_the_protocol(name, function):
     assert list(inspect.signature(getattr(BACKENDS[name], function)).parameters.values()) == wanted
 
 
+@with_screen
 class TestTopKPairs:
     """The padded form of a selection."""
 
