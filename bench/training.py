@@ -30,12 +30,6 @@ _SAELENS: dict[str, dict[str, bool]] = {  # provider: settings; rescaled sparse 
 }
 
 
-def cases(device_type: str, smoke: bool) -> list[Case]:
-    """Every provider at one size."""
-    size = (32, 128, 4) if smoke else (1024, 4096, 32)
-    return [Case("training", provider, "step", "float32", *size) for provider in (*_SAELENS, *_OURS)]
-
-
 class Mixtures:
     """Sparse mixtures of twice as many random directions as there are features; a shard is a batch."""
 
@@ -112,9 +106,9 @@ def _saelens_step(case: Case, device: torch.device, source: Mixtures) -> Call:
 
 
 TRAINING = Benchmark(
-    cases=cases,
+    cases=lambda device_type: [Case("training", p, "step", "float32", 1024, 4096, 32) for p in (*_SAELENS, *_OURS)],
     make_call=make_call,
-    small=lambda case: case._replace(M=32, N=128, L0=4),
+    small={"M": 32, "N": 128, "L0": 4},
     inputs=None,
     setting={"d_in": _D_IN, "warmup_steps": 30, "data": "mixtures of L0 of 2 N random directions, uniform weights"},
     rounds=100,
