@@ -56,8 +56,9 @@ _PERSISTENT_KERNELS = MAIN_LOOP_KERNELS | {"rescore"}
 
 _M, _N, _CAPACITY = 4096, 65536, 3_286_826  # a capacity that 16 does not divide, as most
 _META = torch.device("meta")
+_empty = partial(torch.empty, dtype=torch.float32, device=_META)
 LOCAL_MEMORY = r"LDL|STL"
-_MATRIX = r"HMMA|HGMMA|UTC\w*MMA|v_mfma"
+MATRIX = r"HMMA|HGMMA|UTC\w*MMA|v_mfma"
 _MULTIPLY_ADD = r"FFMA|v_(pk_)?fmac?_f32"
 # lines of `cuobjdump -sass`, whose label is the address, and of the assembly that the AMD backend of LLVM writes
 SASS = r"^\s* /\*0*([0-9a-f]+)\*/ \s+ (?:@!?U?P\w+\s+)? ([A-Z][\w.]*) ([^;]*);"
@@ -119,11 +120,6 @@ class Record:
     main_loop_instructions: int | None
     """None if there is no loop"""
 
-    @property
-    def name(self) -> str:
-        """How messages call it."""
-        return f"{self.kernel} ({self.variant}) on {self.architecture}"
-
 
 class Code(NamedTuple):
     """Instructions and loops of an assembly."""
@@ -135,25 +131,17 @@ class Code(NamedTuple):
     @property
     def main_loop(self) -> range | None:
         """The innermost loop with a matrix instruction; without one, that with most multiply-adds, or the largest."""
-        if with_matrix := [loop for loop in self.loops if self.count(_MATRIX, loop)]:
+        if with_matrix := [loop for loop in self.loops if self.count(MATRIX, loop)]:
             return min(with_matrix, key=len)
-        innermost = [
-            loop for loop in self.loops if not any(other != loop and _is_inside(other, loop) for other in self.loops)
+        innermost = [  # those that hold no loop but themselves
+            loop for loop in self.loops if sum(other[0] in loop and other[-1] in loop for other in self.loops) == 1
         ]
         return max(innermost, key=lambda loop: (self.count(_MULTIPLY_ADD, loop), len(loop)), default=None)
 
-    def count(self, pattern: str, places: range | None = None) -> int:
+    def count(self, pattern: str, places: Iterable[int] | None = None) -> int:
         """Number of opcodes that begin with the pattern."""
-        opcodes = self.opcodes if places is None else self.opcodes[places.start : places.stop]
-        return sum(re.match(pattern, opcode) is not None for opcode in opcodes)
-
-    def matrix_instructions(self) -> dict[str, int]:
-        """How often each matrix instruction occurs."""
-        return dict(Counter(opcode for opcode in self.opcodes if re.match(_MATRIX, opcode)))
-
-
-def _is_inside(inner: range, outer: range) -> bool:
-    return outer.start <= inner.start and inner.stop <= outer.stop
+        places = range(len(self.opcodes)) if places is None else places
+        return sum(re.match(pattern, self.opcodes[place]) is not None for place in places)
 
 
 def parse(text: str, pattern: str) -> Code:
@@ -190,14 +178,7 @@ def max_programs(record: Record) -> int:
 
 
 def violations(records: Iterable[Record]) -> list[str]:
-    """Broken promises, a line each.
-
-    - Kernels over gram tiles and over sparse features have no stack and do not spill.
-    - Kernels over sparse features use at most 64 registers, so that many programs hide each other's waits.
-    - Kinds "half" and "tf32" use the matrix unit.
-    - A program has no more shared memory and registers than allowed.
-    - The programs of a persistent launch that a multiprocessor is meant to hold at once fit on it.
-    """
+    """Broken promises, a line each."""
     found = []
     for r in records:
         limits, is_sparse = ARCHITECTURES[r.architecture], r.kernel in SPARSE_KERNELS
@@ -205,17 +186,20 @@ def violations(records: Iterable[Record]) -> list[str]:
         has_matrix = any(name.startswith(limits.matrix_instruction) for name in r.matrix_instructions)
         registers, programs = f"has {r.registers} registers, more than", f"with {r.programs_per_sm} programs"
         broken = [
+            # the kernels over gram tiles and over sparse features neither have a stack nor spill
             (has_no_stack and (r.stack_bytes > 0 or r.n_spills > 0),
              f"has {r.stack_bytes} bytes of stack, {r.n_spills} spills"),
+            # few registers let many programs run, which hide each other's waits
             (is_sparse and r.registers > 64, f"{registers} 64"),
             (r.kind in ("half", "tf32") and not has_matrix, f"has no {limits.matrix_instruction}"),
             (r.shared_bytes > limits.shared_bytes,
              f"has {r.shared_bytes} bytes of shared memory, more than {limits.shared_bytes}"),
             (r.max_registers is not None and r.registers > r.max_registers, f"{registers} {r.max_registers}"),
+            # the programs that a persistent launch means to run at once fit on a multiprocessor
             (r.programs_per_sm is not None and r.programs_per_sm > max_programs(r),
              f"is launched {programs} per multiprocessor, which holds {max_programs(r)}"),
         ]  # fmt: skip
-        found += [f"{r.name} {text}" for is_broken, text in broken if is_broken]
+        found += [f"{r.kernel} ({r.variant}) on {r.architecture} {text}" for is_broken, text in broken if is_broken]
     return found
 
 
@@ -225,10 +209,6 @@ class Variant(NamedTuple):
     label: str
     launch: Callable[[], object]
     kind: Kind | None = None
-
-
-def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device=_META)
 
 
 @cache
@@ -380,14 +360,9 @@ def compiled(task: tuple[str, int]) -> Record | str:
         reason = " ".join(str(error).split())[:200]
         return f"{device.kernel_name} ({variant.label}) on {architecture} does not compile: {reason}"
     binary, metadata = device.binary, device.binary.metadata
-    if "amdgcn" in binary.asm:
-        text = binary.asm["amdgcn"]
-        code, registers, stack_bytes = parse(text, AMDGCN), "vgpr_count", "private_segment_fixed_size"
-        n_spills = number_of("vgpr_spill_count", text)
-    else:
-        text = _disassembled(binary.asm["cubin"])
-        code, registers, stack_bytes = parse(text, SASS), "REG", "STACK"
-        n_spills = code.count(LOCAL_MEMORY)
+    is_amd = "amdgcn" in binary.asm
+    text = binary.asm["amdgcn"] if is_amd else _disassembled(binary.asm["cubin"])
+    code = parse(text, AMDGCN if is_amd else SASS)
     return Record(
         kernel=device.kernel_name,
         variant=variant.label,
@@ -396,12 +371,12 @@ def compiled(task: tuple[str, int]) -> Record | str:
         num_warps=metadata.num_warps,
         programs_per_sm=device.n_programs if device.kernel_name in _PERSISTENT_KERNELS else None,
         max_registers=getattr(metadata, "maxnreg", None),
-        registers=number_of(registers, text),
-        stack_bytes=number_of(stack_bytes, text),
-        n_spills=n_spills,
+        registers=number_of("vgpr_count" if is_amd else "REG", text),
+        stack_bytes=number_of("private_segment_fixed_size" if is_amd else "STACK", text),
+        n_spills=number_of("vgpr_spill_count", text) if is_amd else code.count(LOCAL_MEMORY),
         shared_bytes=metadata.shared,
         tensor_memory_columns=getattr(metadata, "tmem_size", None) or 0,
-        matrix_instructions=code.matrix_instructions(),
+        matrix_instructions=dict(Counter(opcode for opcode in code.opcodes if re.match(MATRIX, opcode))),
         main_loop_instructions=None if code.main_loop is None else len(code.main_loop),
     )
 
@@ -423,9 +398,9 @@ def _table(records: list[Record]) -> str:
     ]  # fmt: skip
     for r in records:
         matrix = ", ".join(f"{count} {name}" for name, count in r.matrix_instructions.items())
-        numbers = (r.num_warps, r.programs_per_sm, r.registers, r.stack_bytes, r.n_spills, r.shared_bytes,
-                   r.main_loop_instructions)  # fmt: skip
-        lines.append([r.kernel, r.variant, r.architecture, *("" if n is None else n for n in numbers), matrix])
+        programs, loop = ("" if n is None else n for n in (r.programs_per_sm, r.main_loop_instructions))
+        numbers = r.num_warps, programs, r.registers, r.stack_bytes, r.n_spills, r.shared_bytes, loop
+        lines.append([r.kernel, r.variant, r.architecture, *numbers, matrix])
     widths = [max(len(str(cell)) for cell in column) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

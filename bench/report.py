@@ -67,10 +67,8 @@ _TEXT_COLUMNS = ("dtype", "pass", "a BatchTopK step")
 
 def tables_of(results: list[Result]) -> dict[str, str]:
     """The table of each family of benchmarks, by its name."""
-    families = _families(results)
-    return {
-        name: table(families[name]) if families[name] else "not measured\n" for name, (_, table, _) in _FAMILIES.items()
-    }
+    families = _families(results).items()
+    return {name: _FAMILIES[name][1](measured) if measured else "not measured\n" for name, measured in families}
 
 
 def write_report(results: list[Result], out: Path, readme: Path | None) -> None:
@@ -135,10 +133,8 @@ def sparse_table(measured: Measured) -> str:
     """Markdown: one row for every N of the first sweep, then the density at which the routes take equal time."""
     by_n = {(c.N, c.provider, c.mode): result for c, result in measured.items() if c.benchmark == "sparse_n"}
     sizes = sorted({n for n, *_ in by_n})
-    columns = {column: label for column, (label, *_) in list(_SPARSE.items())[:-1]}
-    rows = [
-        {"N": f"{n:,}"} | {label: _cell(by_n.get((n, *column))) for column, label in columns.items()} for n in sizes
-    ]
+    columns = {key: label for key, (label, *_) in list(_SPARSE.items())[:-1]}
+    rows = [{"N": f"{n:,}"} | {label: _cell(by_n.get((n, *key))) for key, label in columns.items()} for n in sizes]
     last = _last(measured)
     shape = next((case for case in measured if case.benchmark == "sparse_n"), last.case)
     note = (
@@ -158,15 +154,13 @@ def sparse_table(measured: Measured) -> str:
 
 def crossover(measured: Measured, n_features: int) -> float | None:
     """Density at which both routes take equally long, between two that were measured; None if there is none."""
-    seconds = {
-        (case.provider, (case.L0 or 0) / n_features): result.measurement.time_s
+    mine = [
+        (case.provider, (case.L0 or 0) / n_features, result.measurement.time_s)
         for case, result in measured.items()
-        if (case.benchmark, case.N) == ("sparse_density", n_features)
-    }
-    dense = next((time_s for (provider, _), time_s in seconds.items() if provider == "dense"), None)
-    points = sorted(
-        (density, time_s) for (provider, density), time_s in seconds.items() if provider == "sparse" and time_s
-    )
+        if (case.benchmark, case.N) == ("sparse_density", n_features) and result.measurement.time_s is not None
+    ]
+    dense = next((time_s for provider, _, time_s in mine if provider == "dense"), None)
+    points = sorted((density, time_s) for provider, density, time_s in mine if provider == "sparse")
     for (density, time_s), (next_density, next_time) in itertools.pairwise(points):
         if dense is not None and time_s <= dense < next_time:
             share = math.log(dense / time_s) / math.log(next_time / time_s)
@@ -177,17 +171,11 @@ def crossover(measured: Measured, n_features: int) -> float | None:
 def training_table(measured: Measured) -> str:
     """Markdown: the time of a step of every provider that was measured."""
     times = {case.provider: result.measurement.time_s for case, result in measured.items()}
-    reference = times.get("saelens")
-    rows = [
-        {
-            "a BatchTopK step": label,
-            "time": f"{1e3 * time_s:.0f} ms",
-            "SAELens / this": _shown(reference and reference / time_s, ".1f"),
-        }
-        for provider, label in _TRAINING.items()
-        if (time_s := times.get(provider))
-    ]
-    last = _last(measured)
+    reference, last, rows = times.get("saelens"), _last(measured), []
+    for provider, label in _TRAINING.items():
+        if time_s := times.get(provider):
+            ratio = _shown(reference and reference / time_s, ".1f")
+            rows.append({"a BatchTopK step": label, "time": f"{1e3 * time_s:.0f} ms", "SAELens / this": ratio})
     note = (
         f"Median of {last.measurement.rounds} alternating steps, d_in = {last.setting['d_in']:,}, "
         f"{last.case.N:,} features, L0 = {last.case.L0}, batch {last.case.M:,}, {last.case.dtype}, "
