@@ -66,7 +66,7 @@ AMDGCN = r"^(?: (\.L\w+): | \s+ ((?:s|v|ds|buffer|global|flat|scratch)_\w+) ([^;
 
 
 class _Architecture(NamedTuple):
-    """Limits that its maker documents."""
+    """Limits that the maker of an architecture documents."""
 
     target: GPUTarget
     matrix_instruction: str

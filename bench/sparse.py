@@ -32,20 +32,15 @@ def _n_cases(device_type: str) -> list[Case]:
 
 
 def _l0_cases(device_type: str) -> list[Case]:
-    columns = _LOSS + [(provider, "pairs") for provider in _listing_providers(device_type) if provider != "sparse"]
+    columns = _LOSS + [(provider, "pairs") for provider in _listing_providers(device_type)[1:]]
     return [Case("sparse_l0", p, mode, "float32", 4096, 65536, l0) for l0 in (16, 32, 64, 128) for p, mode in columns]
 
 
 def _density_cases(device_type: str) -> list[Case]:
     # one feature in so many is active; the dense route takes equally long at every density
-    columns = [("dense", 64)] + [
-        (provider, share) for share in (512, 256, 128, 64, 32) for provider in ("sparse", "auto")
-    ]
-    return [
-        Case("sparse_density", provider, "forward", "float32", 1024, n, n // share)
-        for n in (4096, 16384)
-        for provider, share in columns
-    ]
+    columns = [("dense", 64), *((p, share) for share in (512, 256, 128, 64, 32) for p in ("sparse", "auto"))]
+    sizes = (4096, 16384)
+    return [Case("sparse_density", p, "forward", "float32", 1024, n, n // share) for n in sizes for p, share in columns]
 
 
 def _listing_providers(device_type: str) -> list[str]:
