@@ -45,13 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "names", metavar="NAME", nargs="*", help=f"of {names}, or sparse for its three; all if none is given"
-    )
+    parser.add_argument("names", metavar="NAME", nargs="*", help=f"of {names}, or sparse for its three; default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help='"cuda" is ROCm too')
     parser.add_argument("--time-budget", type=float, default=math.inf, metavar="SECONDS",
                         help="when no further cases are begun, checks included")  # fmt: skip
-    parser.add_argument("--smoke", action="store_true", help="tiny cases, into results of their own")
+    parser.add_argument("--smoke", action="store_true", help="small cases, into results of their own")
     parser.add_argument("--out", type=Path, metavar="PATH.jsonl", help="default: bench/results/DEVICE.jsonl")
     parser.add_argument("--report", action="store_true", help="only write tables and figures of what was measured")
     parser.add_argument("--peak-memory-of", type=json.loads, help=argparse.SUPPRESS)
@@ -62,10 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     chosen: dict[str, Benchmark] = {}
     for name in options.names or BENCHMARKS:
-        matches = {key: BENCHMARKS[key] for key in BENCHMARKS if key == name or key.startswith(f"{name}_")}
-        if not matches:
+        if name not in (*BENCHMARKS, "sparse"):
             parser.error(f"unknown benchmark {name!r}; there are {names}, and sparse for its three")
-        chosen |= matches
+        chosen |= {key: BENCHMARKS[key] for key in BENCHMARKS if name in (key, key.split("_")[0])}
     out = options.out or _RESULTS / f"{options.device}{'-smoke' if options.smoke else ''}.jsonl"
     if options.report:
         if not (known := results.read(out)):
@@ -92,8 +89,8 @@ def run(benchmarks: dict[str, Benchmark], device: torch.device, out: Path, *, sm
     finished = results.finished(known, environment)
     has_failed, n_left = False, 0
     for benchmark in benchmarks.values():
-        cases = [case for case in benchmark.cases(device.type, smoke) if case not in finished]
-        for group in groups_of(cases):
+        cases = benchmark.small_cases(device.type) if smoke else benchmark.cases(device.type)
+        for group in groups_of(case for case in cases if case not in finished):
             if time.monotonic() >= deadline:
                 n_left += len(group)
                 continue

@@ -36,29 +36,27 @@ class Case(NamedTuple):
         return f"{words}, M = {self.M:,}, N = {self.N:,}{active}"
 
 
-def k_of_fraction(case: Case) -> int:
-    """Number of pairs in the fraction."""
-    return k_from_fraction(case.N, FRACTION)
-
-
 class Benchmark(NamedTuple):
     """A family of cases."""
 
-    cases: Callable[[str, bool], list[Case]]
-    """The cases for a device type ("cpu" or "cuda"), the most important first; if the second argument is true, a few
-    small ones that take seconds."""
+    cases: Callable[[str], list[Case]]
+    """The cases for a device type ("cpu" or "cuda"), the most important first."""
     make_call: Callable[[Case, torch.device], Call]
     """Prepares a case, compilation included; the result runs it once."""
-    small: Callable[[Case], Case]
-    """The same case at a size that takes milliseconds, for warming up and for checking results."""
+    small: dict[str, Any]
+    """Fields of a case that takes milliseconds, for warming up and for checking results."""
     inputs: Callable[[Case, torch.device], tuple[Tensor, Tensor | None]] | None
     """The x [M, N] of a case's first call and, where only some entries of a row are active, which they are [M, L0].
     None if results cannot be checked."""
     setting: dict[str, Any]
     """What else the figures depend on; it is stored with every result."""
-    k_of: Callable[[Case], int] = k_of_fraction
+    k_of: Callable[[Case], int] = lambda case: k_from_fraction(case.N, FRACTION)
     """How many pairs a case selects."""
     rounds: int | None = None
     """Timed calls of each case; None lets the time of a call decide."""
     n_warmup: int = 1
     """Calls of each case before the timed ones."""
+
+    def small_cases(self, device_type: str) -> list[Case]:
+        """Every provider, mode and dtype for a device type, at the small size."""
+        return list(dict.fromkeys(case._replace(**self.small) for case in self.cases(device_type)))

@@ -14,7 +14,6 @@ are absolute, tensors are aligned to 16 bytes, and, for AMD, below 2 GB.
 """
 
 import argparse
-import dataclasses
 import json
 import multiprocessing
 import os
@@ -26,6 +25,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,13 +56,17 @@ _PERSISTENT_KERNELS = MAIN_LOOP_KERNELS | {"rescore"}
 
 _M, _N, _CAPACITY = 4096, 65536, 3_286_826  # a capacity that 16 does not divide, as most
 _META = torch.device("meta")
-_LOCAL_MEMORY = re.compile(r"LDL|STL")
-_MATRIX = re.compile(r"HMMA|HGMMA|UTC\w*MMA|v_mfma")
-_MULTIPLY_ADD = re.compile(r"FFMA|v_(pk_)?fmac?_f32")
+_empty = partial(torch.empty, dtype=torch.float32, device=_META)
+LOCAL_MEMORY = r"LDL|STL"
+MATRIX = r"HMMA|HGMMA|UTC\w*MMA|v_mfma"
+_MULTIPLY_ADD = r"FFMA|v_(pk_)?fmac?_f32"
+# lines of `cuobjdump -sass`, whose label is the address, and of the assembly that the AMD backend of LLVM writes
+SASS = r"^\s* /\*0*([0-9a-f]+)\*/ \s+ (?:@!?U?P\w+\s+)? ([A-Z][\w.]*) ([^;]*);"
+AMDGCN = r"^(?: (\.L\w+): | \s+ ((?:s|v|ds|buffer|global|flat|scratch)_\w+) ([^;\n]*) )"
 
 
 class _Architecture(NamedTuple):
-    """Limits that its maker documents."""
+    """Limits that the maker of an architecture documents."""
 
     target: GPUTarget
     matrix_instruction: str
@@ -90,7 +94,7 @@ _TENSOR_MEMORY_COLUMNS = 512
 """Tensor memory of a multiprocessor of sm_100"""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
     """One variant of a kernel, compiled for one architecture."""
 
@@ -116,11 +120,6 @@ class Record:
     main_loop_instructions: int | None
     """None if there is no loop"""
 
-    @property
-    def name(self) -> str:
-        """How messages call it."""
-        return f"{self.kernel} ({self.variant}) on {self.architecture}"
-
 
 class Code(NamedTuple):
     """Instructions and loops of an assembly."""
@@ -132,78 +131,39 @@ class Code(NamedTuple):
     @property
     def main_loop(self) -> range | None:
         """The innermost loop with a matrix instruction; without one, that with most multiply-adds, or the largest."""
-        innermost = [loop for loop in self.loops if not any(_is_inside(other, loop) for other in self.loops)]
-        with_matrix = [loop for loop in self.loops if any(_MATRIX.match(self.opcodes[place]) for place in loop)]
-        if with_matrix:
+        if with_matrix := [loop for loop in self.loops if self.count(MATRIX, loop)]:
             return min(with_matrix, key=len)
+        innermost = [  # those that hold no loop but themselves
+            loop for loop in self.loops if sum(other[0] in loop and other[-1] in loop for other in self.loops) == 1
+        ]
         return max(innermost, key=lambda loop: (self.count(_MULTIPLY_ADD, loop), len(loop)), default=None)
 
-    def count(self, pattern: re.Pattern[str], places: range | None = None) -> int:
+    def count(self, pattern: str, places: Iterable[int] | None = None) -> int:
         """Number of opcodes that begin with the pattern."""
         places = range(len(self.opcodes)) if places is None else places
-        return sum(pattern.match(self.opcodes[place]) is not None for place in places)
-
-    def matrix_instructions(self) -> dict[str, int]:
-        """How often each matrix instruction occurs."""
-        return dict(Counter(opcode for opcode in self.opcodes if _MATRIX.match(opcode)))
+        return sum(re.match(pattern, self.opcodes[place]) is not None for place in places)
 
 
-def _is_inside(inner: range, outer: range) -> bool:
-    return inner != outer and outer.start <= inner.start and inner.stop <= outer.stop
-
-
-def parse_sass(text: str) -> Code:
-    """Code from the output of `cuobjdump -sass`."""
+def parse(text: str, pattern: str) -> Code:
+    """Instructions and loops of an assembly, by the pattern of a line: a label, an opcode and operands."""
     opcodes: list[str] = []
     jumps, place_of = [], {}
-    for address, opcode, operands in re.findall(
-        r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", text, re.M
-    ):
-        place_of[int(address, 16)] = len(opcodes)
-        target = re.search(r"0x([0-9a-f]+)\s*$", operands)
-        if opcode.startswith("BRA") and target:
-            jumps.append((len(opcodes), int(target[1], 16)))
-        opcodes.append(opcode)
-    return Code(opcodes, list(_loops(jumps, place_of)))
-
-
-def parse_amdgcn(text: str) -> Code:
-    """Code from the assembly that the AMD backend of LLVM writes."""
-    opcodes: list[str] = []
-    jumps, place_of = [], {}
-    for line in text.split(".amdgpu_metadata")[0].splitlines():
-        code = line.split(";")[0].strip()
-        if label := re.fullmatch(r"(\.L\w+):", code):
-            place_of[label[1]] = len(opcodes)
-        elif instruction := re.fullmatch(r"((?:s|v|ds|buffer|global|flat|scratch)_\w+)\s*(.*)", code):
-            opcode, operands = instruction.groups()
-            if opcode == "s_branch" or opcode.startswith("s_cbranch"):
-                jumps.append((len(opcodes), operands))
+    for label, opcode, operands in re.findall(pattern, text, re.M | re.X):
+        if label:
+            place_of[label] = len(opcodes)
+        if re.match(r"BRA|s_c?branch", opcode):
+            jumps.append((len(opcodes), operands.split()[-1].removeprefix("0x")))
+        if opcode:
             opcodes.append(opcode)
-    return Code(opcodes, list(_loops(jumps, place_of)))
+    # a jump to itself is the padding after the end
+    loops = [range(place_of[to], place + 1) for place, to in jumps if place_of.get(to, place) < place]
+    return Code(opcodes, loops)
 
 
-def _loops(jumps: Iterable[tuple[int, Any]], place_of: dict[Any, int]) -> Iterator[range]:
-    for place, target in jumps:
-        if place_of.get(target, place) < place:  # a jump to itself is the padding after the end
-            yield range(place_of[target], place + 1)
-
-
-def parse_resource_usage(text: str) -> tuple[int, int]:
-    """(registers, stack bytes) from the output of `cuobjdump -res-usage`."""
-    return _number(r"\bREG:(\d+)", text), _number(r"\bSTACK:(\d+)", text)
-
-
-def parse_metadata(text: str) -> tuple[int, int, int]:
-    """(vector registers, stack bytes, spilled vector registers) from the metadata in an AMD assembly."""
-    fields = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
-    registers, stack_bytes, n_spills = (_number(rf"\.{field}:\s+(\d+)", text) for field in fields)
-    return registers, stack_bytes, n_spills
-
-
-def _number(pattern: str, text: str) -> int:
-    match = re.search(pattern, text)
-    assert match is not None, f"no {pattern} in what the compiler wrote"
+def number_of(field: str, text: str) -> int:
+    """The number that stands after the name of a field and a colon."""
+    match = re.search(rf"\b{field}:\s*(\d+)", text)
+    assert match is not None, f"no {field} in what the compiler wrote"
     return int(match[1])
 
 
@@ -218,35 +178,28 @@ def max_programs(record: Record) -> int:
 
 
 def violations(records: Iterable[Record]) -> list[str]:
-    """Broken promises, a line each.
-
-    - Kernels over gram tiles and over sparse features have no stack and do not spill.
-    - Kernels over sparse features use at most 64 registers, so that many programs hide each other's waits.
-    - Kinds "half" and "tf32" use the matrix unit.
-    - A program has no more shared memory and registers than allowed.
-    - The programs of a persistent launch that a multiprocessor is meant to hold at once fit on it.
-    """
+    """Broken promises, a line each."""
     found = []
-    for record in records:
-        limits = ARCHITECTURES[record.architecture]
-        if record.kernel in MAIN_LOOP_KERNELS | SPARSE_KERNELS and (record.stack_bytes > 0 or record.n_spills > 0):
-            found.append(f"{record.name} has {record.stack_bytes} bytes of stack, {record.n_spills} spills")
-        if record.kernel in SPARSE_KERNELS and record.registers > 64:
-            found.append(f"{record.name} has {record.registers} registers, more than 64")
-        is_found = any(name.startswith(limits.matrix_instruction) for name in record.matrix_instructions)
-        if record.kind in ("half", "tf32") and not is_found:
-            found.append(f"{record.name} has no {limits.matrix_instruction}")
-        if record.shared_bytes > limits.shared_bytes:
-            found.append(
-                f"{record.name} has {record.shared_bytes} bytes of shared memory, more than {limits.shared_bytes}"
-            )
-        if record.max_registers is not None and record.registers > record.max_registers:
-            found.append(f"{record.name} has {record.registers} registers, more than {record.max_registers}")
-        if record.programs_per_sm is not None and record.programs_per_sm > max_programs(record):
-            found.append(
-                f"{record.name} is launched with {record.programs_per_sm} programs per multiprocessor, "
-                f"which holds {max_programs(record)}"
-            )
+    for r in records:
+        limits, is_sparse = ARCHITECTURES[r.architecture], r.kernel in SPARSE_KERNELS
+        has_no_stack = is_sparse or r.kernel in MAIN_LOOP_KERNELS
+        has_matrix = any(name.startswith(limits.matrix_instruction) for name in r.matrix_instructions)
+        registers, programs = f"has {r.registers} registers, more than", f"with {r.programs_per_sm} programs"
+        broken = [
+            # the kernels over gram tiles and over sparse features neither have a stack nor spill
+            (has_no_stack and (r.stack_bytes > 0 or r.n_spills > 0),
+             f"has {r.stack_bytes} bytes of stack, {r.n_spills} spills"),
+            # few registers let many programs run, which hide each other's waits
+            (is_sparse and r.registers > 64, f"{registers} 64"),
+            (r.kind in ("half", "tf32") and not has_matrix, f"has no {limits.matrix_instruction}"),
+            (r.shared_bytes > limits.shared_bytes,
+             f"has {r.shared_bytes} bytes of shared memory, more than {limits.shared_bytes}"),
+            (r.max_registers is not None and r.registers > r.max_registers, f"{registers} {r.max_registers}"),
+            # the programs that a persistent launch means to run at once fit on a multiprocessor
+            (r.programs_per_sm is not None and r.programs_per_sm > max_programs(r),
+             f"is launched {programs} per multiprocessor, which holds {max_programs(r)}"),
+        ]  # fmt: skip
+        found += [f"{r.kernel} ({r.variant}) on {r.architecture} {text}" for is_broken, text in broken if is_broken]
     return found
 
 
@@ -258,15 +211,6 @@ class Variant(NamedTuple):
     kind: Kind | None = None
 
 
-def _operand(dtype: torch.dtype, kind: Kind, *, is_scaled: bool = False, is_feature_major: bool = False) -> Operand:
-    x = _empty(_N, _M, dtype=dtype).T if is_feature_major else _empty(_M, _N, dtype=dtype)
-    return Operand(x=x, factor=_empty(_N), scale=_empty(_N) if is_scaled else None, kind=kind)
-
-
-def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device=_META)
-
-
 @cache
 def variants() -> list[Variant]:
     """All launches of the report."""
@@ -274,28 +218,25 @@ def variants() -> list[Variant]:
 
 
 def _gram_variants() -> Iterator[Variant]:
-    radix = radix_select.new_radix_select(_META, _N)
-    values, rows, cols = _empty(_CAPACITY), *(_empty(_CAPACITY, dtype=torch.int32) for _ in range(2))
-    moments = _empty(1, 3, dtype=torch.float64)
+    radix, moments = radix_select.new_radix_select(_META, _N), _empty(1, 3, dtype=torch.float64)
     flags, best = _empty(1, dtype=torch.int32), _empty(_N, dtype=torch.int64)
+    records = _empty(_CAPACITY), *(_empty(_CAPACITY, dtype=torch.int32) for _ in range(2))
 
     def survivors(operand: Operand, moments: torch.Tensor | None = None, is_first: bool = True) -> None:
-        gram_survivors(operand, radix, values, rows, cols, moments, 0.0, is_abs=True, is_first=is_first)
+        gram_survivors(operand, radix, *records, moments, 0.0, is_abs=True, is_first=is_first)
 
     def histogram(operand: Operand, moments: torch.Tensor | None, digit: int) -> None:
         gram_histogram(operand, radix, moments, 0.0, *radix_select.DIGITS_OF_SIMILARITY[digit], is_abs=True)
 
-    kinds: tuple[tuple[Kind, torch.dtype], ...] = (
-        ("half", torch.bfloat16), ("tf32", torch.float32), ("ieee", torch.float32),
-    )  # fmt: skip
+    kinds: list[tuple[Kind, torch.dtype]] = [("half", torch.bfloat16), ("tf32", torch.float32), ("ieee", torch.float32)]
     for kind, dtype in kinds:
-        plain, scaled = _operand(dtype, kind), _operand(dtype, kind, is_scaled=True)
-        feature_major = _operand(dtype, kind, is_feature_major=True)
+        plain = Operand(x=_empty(_M, _N, dtype=dtype), factor=_empty(_N), scale=None, kind=kind)
+        scaled = replace(plain, scale=_empty(_N))
         for label, launch in (
             ("", partial(survivors, plain)),
-            (", feature-major", partial(survivors, feature_major)),
+            (", feature-major", partial(survivors, replace(plain, x=_empty(_N, _M, dtype=dtype).T))),
             (", moments", partial(survivors, plain, moments)),
-            (", scaled", partial(survivors, scaled, None, False)),
+            (", scaled", partial(survivors, scaled, is_first=False)),
             (", scaled, first digit", partial(histogram, scaled, None, 0)),
             (", scaled, first digit, moments", partial(histogram, scaled, moments, 0)),
             (", scaled, last digit", partial(histogram, scaled, None, -1)),
@@ -304,35 +245,36 @@ def _gram_variants() -> Iterator[Variant]:
             (", scaled", partial(max_cosine, scaled, flags, best, 1, _N, _N, 1)),
         ):
             yield Variant(kind + label, launch, kind)
-    yield Variant("half, fp16", partial(survivors, _operand(torch.float16, "half")), "half")
+    fp16 = replace(plain, x=_empty(_M, _N, dtype=torch.float16), kind="half")
+    yield Variant("half, fp16", partial(survivors, fp16), "half")
 
 
 def _other_variants() -> Iterator[Variant]:
-    radix = radix_select.new_radix_select(_META, _N)
-    per_feature, one, state = _empty(_N), _empty(1), _empty(3)
+    radix, one, state = radix_select.new_radix_select(_META, _N), _empty(1), _empty(3)
+    per_feature, values, k = _empty(_N), _empty(_CAPACITY), _CAPACITY // 2
     flags, count = _empty(1, dtype=torch.int32), _empty(1, dtype=torch.int64)
     rows, cols = (_empty(_CAPACITY, dtype=torch.int32) for _ in range(2))
-    values = _empty(_CAPACITY)
     offsets, partners = _empty(_N + 1, dtype=torch.int64), _empty(2 * _CAPACITY, dtype=torch.int32)
     weights = _empty(2 * _CAPACITY)
-    k = _CAPACITY // 2
     for dtype, label in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        x, x_slab = _empty(_M, _N, dtype=dtype), _empty(_N, 256, dtype=dtype)
+        x, slab = _empty(_M, _N, dtype=dtype), _empty(_N, 256, dtype=dtype)
+        columns = slab, per_feature, per_feature, offsets, partners, weights, weights, slab
         yield Variant(label, partial(column_norms, x, 1e-12))
         yield Variant(label, partial(gram_sample, x, per_feature, radix, state, 256, 1024, is_abs=True))
-        columns = x_slab, per_feature, per_feature, offsets, partners, weights, weights, x_slab
         yield Variant(label, partial(pair_gradient, *columns, 1e-12))
-    yield Variant("fp32", partial(round_columns, _empty(_M, _N), per_feature))
-    slab = _empty(_N, 256), per_feature, radix, values, rows, cols
-    yield Variant("fp32", partial(rescore, *slab, is_first=False, is_last=True, is_abs=True))
-    yield Variant("cold", partial(radix_select.begin, radix, flags, None, None, 262, _M, True))
-    yield Variant("warm, rounded", partial(radix_select.begin, radix, flags, state, one, 262, _M, True))
-    yield Variant("", partial(radix_select.certify, radix, k, _CAPACITY, 0.0, None))
-    yield Variant("adaptive tau", partial(radix_select.certify, radix, k, _CAPACITY, 0.0, one))
+    arguments = _empty(_N, 256), per_feature, radix, values, rows, cols
+    yield from (
+        Variant("fp32", partial(round_columns, _empty(_M, _N), per_feature)),
+        Variant("fp32", partial(rescore, *arguments, is_first=False, is_last=True, is_abs=True)),
+        Variant("cold", partial(radix_select.begin, radix, flags, None, None, 262, _M, True)),
+        Variant("warm, rounded", partial(radix_select.begin, radix, flags, state, one, 262, _M, True)),
+        Variant("", partial(radix_select.certify, radix, k, _CAPACITY, 0.0, None)),
+        Variant("adaptive tau", partial(radix_select.certify, radix, k, _CAPACITY, 0.0, one)),
+        Variant("", partial(radix_select.tie_row, radix, k)),
+        Variant("", partial(radix_select.next_state, radix, state, values, count, k, (0.1, 0.01, 0.4))),
+    )
     for shift, bits in radix_select.DIGITS_OF_SIMILARITY:
         yield Variant(f"{bits} bits from {shift}", partial(radix_select.next_digit, radix, shift, bits, k, _CAPACITY))
-    yield Variant("", partial(radix_select.tie_row, radix, k))
-    yield Variant("", partial(radix_select.next_state, radix, state, values, count, k, (0.1, 0.01, 0.4)))
 
 
 def _sparse_variants() -> Iterator[Variant]:
@@ -353,17 +295,19 @@ def _sparse_variants() -> Iterator[Variant]:
 class AbsentDevice(DriverBase):  # type: ignore[misc]
     """In place of the driver of a GPU of one multiprocessor: launches compile as they would there, and run nothing."""
 
+    is_active = map_python_to_cpp_type = get_active_torch_device = get_benchmarker = None
+    kernel: JITFunction[Any] | None = None
+    """What was launched last"""
+    arguments: dict[str, Any]
+    """Its arguments as Triton sees them: their types by name, and the values of constants by place"""
+    binary: Any = None
+    """What it was compiled to"""
+    n_programs = 0
+    """Programs on the first axis of its grid"""
+
     def __init__(self, architecture: str, *, compiles: bool = True) -> None:
         self.utils = self
         self.compiles = compiles
-        self.kernel: JITFunction[Any] | None = None
-        """What was launched last"""
-        self.arguments: dict[str, Any] = {}
-        """Its arguments as Triton sees them: their types by name, and the values of constants by place"""
-        self.binary: Any = None
-        """What it was compiled to"""
-        self.n_programs = 0
-        """Programs on the first axis of its grid"""
         self._target = ARCHITECTURES[architecture].target
         triton.runtime.driver.set_active(self)
         triton.knobs.runtime.jit_cache_hook = self._before_compiling
@@ -404,8 +348,6 @@ class AbsentDevice(DriverBase):  # type: ignore[misc]
 
         return launch
 
-    is_active = map_python_to_cpp_type = get_active_torch_device = get_benchmarker = None
-
 
 def compiled(task: tuple[str, int]) -> Record | str:
     """The record of (architecture, number of the variant), or why there is none."""
@@ -418,15 +360,9 @@ def compiled(task: tuple[str, int]) -> Record | str:
         reason = " ".join(str(error).split())[:200]
         return f"{device.kernel_name} ({variant.label}) on {architecture} does not compile: {reason}"
     binary, metadata = device.binary, device.binary.metadata
-    if "amdgcn" in binary.asm:
-        code = parse_amdgcn(binary.asm["amdgcn"])
-        registers, stack_bytes, n_spills = parse_metadata(binary.asm["amdgcn"])
-    else:
-        text = _disassembled(binary.asm["cubin"])
-        code = parse_sass(text)
-        registers, stack_bytes = parse_resource_usage(text)
-        n_spills = code.count(_LOCAL_MEMORY)
-    main_loop = code.main_loop
+    is_amd = "amdgcn" in binary.asm
+    text = binary.asm["amdgcn"] if is_amd else _disassembled(binary.asm["cubin"])
+    code = parse(text, AMDGCN if is_amd else SASS)
     return Record(
         kernel=device.kernel_name,
         variant=variant.label,
@@ -435,47 +371,39 @@ def compiled(task: tuple[str, int]) -> Record | str:
         num_warps=metadata.num_warps,
         programs_per_sm=device.n_programs if device.kernel_name in _PERSISTENT_KERNELS else None,
         max_registers=getattr(metadata, "maxnreg", None),
-        registers=registers,
-        stack_bytes=stack_bytes,
-        n_spills=n_spills,
+        registers=number_of("vgpr_count" if is_amd else "REG", text),
+        stack_bytes=number_of("private_segment_fixed_size" if is_amd else "STACK", text),
+        n_spills=number_of("vgpr_spill_count", text) if is_amd else code.count(LOCAL_MEMORY),
         shared_bytes=metadata.shared,
         tensor_memory_columns=getattr(metadata, "tmem_size", None) or 0,
-        matrix_instructions=code.matrix_instructions(),
-        main_loop_instructions=None if main_loop is None else len(main_loop),
+        matrix_instructions=dict(Counter(opcode for opcode in code.opcodes if re.match(MATRIX, opcode))),
+        main_loop_instructions=None if code.main_loop is None else len(code.main_loop),
     )
 
 
 def _disassembled(cubin: bytes) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run(
-            [tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        command = [tool, "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _table(records: list[Record]) -> str:
-    header = ("kernel", "variant", "architecture", "warps", "programs", "registers", "stack", "spills", "shared",
-              "loop", "matrix instructions")  # fmt: skip
-    lines = [
-        (
-            r.kernel, r.variant, r.architecture, r.num_warps, "" if r.programs_per_sm is None else r.programs_per_sm,
-            r.registers, r.stack_bytes, r.n_spills, r.shared_bytes,
-            "" if r.main_loop_instructions is None else r.main_loop_instructions,
-            ", ".join(f"{count} {name}" for name, count in r.matrix_instructions.items()),
-        )
-        for r in records
+    """Text with a line for each record; numbers stand to the right, words to the left."""
+    lines: list[list[str | int]] = [
+        ["kernel", "variant", "architecture", "warps", "programs", "registers", "stack", "spills", "shared", "loop",
+         "matrix instructions"],
     ]  # fmt: skip
-    cells = [header, *(tuple(str(cell) for cell in line) for line in lines)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-    is_text = [column < 3 or column == len(header) - 1 for column in range(len(header))]
+    for r in records:
+        matrix = ", ".join(f"{count} {name}" for name, count in r.matrix_instructions.items())
+        programs, loop = ("" if n is None else n for n in (r.programs_per_sm, r.main_loop_instructions))
+        numbers = r.num_warps, programs, r.registers, r.stack_bytes, r.n_spills, r.shared_bytes, loop
+        lines.append([r.kernel, r.variant, r.architecture, *numbers, matrix])
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(
-            cell.ljust(width) if left else cell.rjust(width)
-            for cell, width, left in zip(line, widths, is_text, strict=True)
-        ).rstrip()
-        for line in cells
+        "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
 
 
@@ -495,7 +423,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = [r for r in results if isinstance(r, str)] + violations(records)
     versions = {"triton": triton.__version__, "python": platform.python_version()}
     if options.json:
-        print(json.dumps(versions | {"records": [dataclasses.asdict(r) for r in records], "violations": failed}))
+        print(json.dumps(versions | {"records": [asdict(r) for r in records], "violations": failed}))
     else:
         print(", ".join(f"{name} {version}" for name, version in versions.items()))
         print(_table(records))

@@ -1,66 +1,47 @@
 """Are the results right? No speed is measured until every check here has passed.
 
 Each provider that will be timed first runs at a small size, and topk_ortho also on inputs made to be difficult. All are
-compared with float64 on the same device, by code that shares nothing with the package. A selection may differ from that
-of float64 by what the error of a cosine allows: with t_k the k-th |cosine| and e a bound on that error, no pair below
-t_k - e is selected and none above t_k + e is left out.
+compared with float64 and the whole matrix, the backend "naive", on the same device. A selection may differ by what the
+error of a cosine allows: with t_k the k-th |cosine| and e a bound on that error, no pair below t_k - e is selected and
+none above t_k + e is left out. Ties, orders and precisions that are not timed are left to the tests of the package.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench.cases import FRACTION, Benchmark, Case
 from topk_ortho import TopKPairs, initial_state, topk_ortho_loss, topk_pairs
-from topk_ortho.definitions import k_from_fraction
+from topk_ortho.definitions import EPS, k_from_fraction
 
-_PEER_TOLERANCE = {  # relative error of a loss, and of a gradient in its norm
-    "float32": (1e-5, 1e-4),
-    "bfloat16": (2e-2, 0.3),  # the peers select by 8 bits, so that near the k-th |cosine| they take other pairs
+_TOLERANCE = {  # of a provider at the small size: relative error of a loss, and of a gradient in its norm
+    "float32": {"forward": 1e-5, "forward_backward": 1e-4},
+    # the peers select by 8 bits, so that near the k-th |cosine| they take other pairs
+    "bfloat16": {"forward": 2e-2, "forward_backward": 0.3},
 }
-
-
-class Check(NamedTuple):
-    """A call of topk_ortho that is compared with the definition of exact."""
-
-    name: str
-    dtype: torch.dtype
-    m: int
-    n: int
-    precision: Literal["highest", "high", "medium"] = "highest"
-    is_tied: bool = False
-    """Every cosine is a multiple of 1/4, exact in any precision: the first k of the order have to be selected."""
-
-
-# small, but large enough for every route of a GPU: 8,192 columns screen float32, 4,096 have more ties than records
-CHECKS = [
-    Check("bf16", torch.bfloat16, 256, 4096),
-    Check("bf16_ragged", torch.bfloat16, 203, 1037),
-    Check("bf16_ties", torch.bfloat16, 32, 4096, is_tied=True),
-    Check("fp16", torch.float16, 256, 2048),
-    Check("fp32_highest", torch.float32, 256, 2048),
-    Check("fp32_highest_large", torch.float32, 256, 8192),
-    Check("fp32_high", torch.float32, 256, 2048, precision="high"),
-    Check("fp32_medium", torch.float32, 256, 2048, precision="medium"),
-    Check("fp32_ties", torch.float32, 32, 4096, is_tied=True),
+# dtype, M, N: small, but large enough for every route of a GPU, which screens float32 from 8,192 columns
+EXACT = [
+    (torch.bfloat16, 256, 4096),
+    (torch.bfloat16, 203, 1037),
+    (torch.float32, 256, 2048),
+    (torch.float32, 256, 8192),
 ]
+_MOST_FEATURES_ON_CPU = 1100
 
 
-def faults_of(benchmarks: Iterable[Benchmark], device: torch.device, exact: Iterable[Check] = CHECKS) -> list[str]:
+def faults_of(benchmarks: Iterable[Benchmark], device: torch.device) -> list[str]:
     """All that is wrong with what these benchmarks time on a device; prints the checks as they go."""
     checks: dict[str, Callable[[], Iterator[str]]] = {}
     for benchmark in benchmarks:
-        for case in benchmark.cases(device.type, True) if benchmark.inputs else []:
+        for case in benchmark.small_cases(device.type) if benchmark.inputs else []:
             if case.provider not in ("half_gemm", "cublas"):  # products alone, which are no answer
-                small = benchmark.small(case)
-                checks[str(small)] = partial(faults_of_provider, benchmark, small, device)
-    for check in exact:
-        n = check.n if device.type == "cuda" else min(check.n, 1100)
-        checks[f"exact, {check.name}"] = partial(faults_of_check, check._replace(n=n), device)
+                checks[str(case)] = partial(faults_of_provider, benchmark, case, device)
+    for dtype, m, n in EXACT:
+        n = n if device.type == "cuda" else min(n, _MOST_FEATURES_ON_CPU)
+        checks[f"exact, {dtype}, M = {m}, N = {n:,}"] = partial(faults_of_topk_ortho, difficult(dtype, m, n).to(device))
     faults = []
     for name, run in checks.items():
         try:
@@ -76,143 +57,106 @@ def faults_of_provider(benchmark: Benchmark, case: Case, device: torch.device) -
     """What is wrong with the first result of a case, which has to be small; nothing if it is right."""
     assert benchmark.inputs is not None
     answer = benchmark.make_call(case, device)()
-    x, indices = benchmark.inputs(case, device)
-    cosine, k = _cosines(x), benchmark.k_of(case)
+    x, active = benchmark.inputs(case, device)
+    k = benchmark.k_of(case)
     if case.mode.startswith("pairs"):
         assert isinstance(answer, tuple)
-        yield from _faults_of_selection(*answer[:3], cosine=cosine, k=k, e=_cosine_bound(x, "highest"))
+        yield from _faults_of_selection(x, k, *answer[:3])
         return
-    best = cosine.triu(1).abs().flatten().topk(k).indices
-    expected = _loss_and_gradient(x, best // case.N, best % case.N, k)
-    gradient = answer[0] if isinstance(answer, tuple) else None
-    if indices is not None and gradient is not None and gradient.shape == indices.shape:
-        expected = (expected[0], expected[1].gather(1, indices))
-    loss = answer if isinstance(answer, Tensor) else None
-    yield from _faults_of_values(loss, gradient, expected, *_PEER_TOLERANCE[case.dtype])
+    exact = topk_pairs(x.double(), k=k, backend="naive")
+    loss, gradient = _loss_and_gradient(x, exact.rows, exact.cols, k)
+    tolerance = _TOLERANCE[case.dtype][case.mode]
+    if isinstance(answer, Tensor):
+        yield from _faults_of_value(answer, loss, tolerance)
+    else:
+        assert isinstance(answer, tuple)
+        if active is not None and answer[0].shape == active.shape:
+            gradient = gradient.gather(1, active)
+        yield from _faults_of_value(answer[0], gradient, tolerance)
 
 
-def faults_of_check(
-    check: Check,
-    device: torch.device,
-    select: Callable[..., TopKPairs] = topk_pairs,
-    loss_of: Callable[..., Tensor] = topk_ortho_loss,
+def faults_of_topk_ortho(
+    x: Tensor, select: Callable[..., TopKPairs] = topk_pairs, loss_of: Callable[..., Tensor] = topk_ortho_loss
 ) -> Iterator[str]:
     """What is wrong: without a state, in the first call of one, in the next, in the loss or its gradient."""
-    x = _input_of(check).to(device)
-    cosine, k, e = _cosines(x), k_from_fraction(check.n, FRACTION), _cosine_bound(x, check.precision)
-    state = initial_state(device)
+    k = k_from_fraction(x.shape[1], FRACTION)
+    state = initial_state(x.device)
     for call, call_state in (("no state", None), ("first of a state", state), ("warm", state)):
-        pairs = select(x, FRACTION, state=call_state, precision=check.precision)
-        faults = [*_faults_of_selection(pairs.rows, pairs.cols, pairs.values, cosine=cosine, k=k, e=e)]
-        faults = faults or [*_faults_of_order(pairs, cosine if check.is_tied else None)]
+        pairs = select(x, FRACTION, state=call_state)
+        faults = list(_faults_of_selection(x, k, pairs.rows, pairs.cols, pairs.values))
         yield from (f"{call}: {fault}" for fault in faults)
     if not faults:
-        x.requires_grad_()
-        loss = loss_of(x, FRACTION, precision=check.precision)
-        (gradient,) = torch.autograd.grad(loss, x)
-        expected = _loss_and_gradient(x.detach(), pairs.rows, pairs.cols, k)
-        # each cosine and each direction is off by e at most, and cosines are far from 0; then x's dtype rounds
-        tolerance = 3 * e / pairs.threshold.item() + torch.finfo(x.dtype).eps
-        yield from _faults_of_values(loss, gradient, expected, tolerance, tolerance)
+        leaf = x.detach().requires_grad_()
+        loss = loss_of(leaf, FRACTION)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        expected_loss, expected_gradient = _loss_and_gradient(x, pairs.rows, pairs.cols, k)
+        # each cosine and each direction is off by the bound at most, and cosines are far from 0; then x's dtype rounds
+        tolerance = 3 * _cosine_bound(x) / pairs.threshold.item() + torch.finfo(x.dtype).eps
+        yield from _faults_of_value(loss, expected_loss, tolerance)
+        yield from _faults_of_value(gradient, expected_gradient, tolerance)
 
 
-def _faults_of_selection(
-    rows: Tensor, cols: Tensor, values: Tensor, *, cosine: Tensor, k: int, e: float
-) -> Iterator[str]:
-    """By the definition of exact. Pairs of cosine 0, which a sparse route does not list, need not be there."""
-    n = cosine.shape[1]
-    rows, cols, magnitude = rows.long(), cols.long(), cosine.abs().triu(1)
-    expected = min(k, int((magnitude > 0).sum()))
+def _faults_of_selection(x: Tensor, k: int, rows: Tensor, cols: Tensor, values: Tensor) -> Iterator[str]:
+    """What the definition of exact forbids. A sparse route does not list pairs of cosine 0."""
+    x64, n, e = x.double(), x.shape[1], _cosine_bound(x)
+    exact = topk_pairs(x64, k=k, backend="naive")
+    expected = int((exact.values != 0).sum())
+    rows, cols = rows.long(), cols.long()
     if len(rows) != expected:
         yield f"{len(rows)} pairs selected, expected {expected}"
         return
     if not ((rows >= 0) & (rows < cols) & (cols < n)).all():
         yield "not all pairs have 0 <= row < col < N"
         return
-    index, magnitude = rows * n + cols, magnitude.flatten()
+    index, exact_index = rows * n + cols, exact.rows * n + exact.cols
     if len(index.unique()) != len(index):
         yield "a pair is listed twice"
-    worst = (values - cosine[rows, cols]).abs().max().item()
+    cosines, exact_cosines = _cosines(x64, rows, cols), _cosines(x64, exact.rows, exact.cols).abs()
+    worst = (values - cosines).abs().max().item()
     if not worst <= e + 2.0**-24:
         yield f"a value is off by {worst:.2g}, the bound is {e:.2g}"
-    t_k = magnitude.topk(len(rows)).values[-1].item()
-    lowest, left_out = magnitude[index].min().item(), magnitude.index_fill(0, index, -1).max().item()
+    t_k, lowest = exact_cosines[:expected].min().item(), cosines.abs().min().item()
     if lowest < t_k - e:
         yield f"a selected pair has {lowest:.9f}, the k-th {t_k:.9f}"
-    if left_out > t_k + e:
-        yield f"a pair of {left_out:.9f} is left out, the k-th has {t_k:.9f}"
+    left_out = exact_cosines[~torch.isin(exact_index, index)]
+    if (left_out > t_k + e).any():
+        yield f"a pair of {left_out.max().item():.9f} is left out, the k-th has {t_k:.9f}"
 
 
-def _faults_of_order(pairs: TopKPairs, tied_cosine: Tensor | None) -> Iterator[str]:
-    """The order of what was selected; of tied cosines the first pairs of the order have to be selected."""
-    index, listed = pairs.rows * pairs.n_features + pairs.cols, pairs.values.abs()
-    if (listed[1:] > listed[:-1]).any():
-        yield "values are not in order"
-    if not (index[1:] > index[:-1])[listed[1:] == listed[:-1]].all():
-        yield "equal values are not in the order of (row, col)"
-    if pairs.threshold != listed[-1]:
-        yield f"the threshold is {pairs.threshold.item():.9f}, the last pair has {listed[-1].item():.9f}"
-    if tied_cosine is not None:
-        magnitude = tied_cosine.abs().triu(1).flatten()
-        if not torch.equal(index, magnitude.sort(descending=True, stable=True).indices[: len(index)]):
-            yield "of equal pairs not the first are selected"
+def _faults_of_value(value: Tensor, expected: Tensor, tolerance: float) -> Iterator[str]:
+    error = ((value.double() - expected).norm() / expected.norm()).item()
+    if not error <= tolerance:
+        yield f"the {'gradient' if value.ndim else 'loss'} is off by {error:.2g} of its norm"
 
 
-def _faults_of_values(
-    loss: Tensor | None,
-    gradient: Tensor | None,
-    expected: tuple[float, Tensor],
-    loss_tolerance: float,
-    gradient_tolerance: float,
-) -> Iterator[str]:
-    loss64, gradient64 = expected
-    if loss is not None and not abs(loss.item() / loss64 - 1) <= loss_tolerance:
-        yield f"the loss is {loss.item():.9f}, expected {loss64:.9f}"
-    if gradient is not None:
-        info = torch.finfo(gradient.dtype)
-        rounding = info.smallest_normal * info.eps * math.sqrt(gradient.numel())  # of float16's subnormal numbers
-        error = (((gradient.double() - gradient64).norm() - rounding) / gradient64.norm()).item()
-        if not error <= gradient_tolerance:
-            yield f"the gradient is off by {error:.2g} of its norm"
-
-
-def _input_of(check: Check) -> Tensor:
-    """Gaussian, some columns correlated, dead, parallel or opposite; or for ties four entries of one size a column."""
-    generator = torch.Generator().manual_seed(0)
-    if check.is_tied:
-        rows = torch.rand(check.m, check.n, generator=generator).topk(4, dim=0).indices
-        signs = torch.randint(0, 2, rows.shape, generator=generator) * 2.0 - 1
-        sizes = torch.randint(-3, 4, (1, check.n), generator=generator).float().exp2()
-        return torch.zeros(check.m, check.n).scatter_(0, rows, signs * sizes).to(check.dtype)
-    x = torch.randn(check.m, check.n, generator=generator)
+def difficult(dtype: torch.dtype, m: int, n: int) -> Tensor:
+    """Gaussian columns, of which some are correlated, dead, parallel or opposite."""
+    x = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
     x[:, 1::16] += 0.8 * x[:, ::16][:, : x[:, 1::16].shape[1]]
     x[:, 3] = 0
     x[:, 5] = 3 * x[:, -1]
     x[:, 6] = -x[:, -2]
-    return x.to(check.dtype)
+    return x.to(dtype)
 
 
-def _cosines(x: Tensor) -> Tensor:
-    x_hat = torch.nn.functional.normalize(x.double(), dim=0)
-    return x_hat.T @ x_hat
-
-
-def _cosine_bound(x: Tensor, precision: str) -> float:
+def _cosine_bound(x: Tensor) -> float:
     """Bound on the error of a cosine against float64.
 
-    Factors are rounded to bf16 (2**-8 each) or cut off to tf32 (2**-10 each). The error of a float32 sum of M products
-    is about sqrt(M) roundings, or on the matrix units, which cut off what they add, at most M of them.
+    The error of a float32 sum of M products is about sqrt(M) roundings, or on the matrix units, which multiply 16-bit
+    operands and cut off what they add, at most M of them.
     """
-    if precision == "highest" and x.dtype == torch.float32:
-        return 2.0**-23 * (4 + math.sqrt(x.shape[0]))
-    rounding = 0.0 if x.dtype != torch.float32 else 2.0**-9 if precision == "high" else 2.0**-7
-    return rounding + 2.0**-23 * (x.shape[0] + 16)
+    m = x.shape[0]
+    return 2.0**-23 * (4 + math.sqrt(m) if x.dtype == torch.float32 else m + 16)
 
 
-def _loss_and_gradient(x: Tensor, rows: Tensor, cols: Tensor, k: int) -> tuple[float, Tensor]:
+def _cosines(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    x_hat: Tensor = x / x.norm(dim=0).clamp_min(EPS)
+    return (x_hat[:, rows] * x_hat[:, cols]).sum(dim=0)
+
+
+def _loss_and_gradient(x: Tensor, rows: Tensor, cols: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The loss of given pairs and its gradient, by autograd in float64."""
-    x64 = x.double().requires_grad_()
-    x_hat = x64 / x64.norm(dim=0).clamp_min(1e-12)
-    loss = (x_hat[:, rows] * x_hat[:, cols]).sum(dim=0).square().sum() / k
-    (gradient,) = torch.autograd.grad(loss, x64)
-    return loss.item(), gradient
+    leaf = x.double().requires_grad_()
+    loss = _cosines(leaf, rows, cols).square().sum() / k
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), gradient

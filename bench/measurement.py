@@ -8,7 +8,6 @@ call beyond what was held before it, x included; on a CPU that call has a proces
 import ctypes
 import gc
 import json
-import re
 import resource
 import statistics
 import subprocess
@@ -16,9 +15,8 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -26,7 +24,7 @@ from bench.cases import Benchmark, Call, Case
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LONG_S = 10.0  # a call that takes longer is timed once: neither noise nor the first call's overhead matters
-_PROFILED_CALLS = 3
+_OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "ALLOC_FAILED")  # Python and CUDA; torch on a CPU; cuBLAS
 
 
 class Measurement(NamedTuple):
@@ -41,19 +39,17 @@ class Measurement(NamedTuple):
     rounds: int | None = None
     peak_extra_bytes: int | None = None
     """Highest memory during a call beyond what was held before it; a gradient that the call returns counts."""
-    kernels_s: dict[str, float] | None = None
-    """Of the mode "kernels": the time of each kernel of the package, and of all others as "other"."""
     note: str | None = None
     """What went wrong."""
 
 
-@dataclass
-class _Entry:
+class _Entry(NamedTuple):
     """A case that is ready to take turns with others."""
 
     call: Call
     peak_extra_bytes: int | None
     rounds: int
+    """Timed calls, the first of which was made alone if it is the only one."""
     times: list[Callable[[], float]]
 
 
@@ -66,10 +62,7 @@ def measure(benchmark: Benchmark, cases: list[Case], device: torch.device) -> di
     entries: dict[Case, _Entry] = {}
     for case in cases:
         try:
-            if case.mode == "kernels":
-                done[case] = _profile(benchmark, case, device)
-            else:
-                entries[case] = _prepare(benchmark, case, device)
+            entries[case] = _prepare(benchmark, case, device)
         except Exception as error:
             done[case] = failure(error)
     for number in range(max((entry.rounds for entry in entries.values()), default=0)):
@@ -90,24 +83,15 @@ def _prepare(benchmark: Benchmark, case: Case, device: torch.device) -> _Entry:
     for _ in range(benchmark.n_warmup):
         call()
     if device.type == "cuda":
-        peak = _peak_on_gpu(call)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
     first = timed(call, device)
     rounds = benchmark.rounds or rounds_of(first())
     return _Entry(call, peak, rounds, [first] if rounds == 1 else [])
-
-
-def _profile(benchmark: Benchmark, case: Case, device: torch.device) -> Measurement:
-    """The time of each kernel of a case on a GPU."""
-    call = benchmark.make_call(case, device)
-    call()
-    peak = _peak_on_gpu(call)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(_PROFILED_CALLS):
-            call()
-        torch.cuda.synchronize()
-    kernels_s = by_kernel(profile.key_averages(), _PROFILED_CALLS)
-    total_s = sum(kernels_s.values())
-    return Measurement("ok", total_s, total_s, total_s, _PROFILED_CALLS, peak, kernels_s)
 
 
 def rounds_of(seconds: float) -> int:
@@ -139,65 +123,30 @@ def timed(call: Call, device: torch.device) -> Callable[[], float]:
 
 def failure(error: Exception) -> Measurement:
     """The measurement of a case that could not run."""
-    text = str(error)
-    is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    is_memory = is_memory or "ALLOC_FAILED" in text or "can't allocate memory" in text  # cuBLAS; torch on a CPU
-    return Measurement("out of memory" if is_memory else "error", note=repr(error)[:500])
-
-
-def _peak_on_gpu(call: Call) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def by_kernel(events: Iterable[Any], n_calls: int) -> dict[str, float]:
-    """Seconds in a call of each kernel, from the profiler's events, which are in microseconds."""
-    times: dict[str, float] = defaultdict(float)
-    for event in events:
-        ours = re.match(r"_(\w+)_kernel", event.key)
-        times[ours[1] if ours else "other"] += event.self_device_time_total / 1e6 / n_calls
-    return dict(times)
+    text = f"{type(error).__name__}: {error}"
+    is_memory = any(words in text for words in _OUT_OF_MEMORY)
+    return Measurement("out of memory" if is_memory else "error", note=repr(error)[-500:])
 
 
 def _peak_in_own_process(case: Case) -> int:
-    """Peak memory of a case on the CPU.
-
-    Raises
-    ------
-    MemoryError
-        If the machine's memory does not suffice.
-    RuntimeError
-        If the case fails otherwise.
-    """
+    """Peak memory of a case on the CPU; an error if it cannot run, whose text names the reason."""
     command = [sys.executable, "-m", "bench", "--peak-memory-of", json.dumps(case)]
     process = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
-    if process.returncode == -9 or process.stdout.strip() == "out of memory":
-        raise MemoryError("the machine's memory does not suffice")
+    if process.returncode == -9:
+        raise MemoryError("the process was killed")
     if process.returncode:
-        raise RuntimeError(process.stderr.strip()[-500:])
+        raise RuntimeError(process.stderr)
     return int(process.stdout)
 
 
 def print_peak_memory(benchmark: Benchmark, case: Case) -> None:
-    """Print the peak memory of a case on the CPU, in a process that does nothing else: bytes, or "out of memory".
-
-    It is the highest resident size during one call less the resident size before it. Linux only.
-    """
+    """Print the bytes of a case's peak memory on the CPU, in a process that does nothing else. Linux only."""
     # what exceeds memory fails here by itself, instead of being killed; torch itself maps about 2 GB without using them
     limit = _bytes_of(Path("/proc/meminfo"), "MemAvailable") + 2 * 2**30
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     device = torch.device("cpu")
-    try:
-        benchmark.make_call(benchmark.small(case), device)()  # loads libraries and starts threads
-        print(peak_extra_bytes(benchmark.make_call(case, device)))
-    except (MemoryError, RuntimeError) as error:
-        if failure(error).status != "out of memory":
-            raise
-        print("out of memory")
+    benchmark.make_call(case._replace(**benchmark.small), device)()  # loads libraries and starts threads
+    print(peak_extra_bytes(benchmark.make_call(case, device)))
 
 
 def peak_extra_bytes(call: Call) -> int:

@@ -26,14 +26,13 @@ _HALF_GEMM_TILE = {
 
 def loss_of(provider: str, device: torch.device) -> Loss:
     """The function of x that a provider of the dense benchmark runs; "cublas" and "half_gemm" return products."""
-    if provider == "topk_ortho_warm":
-        state = initial_state(device)
-        return lambda x: topk_ortho_loss(x, FRACTION, state=state)
     if provider == "naive_compiled":
         torch.compiler.reset()  # after the eighth shape torch would give up and run the function as it is
         return torch.compile(naive, dynamic=False, fullgraph=True)
+    state = initial_state(device)
     losses: dict[str, Loss] = {
         "topk_ortho": lambda x: topk_ortho_loss(x, FRACTION),
+        "topk_ortho_warm": lambda x: topk_ortho_loss(x, FRACTION, state=state),
         "tiled": lambda x: topk_ortho_loss(x, FRACTION, backend="tiled"),
         "chunked": chunked,
         "naive": naive,
@@ -57,13 +56,10 @@ def naive(x: Tensor) -> Tensor:
 
 def naive_autograd(x: Tensor) -> Tensor:
     """The same, with the gradient through the whole gram, as autograd makes it of matmul and torch.topk."""
-    n_features = x.shape[1]
     x_hat = normalize(x, dim=0)
     gram = x_hat.T @ x_hat
     with torch.no_grad():
-        magnitude = gram.abs().triu_(1)
-        index = magnitude.flatten().topk(k_from_fraction(n_features, FRACTION), sorted=False).indices
-        del magnitude
+        index = gram.abs().triu_(1).flatten().topk(k_from_fraction(x.shape[1], FRACTION), sorted=False).indices
     return gram.flatten()[index].float().square().mean()
 
 

@@ -101,9 +101,10 @@ def environment_of(device: torch.device) -> Environment:
             "cuda": str(torch.version.cuda or f"hip {torch.version.hip}"),
         }
     environment["source"] = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
-    changes = _output_of("git", "-C", str(_ROOT), "status", "--porcelain", "topk_ortho", "kernels", "bench/*.py")
-    environment["commit"] = _output_of("git", "-C", str(_ROOT), "rev-parse", "--short", "HEAD")
-    environment["commit"] += "+changes" if changes else ""
+    git = ("git", "-C", str(_ROOT))
+    environment["commit"] = _output_of(*git, "rev-parse", "--short", "HEAD")
+    if _output_of(*git, "status", "--porcelain", "topk_ortho", "kernels", "bench/*.py"):
+        environment["commit"] += "+changes"
     return environment
 
 

@@ -2,26 +2,23 @@
 
     floor = max(operations / peak of their unit, bytes / bandwidth)
 
-A model, not a measurement: nothing reaches it, and a kernel far from it may be bound by what it leaves out. Peaks and
-bandwidths are those of the vendor datasheet, without structured sparsity. It counts
+A model, not a measurement: nothing reaches it, and a kernel far from it may be bound by what it leaves out. The table
+of `python -m bench --device cuda` has what was measured beside it. Peaks and bandwidths are those of the vendor
+datasheet, without structured sparsity. It counts
 
 - operations on useful pairs, N(N-1)/2 of them, a multiply-add as two: not the padding of tiles, not the epilogues;
 - bytes through device memory at least: what is read is read once, what is written is written once. Lines that are
   gathered pair by pair come from L2, whose bandwidth no datasheet states; they are listed, and are in no floor.
 
-The sampling, the radix select and the sort of the records are left out: their work does not grow with N * M. What was
-measured on the same GPU (bench/results/cuda.jsonl) stands beside the model.
+The sampling, the radix select and the sort of the records are left out: their work does not grow with N * M.
 """
 
 import argparse
-from pathlib import Path
 from typing import Literal, NamedTuple
 
-from bench.cases import FRACTION, Case
-from bench.results import latest, read
+from bench.cases import FRACTION
 from topk_ortho.definitions import k_from_fraction, n_pairs
 
-_RESULTS = Path(__file__).resolve().parent / "results/cuda.jsonl"
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 Unit = Literal["half", "tf32", "fp32"]
 """What runs operations: the matrix unit with 16-bit or tf32 operands, or the float32 FMA units."""
@@ -70,8 +67,8 @@ class Work(NamedTuple):
 
     def bounds_s(self, hardware: Hardware) -> tuple[float, float]:
         """Seconds of the operations and of the bytes, each alone."""
-        peaks = {"half": hardware.half, "tf32": hardware.tf32, "fp32": hardware.fp32}
-        return self.operations / peaks[self.unit], self.n_bytes / hardware.bandwidth
+        peak: float = getattr(hardware, self.unit)
+        return self.operations / peak, self.n_bytes / hardware.bandwidth
 
 
 def works(m: int, n: int, k: int, dtype: str) -> dict[str, Work]:
@@ -125,19 +122,15 @@ def floor_of_call(hardware: Hardware, m: int, n: int, k: int, dtype: str, mode: 
     return forward + (floors["pair_gradient"] if mode != "forward" else 0.0)
 
 
-def table(hardware: Hardware, m: int, n: int, dtype: str, measured: dict[str, float]) -> str:
-    """Text: every kernel, then the calls, beside the seconds that were measured."""
+def table(hardware: Hardware, m: int, n: int, dtype: str) -> str:
+    """Text: every kernel, then the calls."""
     k = k_from_fraction(n, FRACTION)
-
-    def shown(name: str) -> str:
-        return f"{1e3 * measured[name]:.3f}" if name in measured else "not measured"
-
     lines = [
         f"MODEL, not a measurement: {hardware.name}, vendor datasheet {hardware.half / 1e12:,.1f} (16-bit), "
         f"{hardware.tf32 / 1e12:,.1f} (tf32), {hardware.fp32 / 1e12:,.1f} (fp32) Tflop/s dense, "
         f"{hardware.bandwidth / 1e12:,.2f} TB/s",
         f"x [{m:,}, {n:,}] {dtype}, k = {k:,}",
-        f"{'kernel':<22}{'Gop':>14}{'MB':>11}{'MB gathered':>13}{'floor ms':>11}{'bound by':>10}{'measured ms':>14}",
+        f"{'kernel':<22}{'Gop':>14}{'MB':>11}{'MB gathered':>13}{'floor ms':>11}{'bound by':>10}",
     ]
     for kernel, work in works(m, n, k, dtype).items():
         operations_s, bytes_s = work.bounds_s(hardware)
@@ -145,31 +138,11 @@ def table(hardware: Hardware, m: int, n: int, dtype: str, measured: dict[str, fl
             f"{kernel:<22}{work.operations / 1e9:>14,.1f}{work.n_bytes / 1e6:>11,.1f}"
             f"{work.gathered_bytes / 1e6:>13,.0f}{1e3 * max(operations_s, bytes_s):>11.3f}"
             f"{work.unit if operations_s >= bytes_s else 'memory':>10}"
-            f"{shown(kernel):>14}"
         )
     for mode in ("forward", "forward_backward"):
         floor_ms = 1e3 * floor_of_call(hardware, m, n, k, dtype, mode)
-        lines.append(f"{mode.replace('_', ' + ') + ', sum of its kernels':<60}{floor_ms:>11.3f}{shown(mode):>24}")
+        lines.append(f"{mode.replace('_', ' + ') + ', sum of its kernels':<60}{floor_ms:>11.3f}")
     return "\n".join(lines) + "\n"
-
-
-def measured_on(hardware: Hardware, m: int, n: int, dtype: str, path: Path) -> dict[str, float]:
-    """Seconds by kernel or mode, of the results on this GPU. Kernels that a certified pass leaves idle have none."""
-    measured = {}
-    for result in latest(read(path)):
-        if hardware_of(result.environment.get("gpu")) != hardware:
-            continue
-        for mode in ("forward", "forward_backward", "kernels"):
-            if result.case == Case("dense", "topk_ortho_warm", mode, dtype, m, n) and result.measurement.time_s:
-                measured[mode] = result.measurement.time_s
-                kernels_s = result.measurement.kernels_s or {}
-                survivors = "half" if dtype != "float32" or "round_columns" in kernels_s else "fp32"
-                measured |= {
-                    f"{kernel} {survivors}" if kernel == "gram_survivors" else kernel: time_s
-                    for kernel, time_s in kernels_s.items()
-                    if kernel != "gram_histogram"
-                }
-    return measured
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -178,11 +151,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--m", type=int, default=4096)
     parser.add_argument("--n", type=int, default=65536)
     parser.add_argument("--dtype", choices=_DTYPE_BYTES, default="bfloat16")
-    parser.add_argument("--results", type=Path, default=_RESULTS, help="of python -m bench --device cuda")
     options = parser.parse_args(arguments)
-    shape = (options.m, options.n, options.dtype)
     for hardware in HARDWARE:
-        print(table(hardware, *shape, measured_on(hardware, *shape, options.results)))
+        print(table(hardware, options.m, options.n, options.dtype))
 
 
 if __name__ == "__main__":

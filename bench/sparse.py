@@ -19,42 +19,32 @@ from topk_ortho import SparseFeatures, topk_ortho_loss, topk_pairs
 from topk_ortho.definitions import k_from_fraction, n_pairs
 
 _EXPONENT, _OFFSET = 0.8, 10
-_DENSITIES = (512, 256, 128, 64, 32)  # one feature in so many
+_LOSS = [("sparse", "forward"), ("sparse", "forward_backward")]
 FIXED_K = k_from_fraction(16384, FRACTION)
 """The k of the mode "pairs_fixed_k"."""
 
 
-def _n_cases(device_type: str, smoke: bool) -> list[Case]:
-    rows, l0, sizes = (64, 8, (512, 1024)) if smoke else (4096, 64, (16384, 65536, 262144, 1048576))
-    planned = []
-    for n in sizes:
-        providers = {"forward": ["sparse"], "forward_backward": ["sparse"]}
-        if n == sizes[0]:
-            providers = {mode: ["sparse", "dense"] for mode in providers}
-        providers |= {mode: ["sparse", *_scipy(device_type)] for mode in ("pairs", "pairs_fixed_k")}
-        planned += [Case("sparse_n", p, mode, "float32", rows, n, l0) for mode, ps in providers.items() for p in ps]
-    return planned
+def _n_cases(device_type: str) -> list[Case]:
+    columns = _LOSS + [(p, mode) for p in _listing_providers(device_type) for mode in ("pairs", "pairs_fixed_k")]
+    dense = [("dense", mode) for _, mode in _LOSS]
+    sizes = {16384: columns + dense, 65536: columns, 262144: columns, 1048576: columns}
+    return [Case("sparse_n", p, mode, "float32", 4096, n, 64) for n in sizes for p, mode in sizes[n]]
 
 
-def _l0_cases(device_type: str, smoke: bool) -> list[Case]:
-    rows, n, active = (64, 1024, (8, 16)) if smoke else (4096, 65536, (16, 32, 64, 128))
-    columns = [("sparse", "forward"), ("sparse", "forward_backward")]
-    columns += [(provider, "pairs") for provider in _scipy(device_type)]
-    return [Case("sparse_l0", provider, mode, "float32", rows, n, l0) for l0 in active for provider, mode in columns]
+def _l0_cases(device_type: str) -> list[Case]:
+    columns = _LOSS + [(provider, "pairs") for provider in _listing_providers(device_type)[1:]]
+    return [Case("sparse_l0", p, mode, "float32", 4096, 65536, l0) for l0 in (16, 32, 64, 128) for p, mode in columns]
 
 
-def _density_cases(device_type: str, smoke: bool) -> list[Case]:
-    rows, sizes = (64, (1024,)) if smoke else (1024, (4096, 16384))
-    planned = []
-    for n in sizes:
-        # the dense route takes equally long at every density
-        columns = [("dense", _DENSITIES[3])] + [(p, share) for share in _DENSITIES for p in ("sparse", "auto")]
-        planned += [Case("sparse_density", p, "forward", "float32", rows, n, n // share) for p, share in columns]
-    return planned
+def _density_cases(device_type: str) -> list[Case]:
+    # one feature in so many is active; the dense route takes equally long at every density
+    columns = [("dense", 64), *((p, share) for share in (512, 256, 128, 64, 32) for p in ("sparse", "auto"))]
+    sizes = (4096, 16384)
+    return [Case("sparse_density", p, "forward", "float32", 1024, n, n // share) for n in sizes for p, share in columns]
 
 
-def _scipy(device_type: str) -> list[str]:
-    return ["scipy"] if device_type == "cpu" else []
+def _listing_providers(device_type: str) -> list[str]:
+    return ["sparse", "scipy"] if device_type == "cpu" else ["sparse"]
 
 
 @functools.lru_cache(maxsize=1)
@@ -131,7 +121,7 @@ SPARSE_N, SPARSE_L0, SPARSE_DENSITY = (
     Benchmark(
         cases=cases,
         make_call=make_call,
-        small=lambda case: case._replace(M=64, N=300, L0=6),
+        small={"M": 64, "N": 300, "L0": 6},
         inputs=inputs,
         k_of=k_of,
         setting={

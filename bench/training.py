@@ -30,12 +30,6 @@ _SAELENS: dict[str, dict[str, bool]] = {  # provider: settings; rescaled sparse 
 }
 
 
-def cases(device_type: str, smoke: bool) -> list[Case]:
-    """Every provider at one size."""
-    size = (32, 128, 4) if smoke else (1024, 4096, 32)
-    return [Case("training", provider, "step", "float32", *size) for provider in (*_SAELENS, *_OURS)]
-
-
 class Mixtures:
     """Sparse mixtures of twice as many random directions as there are features; a shard is a batch."""
 
@@ -72,7 +66,7 @@ def make_call(case: Case, device: torch.device) -> Call:
     assert case.L0 is not None
     source: Any = _mixtures(case.M, case.N, case.L0)
     if case.provider in _SAELENS:
-        return _saelens_step(case, device, source)
+        return _saelens_step(case, case.L0, device, source)
 
     from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig
     from topk_ortho.training.trainer import Trainer
@@ -92,29 +86,24 @@ def make_call(case: Case, device: torch.device) -> Call:
     return lambda: trainer.train_step(next(trainer.batches).to(device))
 
 
-def _saelens_step(case: Case, device: torch.device, source: Mixtures) -> Call:
-    assert case.L0 is not None
+def _saelens_step(case: Case, l0: int, device: torch.device, source: Mixtures) -> Call:
     from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    settings: dict[str, Any] = _SAELENS[case.provider]
-    trainer: SAETrainer[Any, Any] = SAETrainer(
-        SAETrainerConfig(
-            total_training_samples=10**9, train_batch_size_samples=case.M, lr=_LR, lr_end=_LR, device=device.type
-        ),
-        BatchTopKTrainingSAE(
-            BatchTopKTrainingSAEConfig(d_in=_D_IN, d_sae=case.N, k=float(case.L0), device=device.type, **settings)
-        ),
-        source.batches(device),
+    settings: dict[str, Any] = {"d_in": _D_IN, "d_sae": case.N, "k": float(l0)} | _SAELENS[case.provider]
+    sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(device=device.type, **settings))
+    config = SAETrainerConfig(
+        total_training_samples=10**9, train_batch_size_samples=case.M, lr=_LR, lr_end=_LR, device=device.type
     )
+    trainer: SAETrainer[Any, Any] = SAETrainer(config, sae, source.batches(device))
     return lambda: trainer.step(next(trainer.data_provider))
 
 
 TRAINING = Benchmark(
-    cases=cases,
+    cases=lambda device_type: [Case("training", p, "step", "float32", 1024, 4096, 32) for p in (*_SAELENS, *_OURS)],
     make_call=make_call,
-    small=lambda case: case._replace(M=32, N=128, L0=4),
+    small={"M": 32, "N": 128, "L0": 4},
     inputs=None,
     setting={"d_in": _D_IN, "warmup_steps": 30, "data": "mixtures of L0 of 2 N random directions, uniform weights"},
     rounds=100,

@@ -11,15 +11,17 @@ import pytest
 
 from bench import compile_report
 from bench.compile_report import (
+    AMDGCN,
     ARCHITECTURES,
+    LOCAL_MEMORY,
     MAIN_LOOP_KERNELS,
+    MATRIX,
+    SASS,
     SPARSE_KERNELS,
     Record,
     max_programs,
-    parse_amdgcn,
-    parse_metadata,
-    parse_resource_usage,
-    parse_sass,
+    number_of,
+    parse,
     violations,
 )
 from topk_ortho.kernels.launch import INTERPRETED
@@ -39,7 +41,7 @@ def sass(*instructions):
 class TestSass:
     def test_loop(self):
         """The inner loop with the matrix instruction, not the one around it, nor a longer one without."""
-        code = parse_sass(
+        code = parse(
             sass(
                 "LDC R1, c[0x0][0x28]",
                 "S2R R0, SR_CTAID.X",  # 0x10: the outer loop
@@ -56,33 +58,36 @@ class TestSass:
                 "@P0 BRA P3, 0x10",
                 "EXIT",
                 "BRA 0xe0",
-            )
+            ),
+            SASS,
         )
         assert [(loop.start, loop.stop) for loop in code.loops] == [(2, 6), (6, 11), (1, 13)]
         assert code.main_loop == range(2, 6)
-        assert code.matrix_instructions() == {"HGMMA.64x128x16.F32.BF16": 1}
-        assert code.opcodes[4] == "IADD3"
+        assert code.count(MATRIX) == 1
+        assert code.opcodes[3:5] == ["HGMMA.64x128x16.F32.BF16", "IADD3"]
         assert len(code.opcodes) == 15
 
     @pytest.mark.parametrize("name", ["HMMA.16816.F32.BF16", "HGMMA.64x128x8.F32.TF32", "UTCHMMA", "UTCHMMA.2CTA"])
     def test_matrix_instructions(self, name):
-        code = parse_sass(sass(f"{name} R4, R8, R12, R4", f"@P0 {name} R4, R8, R12, R4", "HADD2 R1, R2, R3"))
-        assert code.matrix_instructions() == {name: 2}
+        code = parse(sass(f"{name} R4, R8, R12, R4", f"@P0 {name} R4, R8, R12, R4", "HADD2 R1, R2, R3"), SASS)
+        assert code.count(MATRIX) == 2
+        assert code.opcodes[:2] == [name, name]
 
     def test_loop_of_multiply_adds(self):
         """Without a matrix unit: not the longer loop of the epilogue."""
         fma, epilogue = ("FFMA R1, R2, R3, R1", "FFMA R4, R5, R6, R4", "@P0 BRA 0x0"), ("FADD R1, R1, R2",) * 6
-        code = parse_sass(sass(*fma, *epilogue, "@P1 BRA 0x30"))
+        code = parse(sass(*fma, *epilogue, "@P1 BRA 0x30"), SASS)
         assert code.main_loop == range(3)
 
     def test_largest_loop(self):
         """With neither: the largest of those that hold no other."""
-        code = parse_sass(sass("IADD3 R1", "@P0 BRA 0x0", "IADD3 R1", "IADD3 R1", "@P0 BRA 0x20", "@P1 BRA 0x0"))
+        jumps = "@P0 BRA 0x0", "IADD3 R1", "IADD3 R1", "@P0 BRA 0x20", "@P1 BRA 0x0"
+        code = parse(sass("IADD3 R1", *jumps), SASS)
         assert code.main_loop == range(2, 5)
 
     def test_no_loop(self):
         """A jump forward is none, and the jump to itself that ends a kernel is none."""
-        code = parse_sass(sass("@P0 BRA 0x20", "FADD R1, R1, R2", "EXIT", "BRA 0x30"))
+        code = parse(sass("@P0 BRA 0x20", "FADD R1, R1, R2", "EXIT", "BRA 0x30"), SASS)
         assert code.loops == []
         assert code.main_loop is None
 
@@ -90,19 +95,19 @@ class TestSass:
         ("instruction", "n_spills"), [("STL [R1], R4", 2), ("LDL.LU R4, [R1+0x8]", 2), ("LDS R4, [R1]", 0)]
     )
     def test_spills(self, instruction, n_spills):
-        code = parse_sass(sass(instruction, "FADD R1, R1, R2", f"@P0 {instruction}"))
-        assert code.count(compile_report._LOCAL_MEMORY) == n_spills
+        code = parse(sass(instruction, "FADD R1, R1, R2", f"@P0 {instruction}"), SASS)
+        assert code.count(LOCAL_MEMORY) == n_spills
 
     def test_resource_usage(self):
         text = "Resource usage:\n Function _gram_survivors_kernel:\n  REG:127 STACK:40 SHARED:0 LOCAL:0 CONSTANT[0]:636"
-        assert parse_resource_usage(text) == (127, 40)
+        assert (number_of("REG", text), number_of("STACK", text)) == (127, 40)
 
     def test_unknown_format(self):
-        with pytest.raises(AssertionError, match=r"no .*REG"):
-            parse_resource_usage("REGISTERS: 12")
+        with pytest.raises(AssertionError, match="no REG"):
+            number_of("REG", "REGISTERS: 12")
 
 
-AMDGCN = """
+ASSEMBLY = """
 	.text
 _gram_survivors_kernel:                    ; @_gram_survivors_kernel
 ; %bb.0:
@@ -138,21 +143,22 @@ amdhsa.kernels:
 
 class TestAmdgcn:
     def test_loop(self):
-        code = parse_amdgcn(AMDGCN)
+        code = parse(ASSEMBLY, AMDGCN)
         assert code.opcodes == [
             "s_load_dwordx2", "s_cbranch_scc1", "v_mov_b32_e32", "buffer_load_dwordx4", "v_mfma_f32_32x32x8_bf16",
             "s_cbranch_scc0", "v_mfma_f32_32x32x8_bf16", "s_branch", "s_endpgm",
         ]  # fmt: skip
         assert code.loops == [range(3, 6), range(2, 8)]
         assert code.main_loop == range(3, 6)
-        assert code.matrix_instructions() == {"v_mfma_f32_32x32x8_bf16": 2}
+        assert code.count(MATRIX) == 2
 
     def test_no_loop(self):
-        assert parse_amdgcn(re.sub(r"s_cbranch_scc0.*|s_branch.*", "s_nop 0", AMDGCN)).main_loop is None
+        assert parse(re.sub(r"s_cbranch_scc0.*|s_branch.*", "s_nop 0", ASSEMBLY), AMDGCN).main_loop is None
 
     def test_metadata(self):
         """Registers, accumulators included, stack, spills; those of scalar registers go to vector registers."""
-        assert parse_metadata(AMDGCN) == (296, 332, 100)
+        fields = "vgpr_count", "private_segment_fixed_size", "vgpr_spill_count"
+        assert [number_of(field, ASSEMBLY) for field in fields] == [296, 332, 100]
 
 
 GOOD = {

@@ -6,7 +6,7 @@ from bench.cases import Case
 from bench.dense import DENSE
 from bench.providers import half_gemm
 
-GPU_CASES = DENSE.cases("cuda", False)
+GPU_CASES = DENSE.cases("cuda")
 
 
 def test_the_goals_of_a_gpu_come_first_and_large_n_last():
@@ -26,7 +26,7 @@ def test_the_goals_of_a_gpu_come_first_and_large_n_last():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_ratio_has_its_denominator(device):
-    cases = DENSE.cases(device, False)
+    cases = DENSE.cases(device)
     ours = {"cpu": "topk_ortho", "cuda": "topk_ortho_warm"}[device]
     assert {c._replace(provider=ours) for c in cases if c.provider != "cublas"} <= set(cases)
     assert {c._replace(provider="half_gemm") for c in cases if (c.provider, c.mode) == (ours, "forward")} <= set(cases)

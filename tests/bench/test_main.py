@@ -15,7 +15,7 @@ CASES = [Case("training", "saelens", "step", "float32", 8, n) for n in (64, 128,
 
 
 def benchmark_of(make_call):
-    return {"training": Benchmark(lambda device, smoke: CASES, make_call, lambda case: case, None, {"d_in": 8})}
+    return {"training": Benchmark(lambda device: CASES, make_call, {}, None, {"d_in": 8})}
 
 
 @pytest.fixture

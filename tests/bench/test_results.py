@@ -21,7 +21,7 @@ def path(tmp_path):
 
 def test_results_survive_the_file(path):
     results = [
-        result_of(CASES[0], kernels_s={"gram_survivors": 1.5}, peak_extra_bytes=7),
+        result_of(CASES[0], peak_extra_bytes=7),
         result_of(CASES[1]._replace(L0=3), status="error", time_s=None, note='ValueError("a\nb")'),
     ]
     assert read(path) == []

@@ -15,7 +15,7 @@ def test_active_features_are_distinct_and_uneven():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_sweeps(device):
-    cases = [case for benchmark in (SPARSE_N, SPARSE_L0, SPARSE_DENSITY) for case in benchmark.cases(device, False)]
+    cases = [case for benchmark in (SPARSE_N, SPARSE_L0, SPARSE_DENSITY) for case in benchmark.cases(device)]
     assert len(set(cases)) == len(cases)
     goal = {c.N for c in cases if c.benchmark == "sparse_n" and c[1:3] == ("sparse", "forward_backward")}
     assert {16384, 2**20} <= goal
@@ -24,7 +24,7 @@ def test_the_sweeps(device):
 
 
 def test_measuring_the_forward_pass_does_not_depend_on_the_backward_pass():
-    case = next(c for c in SPARSE_N.cases("cpu", True) if c.mode == "forward_backward" and c.provider == "sparse")
+    case = next(c for c in SPARSE_N.small_cases("cpu") if c.mode == "forward_backward" and c.provider == "sparse")
     cpu = torch.device("cpu")
     SPARSE_N.make_call(case, cpu)()
     assert not SPARSE_N.make_call(case._replace(mode="forward"), cpu)().requires_grad
