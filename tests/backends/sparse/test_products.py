@@ -92,9 +92,16 @@ class TestSlabs:
 
 class TestGradient:
     @pytest.mark.parametrize("n_products", [7, 2**20])
-    @pytest.mark.parametrize("n_weighted", ["all", "some", "none"])
     @matrices
-    def test_against_loops(self, x, n_weighted, n_products, slabs):
+    def test_against_loops(self, x, n_products, slabs):
+        self.check(x, "some", n_products, slabs)
+
+    @pytest.mark.parametrize("n_weighted", ["all", "none"])
+    def test_every_pair_or_none(self, n_weighted, slabs):
+        self.check(MATRICES["sparse"], n_weighted, 7, slabs)
+
+    @staticmethod
+    def check(x, n_weighted, n_products, slabs):
         coordinates = coordinates_of(x)
         share = {"all": 1.0, "some": 0.3, "none": 0.0}[n_weighted]
         generator = np.random.default_rng(0)
