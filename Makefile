@@ -1,6 +1,7 @@
 # make train   environment, then the main job: an SAE on a real transformer, offline
 # make quick   environment, then linters, type checker and one test of each kind, for every change
 # make test    environment, then linters, type checker and every test
+# make compile environment, then what the compiler makes of every kernel, for four architectures; no GPU
 # make bench   environment, then the benchmarks; make bench ARGS=--report makes tables and figures of the results
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train quick test lint bench clean
+.PHONY: help train quick test lint compile bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -39,6 +40,9 @@ quick: lint
 
 test: lint
 	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+compile: $(VENV)/installed
+	$(BIN)/python -m bench.compile_report
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench $(ARGS)
