@@ -61,8 +61,8 @@ def finish(
     Parameters
     ----------
     cosines : Tensor, shape [n]
-        Signed cosines in the order of `topk_ortho.definitions`; or in any order, if all of them are selected. NaN
-        marks a place that holds no pair.
+        Signed cosines, those of the first k pairs of the order before any others. A pair that is not above the floor
+        becomes padding; NaN marks a place that holds no pair.
     index : Tensor, shape [n], int64
         ``row * N + col`` of each pair.
     query : Query

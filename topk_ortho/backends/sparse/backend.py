@@ -38,7 +38,7 @@ class SparseBackend:
         cosines, index = streamed.survivors.first_in_order(query.k if state is None else 2 * query.k)
         if state is not None:
             state = next_state(state, similarity_of(cosines, query.similarity), query.k, n_passes=1)
-        cosines, index = streamed.passing(cosines[: query.k], index[: query.k])
+        cosines, index = cosines[: query.k], index[: query.k]
         if floor_of(query, streamed.tau) < 0:
             n_zeros = query.k - index.numel()
             cosines = torch.cat([cosines, cosines.new_zeros(n_zeros)])

@@ -2,13 +2,11 @@
 
 from typing import NamedTuple
 
-from torch import Tensor
-
 from topk_ortho.backends.moments import Moments
 from topk_ortho.backends.sparse.coordinates import Coordinates, unit_columns
 from topk_ortho.backends.sparse.products import Slabs
 from topk_ortho.backends.survivors import Survivors
-from topk_ortho.definitions import Query, first_in_order, floor_of, n_pairs, similarity_of
+from topk_ortho.definitions import Query, floor_of, n_pairs
 from topk_ortho.selection import Selection, finish
 
 
@@ -19,9 +17,8 @@ def topk_pairs(x: Coordinates, size: int, query: Query, *, is_ordered: bool, sla
     """
     x_hat, _, norms = unit_columns(x)
     streamed = stream(x_hat, query, slabs)
-    cosines, index = streamed.passing(*streamed.survivors.first_unsorted(query.k))
-    if is_ordered:
-        cosines, index = first_in_order(cosines, index, query.similarity, query.k)
+    survivors = streamed.survivors
+    cosines, index = (survivors.first_in_order if is_ordered else survivors.first_unsorted)(query.k)
     n_zeros = streamed.n_zeros if floor_of(query, streamed.tau) < 0 else 0
     return finish(cosines, index, query, tau=streamed.tau, norms=norms, size=size, n_zeros=n_zeros)
 
@@ -29,18 +26,12 @@ def topk_pairs(x: Coordinates, size: int, query: Query, *, is_ordered: bool, sla
 class Streamed(NamedTuple):
     """What one pass over the pairs that meet has streamed."""
 
-    query: Query
     survivors: Survivors
     """Among the pairs whose cosine is not 0, added in (row, col) order"""
     tau: float | None
     """The tau in force"""
     n_zeros: int
     """Pairs of cosine 0"""
-
-    def passing(self, cosines: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of some pairs that are above the floor, which an adaptive tau decides only at the end of the pass."""
-        passes = similarity_of(cosines, self.query.similarity) > floor_of(self.query, self.tau)
-        return cosines[passes], index[passes]
 
 
 def stream(x_hat: Coordinates, query: Query, slabs: Slabs) -> Streamed:
@@ -55,6 +46,6 @@ def stream(x_hat: Coordinates, query: Query, slabs: Slabs) -> Streamed:
             moments.add(cosines.double().abs().unsqueeze(0), pairs.numel())
         survivors.add(cosines, pairs)
     if query.n_std is None:
-        return Streamed(query, survivors, query.tau, n_zeros)
+        return Streamed(survivors, query.tau, n_zeros)
     moments.add_zeros(n_zeros)
-    return Streamed(query, survivors, moments.adaptive_tau(query.n_std), n_zeros)
+    return Streamed(survivors, moments.adaptive_tau(query.n_std), n_zeros)
