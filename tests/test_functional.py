@@ -219,7 +219,6 @@ class TestSelection:
             pytest.param(1.0, torch.float32, id="spread_of_one"),
         ],
     )
-    @with_screen
     def test_adaptive_tau(self, spread, dtype, backend):
         """mean + n_std * std, also where the std is tiny beside the mean and a difference of sums would cancel."""
         x = (torch.ones(16, 1) + spread * normal(16, 43, seed=29)).to(dtype)
@@ -390,21 +389,20 @@ class TestLoss:
     @edges
     def test_edges(self, x, dtype, backend):
         x = x.to(dtype)
-        n_pairs = x.shape[1] * (x.shape[1] - 1) // 2
-        for k in sorted({(n_pairs + 1) // 2, n_pairs}):
-            pairs = topk_pairs(x, k=k, backend=backend)
-            assert_selection(pairs, x, k=k)
-            value, gradient = loss_and_gradient(topk_ortho_loss, x, k=k, backend=backend)
-            expected = oracle.loss_of(oracle.select(float64(x), k=k).values, "mean")
-            assert_within(actual=value, expected=expected, bound=loss_bound(x, k))
-            rows, cols = pairs.rows.numpy(), pairs.cols.numpy()
-            assert_gradient(
-                actual=gradient,
-                expected=oracle.loss_gradient(float64(x), rows, cols, "mean"),
-                bound=gradient_bound(x, rows, cols, 1 / k),
-                dtype=dtype,
-            )
-            assert not gradient[:, ~x.any(dim=0)].any(), "a dead column has a gradient"
+        k = (x.shape[1] * (x.shape[1] - 1) // 2 + 1) // 2
+        pairs = topk_pairs(x, k=k, backend=backend)
+        assert_selection(pairs, x, k=k)
+        value, gradient = loss_and_gradient(topk_ortho_loss, x, k=k, backend=backend)
+        expected = oracle.loss_of(oracle.select(float64(x), k=k).values, "mean")
+        assert_within(actual=value, expected=expected, bound=loss_bound(x, k))
+        rows, cols = pairs.rows.numpy(), pairs.cols.numpy()
+        assert_gradient(
+            actual=gradient,
+            expected=oracle.loss_gradient(float64(x), rows, cols, "mean"),
+            bound=gradient_bound(x, rows, cols, 1 / k),
+            dtype=dtype,
+        )
+        assert not gradient[:, ~x.any(dim=0)].any(), "a dead column has a gradient"
 
     def test_no_pair_passes(self, small_backend):
         for reduction in ("mean", "sum"):
@@ -665,16 +663,12 @@ class TestDeterminism:
             pytest.param(dyadic, {"similarity": "positive", "tau": 0.3}, 0.5, id="positive_tau_at_a_tie"),
         ],
     )
-    @with_screen
-    def test_warm_start_changes_no_bit(self, make, arguments, first_guess, backend, request):
+    def test_warm_start_changes_no_bit(self, make, arguments, first_guess, backend):
         x = make(16, 43, seed=23)
         cold = topk_pairs(x, k=300, **arguments, backend=backend)
         state = torch.tensor([first_guess, 0.15, 1.0])
         for _ in range(2):  # with the given guess, then with the one that follows from it
             warm = topk_pairs(x, k=300, **arguments, backend=backend, state=state)
-            if "triton_screened" in request.node.name:  # after a wrong guess it sums in another order
-                assert_selection(warm, x, k=300, **arguments)
-                continue
             for field in ("rows", "cols", "values", "threshold"):
                 assert torch.equal(getattr(cold, field), getattr(warm, field)), field
 
