@@ -626,7 +626,6 @@ class TestDeterminism:
         ],
     )
     @pytest.mark.usefixtures("_threads")
-    @with_screen
     def test_two_runs(self, make, arguments, backend):
         x = make(16, 43, seed=22)
         for first, second in zip(
