@@ -13,7 +13,7 @@ SHAPES = {"few_samples": (5, 60), "few_features": (60, 5), "square": (20, 20)}
 
 
 class TestSumOfSquares:
-    """Both ways of counting: features that meet in samples, samples that meet in features."""
+    """The sum is right whether features that share samples are paired, or samples that share features."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -15,7 +15,7 @@ from topk_ortho.backends.sparse.products import Slabs
 
 class TestPairGradient:
     def test_pairs_either_way_round_weighted_apart(self):
-        """As the reference has it, where x is not 0."""
+        """The gradient equals that of the naive backend wherever x is not 0."""
         x = activations(12, 43, seed=5, dtype=torch.float64)
         rows, cols = torch.randint(0, 43, (2, 300), generator=seeded(6))
         rows, cols = rows[rows != cols], cols[rows != cols]  # some twice
