@@ -666,10 +666,9 @@ class TestDeterminism:
         x = make(16, 43, seed=23)
         cold = topk_pairs(x, k=300, **arguments, backend=backend)
         state = torch.tensor([first_guess, 0.15, 1.0])
-        for _ in range(2):  # with the given guess, then with the one that follows from it
-            warm = topk_pairs(x, k=300, **arguments, backend=backend, state=state)
-            for field in ("rows", "cols", "values", "threshold"):
-                assert torch.equal(getattr(cold, field), getattr(warm, field)), field
+        warm = topk_pairs(x, k=300, **arguments, backend=backend, state=state)
+        for field in ("rows", "cols", "values", "threshold"):
+            assert torch.equal(getattr(cold, field), getattr(warm, field)), field
 
     @with_screen
     def test_a_guess_that_leaves_one_pair_too_few_is_repaired(self, backend):

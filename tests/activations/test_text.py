@@ -1,4 +1,5 @@
 import json
+from itertools import islice
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_fingerprints_tell_texts_apart(tmp_path):
 
 def test_python_documentation_is_ample_and_in_a_fixed_order():
     documents = list(python_documentation())
-    assert documents == list(python_documentation())
+    assert documents[:2000] == list(islice(python_documentation(), 2000))
     assert sum(map(len, documents)) > 1_500_000
     assert all(isinstance(document, str) and document for document in documents)
 
