@@ -45,6 +45,7 @@ class Mixtures:
         coefficients = torch.rand(shape, generator=generator)
         self.x = embedding_bag(chosen, directions, mode="sum", per_sample_weights=coefficients)
         self.shard_sizes = [batch_size] * _N_SHARDS
+        self.identity: dict[str, Any] = {"source": "mixtures", "shape": shape, "n_features": n_features}
 
     def shard(self, number: int) -> Tensor:
         """Activations [batch, d_in] of a shard."""

@@ -1,5 +1,7 @@
 """Sources of activations for tests, in memory."""
 
+import hashlib
+
 import torch
 
 
@@ -14,6 +16,8 @@ class MemorySource:
         self.d_in = shards[0].shape[1]
         self.shard_sizes = [len(shard) for shard in shards]
         self.asked = []
+        digests = [hashlib.sha256(shard.numpy().tobytes()).hexdigest() for shard in shards]
+        self.identity = {"source": "memory", "d_in": self.d_in, "shards": digests}
 
     def shard(self, number):
         self.asked.append(number)

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
@@ -131,9 +132,7 @@ def test_another_hook_or_text_is_not_served_from_the_cache(source, cache_dir, ch
     assert not same or other.shard_sizes != source.shard_sizes
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("hook", "blocks.9.hook_mlp_out"), ("text", "other"), ("model_version", "x")]
-)
+@pytest.mark.parametrize(("key", "value"), [("hook", "blocks.9.hook_mlp_out"), ("text", "other"), ("weights", "x")])
 def test_a_manifest_that_does_not_match_is_refused_by_name(key, value, tmp_path):
     open_source(tmp_path)
     (folder,) = tmp_path.iterdir()
@@ -192,3 +191,53 @@ def test_too_little_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"corpus.txt fills 0 windows of 16 tokens; at least 2 are needed"):
         open_source(tmp_path / "cache", text=text)
     assert not list((tmp_path / "cache").iterdir())
+
+
+def edited(directory, name, change):
+    """A copy of the small model whose file `name` holds what `change` makes of its JSON."""
+    directory.mkdir()
+    for path in Path(resolve_model(MODEL)).glob("*.*"):
+        (directory / path.name).symlink_to(path)
+    if name is not None:
+        content = json.loads((directory / name).read_text())
+        change(content)
+        (directory / name).unlink()
+        (directory / name).write_text(json.dumps(content))
+    return dataclasses.replace(MODEL, name=str(directory))
+
+
+def swap_words(tokenizer):
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["the"], vocabulary["of"] = vocabulary["of"], vocabulary["the"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer.json", swap_words),
+        ("tokenizer_config.json", lambda settings: settings.update(do_lower_case=False)),
+        ("special_tokens_map.json", lambda special: special.update(sep_token="[MASK]")),
+    ],
+    ids=["vocabulary", "lower_case", "special_token"],
+)
+def test_another_tokenizer_beside_the_same_weights_is_not_served_from_the_cache(name, change, source, tmp_path):
+    other = open_source(tmp_path / "cache", edited(tmp_path / "model", name, change))
+    differing = {key for key, value in source.identity.items() if other.identity[key] != value}
+    assert differing == {"tokenizer"}
+    assert not torch.equal(other.tokens(0), source.tokens(0))
+
+
+def test_a_copy_of_the_model_elsewhere_is_the_same_model(source, cache_dir, tmp_path, monkeypatch):
+    no_transformer(monkeypatch)
+    copy = open_source(cache_dir, edited(tmp_path / "model", None, None))
+    assert copy.identity == source.identity
+
+
+def test_the_same_bytes_parsed_otherwise_are_another_text(tmp_path):
+    sources = []
+    for name in ("corpus.txt", "corpus.jsonl"):
+        (tmp_path / name).write_text('{"text": "one two three"}\n' * 50)
+        sources.append(open_source(tmp_path / "cache", text=dataclasses.replace(TEXT, source=str(tmp_path / name))))
+    first, second = sources
+    assert {key for key in first.identity if first.identity[key] != second.identity[key]} == {"text_format"}
+    assert len(first.tokens(0)) > len(second.tokens(0))

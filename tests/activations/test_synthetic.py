@@ -1,3 +1,6 @@
+import dataclasses
+import json
+
 import torch
 
 from topk_ortho.activations.config import SyntheticConfig
@@ -11,6 +14,15 @@ def test_a_shard_can_be_had_again_and_differs_from_others():
     assert torch.equal(source.shard(1), again.shard(1))
     assert not torch.equal(source.shard(1), source.shard(0))
     assert not torch.equal(source.shard(1), other.shard(1))
+
+
+def test_sources_that_differ_say_so():
+    smaller = dataclasses.replace(CONFIG, n_tokens=20_000)
+    identities = [SyntheticActivations(*settings).identity for settings in ((CONFIG, 0), (CONFIG, 1), (smaller, 0))]
+    assert identities[0] == SyntheticActivations(CONFIG, 0).identity
+    assert json.loads(json.dumps(identities)) == identities
+    assert {key for key in identities[0] if identities[0][key] != identities[1][key]} == {"seed"}
+    assert {key for key in identities[0] if identities[0][key] != identities[2][key]} == {"n_tokens"}
 
 
 def test_shards_are_sums_of_the_true_directions():

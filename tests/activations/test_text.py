@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer
 
 from topk_ortho.activations.config import ModelConfig, TextConfig
-from topk_ortho.activations.text import fingerprint, load_text, python_documentation, token_windows
+from topk_ortho.activations.text import load_text, python_documentation, text_identity, token_windows
 from topk_ortho.activations.transformer import resolve_model
 
 
@@ -47,15 +47,20 @@ def test_long_texts_come_in_blocks_that_make_one_text(tokenizer):
     assert len(ids) - len(body) < 8
 
 
-def test_fingerprints_tell_texts_apart(tmp_path):
-    path = tmp_path / "corpus.txt"
-    seen = {fingerprint(TextConfig()), fingerprint(TextConfig(source="owner/data")),
-            fingerprint(TextConfig(source="owner/data", subset="small")),
-            fingerprint(TextConfig(source="owner/data", split="test"))}  # fmt: skip
-    for content in ("one", "two"):
-        path.write_text(content)
-        seen.add(fingerprint(TextConfig(source=str(path))))
-    assert len(seen) == 6
+def test_identities_tell_texts_apart(tmp_path):
+    configs = [TextConfig()]
+    configs += [TextConfig(source="owner/data", **more) for more in ({}, {"subset": "small"}, {"split": "test"})]
+    for name, content in (("a.txt", "one"), ("b.txt", "two"), ("a.jsonl", "one")):
+        (tmp_path / name).write_text(content)
+        configs += [TextConfig(source=str(tmp_path / name), column=column) for column in ("text", "body")]
+    assert len({json.dumps(text_identity(config)) for config in configs}) == len(configs)
+
+
+def test_a_file_is_known_by_its_content_not_its_name(tmp_path):
+    for name in ("a.txt", "b.TXT"):
+        (tmp_path / name).write_text("one")
+    first, second = (text_identity(TextConfig(source=str(tmp_path / name))) for name in ("a.txt", "b.TXT"))
+    assert first == second
 
 
 def test_python_documentation_is_ample_and_in_a_fixed_order():

@@ -14,11 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from topk_ortho.activations.config import CacheDtype, ModelConfig, TextConfig
 from topk_ortho.activations.files import finished_as
-from topk_ortho.activations.text import fingerprint, load_text, token_windows
+from topk_ortho.activations.text import load_text, text_identity, token_windows, tokenizer_identity
 from topk_ortho.activations.transformer import Transformer
+
+_FORMAT = 2
+"""To be raised when this package makes other tokens or activations of the same text and model."""
 
 
 class TransformerActivations:
@@ -47,21 +51,23 @@ class TransformerActivations:
         self.transformer.check_context_size(text.context_size)
         self.name = f"{model.hook} of {model.name}"
         self._cache_dtype = None if cache == "off" else getattr(torch, cache)
-        content = {
-            "model": model.name,
-            "model_version": self.transformer.version,
+        tokenizer = self.transformer.load_tokenizer()
+        self.identity: dict[str, Any] = {
+            "source": "transformer",
+            "weights": self.transformer.weights_identity,
             "model_dtype": model.dtype,
             "hook": model.hook,
-            "text": fingerprint(text),
-            "column": text.column,
+            "tokenizer": tokenizer_identity(tokenizer),
+            **text_identity(text),
             "context_size": text.context_size,
             "n_tokens": text.n_tokens,
-            "dtype": cache,
+            "activations_dtype": str(self._cache_dtype or torch.float32).removeprefix("torch."),
+            "format": _FORMAT,
         }
-        self._folder = cache_dir / _digest(content)
+        self._folder = cache_dir / _digest(self.identity)
         if not self._folder.is_dir():
-            self._tokenize(text, content)
-        manifest = _read_manifest(self._folder, content)
+            self._tokenize(text, tokenizer)
+        manifest = _read_manifest(self._folder, self.identity)
         self._windows = np.memmap(self._folder / "tokens.bin", np.int32, "r").reshape(manifest["shape"])
         self._special = torch.tensor(manifest["special_ids"], dtype=torch.int32)
         # about 64 shards: few enough to load fast, and enough to hold out some from all over the text
@@ -95,9 +101,8 @@ class TransformerActivations:
                 save_file({"activations": activations}, unfinished)
         return activations
 
-    def _tokenize(self, text: TextConfig, content: dict[str, Any]) -> None:
+    def _tokenize(self, text: TextConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make the folder, with the token ids and the manifest."""
-        tokenizer = self.transformer.load_tokenizer()
         parent = self._folder.parent
         parent.mkdir(parents=True, exist_ok=True)
         with (
@@ -116,7 +121,7 @@ class TransformerActivations:
                     f"text {text.source} fills {n_windows} windows of {text.context_size} tokens; at least 2 are needed"
                 )
             shape = {"shape": [n_windows, text.context_size], "special_ids": tokenizer.all_special_ids}
-            (unfinished / "manifest.json").write_text(json.dumps(content | shape, indent=2) + "\n")
+            (unfinished / "manifest.json").write_text(json.dumps(self.identity | shape, indent=2) + "\n")
             with contextlib.suppress(OSError):  # another process finished first, with the same content
                 unfinished.rename(self._folder)
 
@@ -147,20 +152,19 @@ class TransformerActivations:
         return tqdm(total=total, desc="transformer", unit=" tokens", unit_scale=True, mininterval=0.5)
 
 
-def _digest(content: dict[str, Any]) -> str:
-    """Name of the folder for a content. It does not depend on the model's name: a copy elsewhere is the same model."""
-    decisive = json.dumps({key: value for key, value in content.items() if key != "model"})
-    return hashlib.sha256(decisive.encode()).hexdigest()[:16]
+def _digest(identity: dict[str, Any]) -> str:
+    """Name of the folder for activations of this identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a folder, which must be of this content and fit the token ids beside it."""
+def _read_manifest(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a folder, which must be of this identity and fit the token ids beside it."""
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is damaged, delete it: {error}") from error
-    for key, value in content.items():
-        if key != "model" and manifest.get(key) != value:
+    for key, value in identity.items():
+        if manifest.get(key) != value:
             raise ValueError(f"{folder} is of {key} {manifest.get(key)!r}, not {value!r}: delete it")
     n_bytes = 4 * int(np.prod(manifest["shape"]))
     if (folder / "tokens.bin").stat().st_size != n_bytes:

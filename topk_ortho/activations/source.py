@@ -5,7 +5,7 @@ being able to ask for any shard again, in any order.
 """
 
 import hashlib
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ class ActivationSource(Protocol):
     """Width of the activations"""
     shard_sizes: list[int]
     """Number of tokens in each shard"""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides the activations, by names that a person understands, in values that JSON has.
+
+        Sources with equal identities have equal activations, apart from the rounding of different devices. Contents are
+        in it by their hashes, so that neither the name of a file nor its place matters.
+        """
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -1,10 +1,16 @@
 """Synthetic activations, of which the true features are known."""
 
+from dataclasses import asdict
+from typing import Any
+
 from torch import Tensor
 
 from topk_ortho.activations.config import SyntheticConfig
 from topk_ortho.activations.hierarchy import hierarchical_features
 from topk_ortho.activations.source import generator_of
+
+_FORMAT = 1
+"""To be raised when other samples are drawn for the same settings."""
 
 
 class SyntheticActivations:
@@ -23,6 +29,7 @@ class SyntheticActivations:
 
     def __init__(self, config: SyntheticConfig, seed: int):
         self.d_in = config.d_in
+        self.identity: dict[str, Any] = {"source": "synthetic", **asdict(config), "seed": seed, "format": _FORMAT}
         self._seed = seed
         sizes = (config.d_in, config.n_parents, config.n_children, config.n_independent)
         self.truth = hierarchical_features(*sizes, generator=generator_of("true features", seed))

@@ -1,10 +1,13 @@
 """Text as windows of token ids, through Hugging Face `datasets`."""
 
 import ast
+import hashlib
 import importlib
 import inspect
+import json
 import sys
 import sysconfig
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -74,14 +77,32 @@ def token_windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, 
             return
 
 
-def fingerprint(config: TextConfig) -> str:
-    """What tells two texts apart without tokenising them: the hash of a file, the name of a data set on the hub."""
+def text_identity(config: TextConfig) -> dict[str, Any]:
+    """What decides the documents of a text source, found without reading them as documents.
+
+    A file is known by the hash of its content, by how it is parsed, and by its column.
+    """
     path = Path(config.source)
     if config.source == "python-docs":
-        return f"python-docs {sys.version}"
+        return {"text": f"python-docs {sys.version}"}
     if path.is_file():
-        return sha256_of(path)
-    return f"{config.source} {config.subset} {config.split}"
+        return {"text": f"sha256 {sha256_of(path)}", "text_format": path.suffix.lower(), "column": config.column}
+    return {"text": f"{config.source} {config.subset} {config.split}", "column": config.column}
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """A hash of all that decides which tokens a tokenizer makes, whatever files it was loaded from."""
+    if tokenizer.is_fast:
+        contents = [tokenizer.backend_tokenizer.to_str().encode()]
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            files = tokenizer.save_vocabulary(folder)
+            contents = [type(tokenizer).__name__.encode(), *(Path(file).read_bytes() for file in files)]
+            contents.append(json.dumps(tokenizer.get_added_vocab(), sort_keys=True).encode())
+    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "cls", "sep")}
+    contents.append(json.dumps(special | {"all": sorted(tokenizer.all_special_ids)}).encode())
+    digests = b"".join(hashlib.sha256(content).digest() for content in contents)
+    return f"sha256 {hashlib.sha256(digests).hexdigest()}"
 
 
 def python_documentation() -> Iterator[str]:

@@ -1,5 +1,6 @@
 """A transformer, loaded once, and its activations at one hook, for which it runs no further than that hook."""
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,9 @@ from transformers.utils import logging as transformers_logging
 
 from topk_ortho.activations.config import MINILM_SHA256, ModelConfig
 from topk_ortho.activations.files import sha256_of
+
+_MODEL_FILES = ("config.json", "adapter_config.json", "*.index.json", "*.safetensors", "*.bin")
+"""The files of a directory that decide what its model computes."""
 
 
 class Transformer:
@@ -37,13 +41,15 @@ class Transformer:
         self._n_tokens, self._seconds = 0, 0.0  # what `activations` has read so far, and how long it took
 
     @property
-    def version(self) -> str:
-        """What identifies the weights: the hashes of a directory's files, or a name and a commit on the hub."""
+    def weights_identity(self) -> str:
+        """What identifies weights and architecture: a hash of a directory's files, or a commit on the hub."""
         directory = Path(self.path)
         if not directory.is_dir():
-            return f"{self.path} {getattr(self.hf_config, '_commit_hash', None)}"
-        weights = (path for pattern in ("*.safetensors", "*.bin") for path in directory.glob(pattern))
-        return " ".join(sha256_of(path) for path in sorted([directory / "config.json", *weights]))
+            commit = getattr(self.hf_config, "_commit_hash", None)
+            return f"commit {commit}" if commit else self.path
+        files = sorted({path for pattern in _MODEL_FILES for path in directory.glob(pattern)})
+        listing = "".join(f"{path.name} {sha256_of(path)}\n" for path in files)
+        return f"sha256 {hashlib.sha256(listing.encode()).hexdigest()}"
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
