@@ -5,11 +5,14 @@ python train.py --preset toy-hierarchy           # known true features: how much
 python train.py --penalty.target none            # the default without the penalty
 python train.py --sae.n-features 8192 --steps 2000 --out-dir runs/wide
 python train.py --config my.toml --resume        # settings from a file; go on where the run was interrupted
+python train.py --overwrite                      # replaces the run that is there, once this one is finished
 """
 
 import argparse
 import os
+import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,58 +23,89 @@ try:
 
     from topk_ortho.training.build import open_source, resolve_device
     from topk_ortho.training.config import TrainConfig
-    from topk_ortho.training.interrupt import Interrupted
+    from topk_ortho.training.interrupt import Interrupted, SignalGuard
     from topk_ortho.training.metric_table import headlines
     from topk_ortho.training.presets import PRESETS
+    from topk_ortho.training.run_folder import digest_of, open_run
     from topk_ortho.training.settings import with_settings
     from topk_ortho.training.trainer import Trainer
 except ModuleNotFoundError as error:
     sys.exit(f"train.py needs {error.name}; install it with: pip install '.[train]'")
+except KeyboardInterrupt:
+    sys.exit(130)
+
+_UNNAMED = Path("runs/<preset>")
+"""Stands for a folder that the user has not named"""
 
 
 def main() -> None:
     """Parse, load, train, show; what the user can mend ends in one line."""
-    try:
-        config, resume = parse(sys.argv[1:])
-        source = open_source(config, resolve_device(config.device))
-        show(config, Trainer(config, source, resume=resume).fit())
-    except Interrupted as interruption:
-        print(f"train.py: {interruption}; --resume goes on from there", file=sys.stderr)
-        sys.exit(interruption.exit_code)
-    except KeyboardInterrupt:
-        print("train.py: interrupted; what was saved is kept", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
+    with SignalGuard(_stop) as guard:
+        try:
+            config, mode = parse(sys.argv[1:])
+            with open_run(config, **mode) as run:
+                source = open_source(config, resolve_device(config.device))
+                summary = Trainer(config, source, run).fit()
+            show(config, summary)
+        except Interrupted as interruption:
+            flags = "--overwrite --resume" if mode["overwrite"] else "--resume"
+            print(f"train.py: {interruption}; {flags} goes on from there", file=sys.stderr)
+            sys.exit(interruption.exit_code)
+        except BaseException as error:
+            # a library may have made another error of it
+            if guard.received or isinstance(error, KeyboardInterrupt):
+                number = guard.received or signal.SIGINT
+                print(f"train.py: stopped by {number.name}; what was saved is kept", file=sys.stderr)
+                sys.exit(128 + number)
+            if isinstance(error, ValueError | OSError | FloatingPointError):
+                sys.exit(f"train.py: {error}")
+            raise
 
 
-def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
-    """The configuration, and whether to resume: a preset, a file's settings over it, the command line's over both."""
+def _stop() -> None:
+    raise KeyboardInterrupt
+
+
+def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, bool]]:
+    """The configuration, and how `open_run` is to open its folder.
+
+    A preset comes first, a file's settings over it, the command line's over both. A run without a folder of its own
+    gets that of its preset or, if it has other settings, one named by them.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=PRESETS)
+    first.add_argument("--preset", choices=PRESETS, default="minilm")
     first.add_argument("--config", type=Path)
     first.add_argument("--resume", action="store_true")
-    first.add_argument("--out-dir", "--out_dir", type=Path)
+    first.add_argument("--overwrite", action="store_true")
+    first.add_argument("--out-dir", "--out_dir")
     chosen, rest = first.parse_known_args(arguments)
-    config = PRESETS[chosen.preset or "minilm"]
-    own = (chosen.out_dir or config.out_dir) / "config.json"  # of the run that is resumed
+    if chosen.out_dir == "":
+        first.error("--out-dir is empty: name a folder, or . for the current one")
+    preset = PRESETS[chosen.preset]
+    config = replace(preset, out_dir=_UNNAMED)
     if chosen.config is not None:
         config = with_settings(config, chosen.config)
-    elif chosen.resume and chosen.preset is None and own.is_file():
+    elif chosen.resume and chosen.out_dir and (own := Path(chosen.out_dir) / "config.json").is_file():
         config = with_settings(config, own)
-    if chosen.out_dir is not None:
-        rest += ["--out-dir", str(chosen.out_dir)]
-    return tyro.cli(TrainConfig, default=config, args=rest, description=_description(chosen.preset)), chosen.resume
+    if chosen.out_dir:
+        rest += ["--out-dir", chosen.out_dir]
+    config = tyro.cli(TrainConfig, default=config, args=rest, description=_description(chosen.preset))
+    if config.out_dir == _UNNAMED:
+        digest = digest_of(config)
+        name = chosen.preset if digest == digest_of(preset) else f"{chosen.preset}-{digest}"
+        config = replace(config, out_dir=preset.out_dir.with_name(name))
+    return config, {"resume": chosen.resume, "overwrite": chosen.overwrite}
 
 
-def _description(preset: str | None) -> str:
+def _description(preset: str) -> str:
     purpose = (__doc__ or "").splitlines()[0]
     return (
         f"{purpose}\n\n"
         f"--preset NAME: start from the settings of one of {', '.join(PRESETS)}; those shown here are of "
-        f"{preset or 'minilm'}.\n"
+        f"{preset}.\n"
         "--config FILE: take settings from a TOML file, or from the config.json of a run.\n"
-        "--resume: go on from the latest checkpoint in --out-dir, with the settings of that run."
+        "--resume: go on from the latest checkpoint in --out-dir, with the settings of that run.\n"
+        "--overwrite: replace the run in --out-dir, once the new one is finished."
     )
 
 

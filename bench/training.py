@@ -70,6 +70,7 @@ def make_call(case: Case, device: torch.device) -> Call:
         return _saelens_step(case, case.L0, device, source)
 
     from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig
+    from topk_ortho.training.run_folder import Run
     from topk_ortho.training.trainer import Trainer
 
     architecture, target = _OURS[case.provider]
@@ -83,7 +84,7 @@ def make_call(case: Case, device: torch.device) -> Call:
         device=device.type,
         out_dir=Path(tempfile.gettempdir()) / "topk_ortho_bench",  # a step writes nothing
     )
-    trainer = Trainer(config, source)
+    trainer = Trainer(config, source, Run(config.out_dir))
     return lambda: trainer.train_step(next(trainer.batches).to(device))
 
 

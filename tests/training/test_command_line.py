@@ -1,6 +1,10 @@
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ import sae_lens
 import train
 from tests.activations.models import save_tiny_gemma
 from topk_ortho.training.presets import PRESETS
+from topk_ortho.training.run_folder import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,12 +24,12 @@ def run(arguments, monkeypatch):
 
 
 def test_no_arguments_is_the_minilm_preset():
-    assert train.parse([]) == (PRESETS["minilm"], False)
+    assert train.parse([]) == (PRESETS["minilm"], {"resume": False, "overwrite": False})
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(name):
-    assert train.parse(["--preset", name]) == (PRESETS[name], False)
+    assert train.parse(["--preset", name])[0] == PRESETS[name]
 
 
 def test_every_level_can_be_overridden():
@@ -52,8 +57,23 @@ def test_a_resumed_run_has_its_own_settings(tmp_path):
     arguments = ["--out-dir", str(tmp_path), "--sae.n-features", "64", "--penalty.tau", "0.2", "--clip-norm", "None"]
     config, _ = train.parse(arguments)
     (tmp_path / "config.json").write_text(json.dumps(config.as_json()))
-    assert train.parse(["--out-dir", str(tmp_path), "--resume"]) == (config, True)
-    assert train.parse([*arguments, "--preset", "minilm", "--resume"]) == (config, True)
+    resumed = (config, {"resume": True, "overwrite": False})
+    assert train.parse(["--out-dir", str(tmp_path), "--resume"]) == resumed
+    assert train.parse([*arguments, "--preset", "minilm", "--resume"]) == resumed
+
+
+def test_default_folders_differ_by_configuration(tmp_path):
+    def folder(*arguments):
+        return train.parse(list(arguments))[0].out_dir
+
+    without, wider = folder("--penalty.target", "none"), folder("--sae.n-features", "8192")
+    assert folder() == folder("--log-every", "1", "--resume") == Path("runs/minilm")
+    assert folder("--penalty.target", "none", "--device", "cpu", "--resume") == without
+    assert len({folder(), without, wider, folder("--preset", "toy-hierarchy")}) == 4
+    assert {path.parent for path in (without, wider)} == {Path("runs")}
+    assert without.name.startswith("minilm-")
+    (tmp_path / "my.toml").write_text('out_dir = "runs/minilm"\nsteps = 5\n')
+    assert folder("--config", str(tmp_path / "my.toml")) == Path("runs/minilm")  # it has a folder of its own
 
 
 @pytest.mark.parametrize(
@@ -65,6 +85,7 @@ def test_a_resumed_run_has_its_own_settings(tmp_path):
         (["--preset", "maxilm"], "maxilm"),
         (["--model.name", "./absent"], "model.name './absent' is not a directory"),
         (["--text.source", "absent.jsonl"], "text.source 'absent.jsonl' is not a file"),
+        (["--out-dir", ""], "--out-dir is empty: name a folder, or . for the current one"),
         (["--device", "abacus"], "device 'abacus' cannot be used here"),
         (["--config", "absent.toml"], "absent.toml"),
     ],
@@ -98,6 +119,31 @@ def test_help_explains():
     )
     for word in (*PRESETS, "--resume", "--config", "--preset", "--penalty.tau", "Size of the dictionary"):
         assert word in process.stdout
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("becomes", [None, RuntimeError("a library made another error of it")])
+def test_a_signal_before_training_ends_without_a_traceback(number, code, becomes, tmp_path, monkeypatch, capsys):
+    """While it tokenises, say, or while the transformer runs."""
+
+    def interrupted(config, device):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            if becomes is None:
+                raise
+            raise becomes from None
+
+    monkeypatch.setattr(train, "open_source", interrupted)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as end:
+        run(["--preset", "toy-hierarchy", "--out-dir", tmp_path], monkeypatch)
+    assert end.value.code == code
+    assert capsys.readouterr().err == f"train.py: stopped by {number.name}; what was saved is kept\n"
+    assert signal.getsignal(number) is before
+    with open_run(replace(PRESETS["toy-hierarchy"], out_dir=tmp_path)):
+        pass  # the folder is free again
 
 
 def test_whole_run(tmp_path):

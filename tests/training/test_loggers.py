@@ -57,7 +57,7 @@ def test_wandb_gets_the_numbers_and_keeps_its_identity(tmp_path, monkeypatch):
     monkeypatch.setattr("wandb.init", init)
     config = TrainConfig(out_dir=tmp_path, loggers=("wandb",))
     for step in (0, 2):
-        with open_loggers(config, step) as log:
+        with open_loggers(config, tmp_path, step) as log:
             log(METRICS[0])
     assert calls[0] == calls[3]
     assert calls[1:3] == [(1, {"step": 1, "loss": 1.0}), "finish"]
@@ -65,6 +65,6 @@ def test_wandb_gets_the_numbers_and_keeps_its_identity(tmp_path, monkeypatch):
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    loggers = open_loggers(TrainConfig(out_dir=tmp_path, loggers=("wandb",)), 0)
+    loggers = open_loggers(TrainConfig(out_dir=tmp_path, loggers=("wandb",)), tmp_path, 0)
     with pytest.raises(ValueError, match="loggers needs the package wandb: pip install wandb"):
         loggers.__enter__()

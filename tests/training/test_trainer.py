@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import threading
+from contextlib import ExitStack
 
 import pytest
 import sae_lens
@@ -18,6 +19,7 @@ from topk_ortho.training.checkpoint import checkpoints, load_checkpoint
 from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig
 from topk_ortho.training.interrupt import Interrupted
 from topk_ortho.training.metric_table import METRICS
+from topk_ortho.training.run_folder import open_run
 from topk_ortho.training.trainer import Trainer
 
 ARCHITECTURES = ["standard", "topk", "batchtopk", "jumprelu", "matryoshka"]
@@ -42,10 +44,11 @@ def out_dir(tmp_path):
 
 @pytest.fixture
 def open_trainer(source, out_dir):
-    """Make a trainer of small sizes; its thread is ended after the test."""
-    opened = []
+    """Make a trainer of small sizes; its thread and its hold of the folder end with the next one, or with the test."""
+    opened = ExitStack()
 
-    def open_(source=source, *, resume=False, **changes):
+    def open_(source=source, *, resume=False, overwrite=False, **changes):
+        opened.close()
         sae = {"architecture": "standard", "n_features": 32, "l0": 3, "sparsity_weight": 0.03}
         arguments = {
             "steps": 60, "batch_size": 100, "log_every": 40, "eval_every": 20, "held_out_tokens": 200,
@@ -53,12 +56,14 @@ def open_trainer(source, out_dir):
         } | changes  # fmt: skip
         arguments["sae"] = SAEConfig(**(sae | changes.get("sae", {})))
         arguments["penalty"] = PenaltyConfig(**({"fraction": 0.05} | changes.get("penalty", {})))
-        opened.append(Trainer(TrainConfig(**arguments), source, resume=resume))
-        return opened[-1]
+        config = TrainConfig(**arguments)
+        run = opened.enter_context(open_run(config, resume=resume, overwrite=overwrite))
+        trainer = Trainer(config, source, run)
+        opened.callback(trainer.batches.close)
+        return trainer
 
-    yield open_
-    for trainer in opened:
-        trainer.batches.close()
+    with opened:
+        yield open_
 
 
 def lines(out_dir):
@@ -88,7 +93,7 @@ def test_what_a_run_leaves(open_trainer, out_dir):
     trainer = open_trainer()
     summary = trainer.fit()
     assert {path.name for path in out_dir.iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoints", "sae", "summary.json", "figures", "report.html",
+        ".lock", "config.json", "metrics.jsonl", "checkpoints", "sae", "summary.json", "figures", "report.html",
     }  # fmt: skip
     saved = json.loads((out_dir / "summary.json").read_text())
     assert {name: saved[name] for name in summary} == summary
@@ -240,10 +245,10 @@ def test_one_shard_is_refused(open_trainer):
         open_trainer(MemorySource([torch.randn(500, 16)]))
 
 
-def test_seed_decides_everything(open_trainer, out_dir):
+def test_seed_decides_everything(open_trainer, tmp_path):
     runs = []
-    for seed in (0, 0, 1):
-        trainer = open_trainer(seed=seed, steps=5)
+    for number, seed in enumerate((0, 0, 1)):
+        trainer = open_trainer(seed=seed, steps=5, out_dir=tmp_path / str(number))
         shards = trainer.held_out_shards
         trainer.fit()
         runs.append((shards, weights(trainer)))
@@ -306,21 +311,6 @@ def test_a_signal_saves_and_the_previous_handler_is_back(open_trainer, out_dir):
     assert [load_checkpoint(path).step for path in checkpoints(out_dir / "checkpoints")] == [5]
     assert signal.getsignal(signal.SIGINT) is before
     assert not (out_dir / "summary.json").exists()
-
-
-def test_an_unfinished_run_is_not_overwritten_unasked(open_trainer, out_dir):
-    trainer = open_trainer()
-    trainer.save()
-    with pytest.raises(ValueError, match=r"holds checkpoints of an unfinished run: go on with --resume"):
-        open_trainer()
-    assert checkpoints(out_dir / "checkpoints")
-
-
-def test_a_finished_run_is_replaced(open_trainer, out_dir):
-    open_trainer(steps=8).fit()
-    open_trainer(steps=6).fit()
-    assert [path.name for path in checkpoints(out_dir / "checkpoints")] == ["step-00000006"]
-    assert [line["step"] for line in lines(out_dir)] == [6]
 
 
 def test_resuming_a_finished_run_changes_nothing(open_trainer, out_dir):
@@ -398,17 +388,17 @@ def test_ctrl_c_while_activations_are_made_ends_their_thread(open_trainer, monke
     ("target", "what"), [("none", "'fvu': (nan|inf)"), ("decoder", "x has .* columns with NaN or Inf")]
 )
 def test_divergence_is_loud_and_leaves_no_result(target, what, open_trainer, out_dir):
-    open_trainer(steps=6).fit()
     trainer = open_trainer(lr=1e30, penalty={"target": target}, warmup_fraction=0.0, clip_norm=None)
     with pytest.raises(FloatingPointError, match=f"training diverged by step .*{what}.* lower lr"):
         trainer.fit()
-    assert {path.name for path in out_dir.iterdir()} == {"config.json", "metrics.jsonl"}
+    assert {path.name for path in out_dir.iterdir()} == {".lock", "config.json", "metrics.jsonl"}
 
 
-def test_penalty_separates_the_decoder(open_trainer):
+def test_penalty_separates_the_decoder(open_trainer, tmp_path):
     summaries = {}
     for target in ("none", "decoder"):
-        summaries[target] = open_trainer(penalty={"target": target, "weight": 3.0}, steps=100).fit()
+        penalty = {"target": target, "weight": 3.0}
+        summaries[target] = open_trainer(penalty=penalty, steps=100, out_dir=tmp_path / target).fit()
     assert summaries["decoder"]["mean_max_decoder_cosine"] < 0.9 * summaries["none"]["mean_max_decoder_cosine"]
 
 

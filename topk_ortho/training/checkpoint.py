@@ -8,7 +8,6 @@ checkpoints stay as they were if the process is killed at any moment, or if the 
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,12 @@ from torch import Tensor
 
 from topk_ortho.activations.files import sha256_of
 
-_FORMAT = 2
+_FORMAT = 3
+_NAME = "step-" + 8 * "[0-9]"
+CHECKPOINT_FILES = tuple(
+    f"{prefix}{_NAME}/{file}" for prefix in ("", ".unfinished-") for file in ("state.safetensors", "manifest.json")
+)
+"""Patterns of all files in a folder of checkpoints."""
 
 
 class CheckpointError(ValueError):
@@ -49,7 +53,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     path = folder / _name(checkpoint.step)
     unfinished = folder / f".unfinished-{path.name}"
     folder.mkdir(parents=True, exist_ok=True)
-    _remove(unfinished)  # a process that was killed may have left it
+    for left in folder.glob(f".unfinished-{_NAME}"):  # by a process that was killed
+        _remove(left)
     try:
         unfinished.mkdir()
         state = unfinished / "state.safetensors"
@@ -92,7 +97,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Paths of the checkpoints in a folder, the latest first."""
-    return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+    return sorted((path for path in folder.glob(_NAME) if path.is_dir()), reverse=True)
 
 
 def latest_checkpoint(folder: Path, check: Callable[[Checkpoint], None]) -> tuple[Checkpoint | None, list[str]]:
@@ -127,8 +132,11 @@ def _name(step: int) -> str:
 
 
 def _remove(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path)
+    """Remove a checkpoint; what else is in its folder stays, and the folder with it."""
+    for name in ("state.safetensors", "manifest.json"):
+        (path / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty, or not there
+        path.rmdir()
 
 
 def _sync(path: Path) -> None:

@@ -31,6 +31,12 @@ def flatten(tree: Mapping[Any, Any]) -> dict[str, Any]:
     return flat
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In words, the values that differ by name; empty if none does."""
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return "; ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in names)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SAEConfig:
     """The sparse autoencoder."""
@@ -189,7 +195,8 @@ class TrainConfig:
     device: str = "auto"
     """A torch device; "auto" is CUDA where there is one."""
     out_dir: Path = Path("runs/minilm")
-    """Folder for everything that the run leaves."""
+    """Folder for everything that the run leaves. A run that train.py is given no folder for goes to that of its preset
+    or, if any setting that decides the weights differs, to one beside it."""
     cache_dir: Path = Path("runs/activations")
     """Folder of cached activations, reused by every run with the same model, hook and text."""
 

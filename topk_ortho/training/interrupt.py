@@ -28,7 +28,7 @@ class SignalGuard:
     Parameters
     ----------
     wake : callable
-        Called in the signal handler, to cut a wait short.
+        Called in the signal handler, to cut a wait short. It may raise.
     """
 
     def __init__(self, wake: Callable[[], None]):
@@ -52,5 +52,5 @@ class SignalGuard:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        self._wake()
         self.__exit__()
+        self._wake()

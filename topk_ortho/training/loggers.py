@@ -53,23 +53,26 @@ def tensorboard(folder: Path, step: int) -> Iterator[Log]:
 
 
 @contextmanager
-def weights_and_biases(config: TrainConfig) -> Iterator[Log]:
+def weights_and_biases(config: TrainConfig, folder: Path) -> Iterator[Log]:
     """Send the numbers to Weights & Biases, which its own environment variables steer (WANDB_PROJECT, WANDB_MODE, ...).
 
     The configuration is stored with them. A run that is resumed in its folder goes on under the same identity.
     """
     import wandb
 
-    file = config.out_dir / "wandb_id"
-    if not file.is_file():
-        file.write_text(uuid.uuid4().hex[:8])
-    run = wandb.init(
-        id=file.read_text(),
-        resume="allow",
-        dir=str(config.out_dir),
-        config=config.as_json(),
-        reinit="return_previous",
-    )
+    file = folder / "wandb_id"
+    identity = file.read_text() if file.is_file() else uuid.uuid4().hex[:8]
+    try:
+        run = wandb.init(
+            id=identity,
+            resume="allow",
+            dir=str(folder),
+            config=config.as_json(),
+            reinit="return_previous",
+        )
+    except wandb.Error as error:
+        raise ValueError(f"loggers: Weights & Biases refuses to start: {error}") from error
+    file.write_text(identity)
     try:
         yield lambda metrics: run.log(_numbers(metrics), step=metrics["step"])
     finally:
@@ -77,15 +80,16 @@ def weights_and_biases(config: TrainConfig) -> Iterator[Log]:
 
 
 @contextmanager
-def open_loggers(config: TrainConfig, step: int) -> Iterator[Log]:
+def open_loggers(config: TrainConfig, folder: Path, step: int) -> Iterator[Log]:
     """Log metrics in every place that the configuration names, for a run that starts, or goes on, after a step."""
     with ExitStack() as stack:
         try:
-            logs = [stack.enter_context(tensorboard(config.out_dir, step))] if "tensorboard" in config.loggers else []
-            logs += [stack.enter_context(weights_and_biases(config))] if "wandb" in config.loggers else []
+            # wandb first: if it refuses, nothing has been written yet
+            logs = [stack.enter_context(weights_and_biases(config, folder))] if "wandb" in config.loggers else []
+            logs += [stack.enter_context(tensorboard(folder, step))] if "tensorboard" in config.loggers else []
         except ImportError as error:
             raise ValueError(f"loggers needs the package {error.name}: pip install {error.name}") from error
-        logs.insert(0, stack.enter_context(json_lines(config.out_dir / "metrics.jsonl", step)))
+        logs.insert(0, stack.enter_context(json_lines(folder / "metrics.jsonl", step)))
 
         def log(metrics: dict[str, Any]) -> None:
             for log_here in logs:

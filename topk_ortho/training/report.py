@@ -288,3 +288,5 @@ _CHARTS: dict[str, Callable[[Figure, list[_Row]], str]] = {
     ]),
 }  # fmt: skip
 """Functions that draw the figures of the report, by file name"""
+FIGURES = tuple(_CHARTS)
+"""Names of the files in figures/, without the suffix."""

@@ -8,6 +8,7 @@ scale. Weights, gradients and Adam's moments are float32; autocast concerns the 
 """
 
 import copy
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -19,18 +20,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from topk_ortho.activations.batches import Batches, Stopped
+from topk_ortho.activations.files import write_whole
 from topk_ortho.activations.source import ActivationSource, generator_of, mean_and_variance, split_shards
 from topk_ortho.evaluation import evaluate, mean_max_cosine, source_metrics
 from topk_ortho.sae import ActiveFeatures, SAEOutput, SparseAutoencoder, firing_counts, keep_normalized
 from topk_ortho.training.build import build_sae, resolve_device
 from topk_ortho.training.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint
-from topk_ortho.training.config import TrainConfig, flatten
+from topk_ortho.training.config import TrainConfig, differences, flatten
 from topk_ortho.training.dead_features import DeadFeatures
 from topk_ortho.training.interrupt import Interrupted, SignalGuard
 from topk_ortho.training.loggers import open_loggers
 from topk_ortho.training.penalty import PairStability, Penalty, PenaltyTerm
-from topk_ortho.training.results import prepare_folder, save_results
-from topk_ortho.training.resume import find_checkpoint
+from topk_ortho.training.results import save_results
+from topk_ortho.training.run_folder import Run
 from topk_ortho.training.schedules import decay, warmup
 from topk_ortho.training.stopwatch import Stopwatch, peak_memory_bytes
 
@@ -62,18 +64,26 @@ class Trainer:
         The run.
     source : ActivationSource
         Its activations; some shards are held out.
-    resume : bool
-        Go on from the latest good checkpoint in the run's folder, bit by bit as if it had not been interrupted; start
-        from the beginning if there is none.
+    run : Run
+        Where it writes, and the checkpoint that it goes on from, bit by bit as if it had not been interrupted; see
+        `open_run`.
+
+    Raises
+    ------
+    ValueError
+        If the activations do not suit the run, or are not those that the checkpoint was made with.
     """
 
-    def __init__(self, config: TrainConfig, source: ActivationSource, *, resume: bool = False):
+    def __init__(self, config: TrainConfig, source: ActivationSource, run: Run):
         self.config = config
         self.source = source
+        self.folder = run.folder
         self.device = resolve_device(config.device)
         self.generator = generator_of("trainer", config.seed)
-        checkpoint = find_checkpoint(config, resume)
+        checkpoint = run.checkpoint
         self.step = checkpoint.step if checkpoint else 0
+        if checkpoint and (changes := differences(checkpoint.values["source"], source.identity)):
+            raise ValueError(f"{self.folder} cannot be resumed, as its activations have changed: {changes}")
 
         self.held_out_shards, training = split_shards(source, config.held_out_tokens, config.seed)
         self.held_out = torch.cat([source.shard(number) for number in self.held_out_shards])
@@ -112,13 +122,13 @@ class Trainer:
             If training diverged.
         """
         config = self.config
-        prepare_folder(config, self.step)
         with (
             SignalGuard(self.batches.stop) as guard,
             closing(self.batches),
-            open_loggers(config, self.step) as log,
+            open_loggers(config, self.folder, self.step) as log,
             tqdm(total=config.steps, initial=self.step, desc="sae", unit=" steps", mininterval=0.5) as progress,
         ):
+            write_whole(self.folder / "config.json", json.dumps(config.as_json(), indent=2) + "\n")
             try:
                 evaluation = self.evaluation() if self.step == config.steps else {}
                 while self.step < config.steps:
@@ -141,7 +151,7 @@ class Trainer:
                 self.save()
                 raise Interrupted(guard.received, self.step) from stopped
         summary = self._summary(evaluation)
-        save_results(config, self.inference_sae(), summary)
+        save_results(config, self.folder, self.inference_sae(), summary)
         return summary
 
     def next_batch(self) -> Tensor:
@@ -242,7 +252,7 @@ class Trainer:
         before = self.best
         if explained_variance is not None and (before is None or explained_variance > before["value"]):
             self.best = {"step": self.step, "value": explained_variance}
-        folder = self.config.out_dir / "checkpoints"
+        folder = self.folder / "checkpoints"
         try:
             save_checkpoint(folder, self._checkpoint())
         except OSError as error:
@@ -260,8 +270,8 @@ class Trainer:
         """Everything that decides the rest of the run. Which batches are next follows from the step."""
         state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
         state |= {"optimizer": self.optimizer.state_dict()["state"], "generator": self.generator.get_state()}
-        numbers = {name: getattr(self, name) for name in _SAVED_NUMBERS}
-        return Checkpoint(self.step, flatten(state), numbers, self.config.as_json())
+        values = {name: getattr(self, name) for name in _SAVED_NUMBERS} | {"source": self.source.identity}
+        return Checkpoint(self.step, flatten(state), values, self.config.as_json())
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Take over the state of a checkpoint."""

@@ -1,0 +1,269 @@
+"""What a run does to the folder it is given: nobody's files are lost, and two runs never share one."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.activations.sources import sparse_mixtures
+from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig
+from topk_ortho.training.run_folder import digest_of, open_run
+from topk_ortho.training.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """Figures take longer than these runs."""
+    monkeypatch.setattr("topk_ortho.training.results.write_report", lambda out_dir: None)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return TrainConfig(
+        sae=SAEConfig(architecture="topk", n_features=32, l0=3),
+        penalty=PenaltyConfig(fraction=0.05),
+        steps=4, batch_size=100, eval_every=2, held_out_tokens=200, checkpoint_every=2, out_dir=tmp_path / "run",
+    )  # fmt: skip
+
+
+def train(config, source=None, **mode):
+    with open_run(config, **mode) as run, contextlib.ExitStack() as stack:
+        trainer = Trainer(config, source or sparse_mixtures(), run)
+        stack.callback(trainer.batches.close)
+        return trainer.fit()
+
+
+def content(folder):
+    """All files of a folder by name, with their bytes."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def steps(folder):
+    return json.loads((folder / "summary.json").read_text())["steps"]
+
+
+FOREIGN = (
+    "notes.txt", "wandb/run-1/log", "sae/readme.md", "figures/mine.png", "tensorboard/mine", "wandb_ids",
+    "checkpoints/mine/w.pt", "checkpoints/step-9/state.safetensors", "checkpoints/step-by-step.txt",
+)  # fmt: skip
+
+
+def add_foreign_files(folder):
+    for name in FOREIGN:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def assert_foreign_files(folder):
+    assert {name for name in FOREIGN if (folder / name).is_file() and (folder / name).read_text() == name} == {*FOREIGN}
+
+
+def test_files_of_others_stay(config):
+    add_foreign_files(config.out_dir)
+    train(config)
+    assert_foreign_files(config.out_dir)
+    train(replace(config, steps=6), overwrite=True)
+    assert steps(config.out_dir) == 6
+    assert_foreign_files(config.out_dir)
+
+
+def test_what_a_checkpoint_folder_holds_besides_stays(config):
+    train(config)
+    note = config.out_dir / "checkpoints" / "step-00000002" / "note.txt"
+    note.write_text("the best")
+    train(replace(config, steps=6), overwrite=True)
+    assert note.read_text() == "the best"
+    assert not (note.parent / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", ["sae/cfg.json", "metrics.jsonl", "figures/training.png"])
+def test_a_file_that_would_be_replaced_is_named(name, config):
+    path = config.out_dir / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(ValueError, match=f"run holds {name}, which a run would write, and no config.json of a run"):
+        train(config)
+    assert content(config.out_dir) == {name: b"mine"}
+
+
+def test_a_finished_run_is_replaced_on_request_alone(config):
+    train(config)
+    before = content(config.out_dir)
+    with pytest.raises(ValueError, match="finished run: choose another --out-dir, or replace that run with --over"):
+        train(replace(config, steps=6))
+    assert content(config.out_dir) == before
+    train(replace(config, steps=6, checkpoint_every=0), overwrite=True)
+    after = content(config.out_dir)
+    assert {name for name in after if name.startswith("checkpoints/step-0000000")} == {
+        "checkpoints/step-00000006/manifest.json", "checkpoints/step-00000006/state.safetensors",
+    }  # fmt: skip
+    assert [json.loads(line)["step"] for line in after["metrics.jsonl"].splitlines()] == [2, 4, 6]
+    assert json.loads(after["config.json"])["out_dir"] == str(config.out_dir)
+    assert not (config.out_dir / ".successor").exists()
+
+
+def test_an_unfinished_run_is_refused_too(config):
+    train(config)
+    (config.out_dir / "summary.json").unlink()
+    with pytest.raises(ValueError, match="run holds an unfinished run: go on with --resume, choose another --out-dir"):
+        train(config)
+
+
+@pytest.mark.parametrize("failure", ["diverges", "wandb"])
+def test_a_run_that_fails_replaces_nothing(failure, config, monkeypatch):
+    train(config)
+    before = content(config.out_dir)
+    if failure == "diverges":
+        config = replace(config, lr=1e30, warmup_fraction=0.0, clip_norm=None, penalty=PenaltyConfig(target="none"))
+        error, message = FloatingPointError, "training diverged"
+    else:
+        import wandb
+
+        def init(**arguments):
+            raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
+
+        monkeypatch.setattr("wandb.init", init)
+        config = replace(config, loggers=("wandb", "tensorboard"))
+        error, message = ValueError, "loggers: Weights & Biases refuses to start: No API key configured"
+    with pytest.raises(error, match=message):
+        train(config, overwrite=True)
+    after = content(config.out_dir)
+    assert {name: after[name] for name in before} == before
+    assert all(name.startswith(".successor/") for name in after.keys() - before.keys())
+
+
+def test_a_run_that_was_not_trained_replaces_nothing(config):
+    train(config)
+    with open_run(config, overwrite=True):
+        pass
+    assert steps(config.out_dir) == 4
+
+
+def test_wandb_without_a_key_leaves_nothing(config, monkeypatch):
+    import wandb
+
+    def init(**arguments):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr("wandb.init", init)
+    with pytest.raises(ValueError, match="No API key configured"):
+        train(replace(config, loggers=("wandb", "tensorboard")))
+    assert content(config.out_dir) == {}
+
+
+def test_a_successor_is_resumed(config):
+    train(config)
+    longer = replace(config, steps=8)
+
+    def killed(steps):
+        with open_run(longer, overwrite=True) as run:
+            trainer = Trainer(longer, sparse_mixtures(), run)
+            for _ in range(steps):
+                trainer.train_step(trainer.next_batch())
+            trainer.save()
+            trainer.batches.close()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed(3)
+    assert steps(config.out_dir) == 4
+    train(longer, overwrite=True, resume=True)
+    assert steps(config.out_dir) == 8
+    whole = train(replace(longer, out_dir=config.out_dir.with_name("whole")))
+    resumed = json.loads((config.out_dir / "summary.json").read_text())
+    assert resumed["explained_variance"] == whole["explained_variance"]
+
+
+@pytest.mark.parametrize("n_moved", range(5))
+def test_a_replacement_that_is_killed_on_the_way_is_finished_by_the_next_command(n_moved, config, monkeypatch):
+    train(config)
+    longer = replace(config, steps=6, checkpoint_every=0)
+    move, moves = Path.replace, []
+
+    def killed(path, target):
+        if ".moving" in path.parts:
+            if len(moves) == n_moved:
+                raise KeyboardInterrupt
+            moves.append(path)
+        return move(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(longer, overwrite=True)
+    with pytest.raises(ValueError, match="run holds a finished run"):
+        train(longer)
+    expected = train(replace(longer, out_dir=config.out_dir.with_name("whole")))
+    assert steps(config.out_dir) == 6
+    assert json.loads((config.out_dir / "config.json").read_text())["steps"] == 6
+    assert content(config.out_dir).keys() == content(config.out_dir.with_name("whole")).keys()
+    assert json.loads((config.out_dir / "summary.json").read_text())["penalty"] == expected["penalty"]
+
+
+def test_two_runs_never_share_a_folder(config, tmp_path):
+    with open_run(config):
+        link = tmp_path / "link"
+        link.symlink_to(config.out_dir)
+        for mode in ({}, {"resume": True}, {"overwrite": True}):
+            for other in (config.out_dir, link):
+                with (
+                    pytest.raises(ValueError, match="is in use by another run"),
+                    open_run(replace(config, out_dir=other), **mode),
+                ):
+                    pass
+    train(config)
+
+
+def test_a_killed_run_holds_its_folder_no_longer(config):
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from topk_ortho.training.config import TrainConfig; from topk_ortho.training.run_folder import open_run\n"
+        "with open_run(TrainConfig(out_dir=Path(sys.argv[1]))): print('held', flush=True); time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(config.out_dir)], cwd=ROOT, stdout=subprocess.PIPE) as held:
+        assert held.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="is in use by another run"):
+            train(config)
+        held.kill()
+    train(config)
+
+
+def test_checkpoints_of_other_activations_are_refused(config):
+    config = replace(config, steps=8)
+    with open_run(config) as run:
+        trainer = Trainer(config, sparse_mixtures(), run)
+        trainer.train_step(trainer.next_batch())
+        trainer.save()
+        trainer.batches.close()
+    other = sparse_mixtures()
+    other.identity |= {"source": "elsewhere"}
+    message = "cannot be resumed, as its activations have changed: source was memory, is elsewhere"
+    with pytest.raises(ValueError, match=message):
+        train(config, other, resume=True)
+    train(config, resume=True)
+    assert steps(config.out_dir) == 8
+
+
+def test_what_a_killed_process_left_unfinished_goes(config):
+    left = config.out_dir / "checkpoints" / ".unfinished-step-00000099"
+    with open_run(config) as run:
+        left.mkdir(parents=True)
+        (left / "state.safetensors").write_bytes(b"half")
+        trainer = Trainer(config, sparse_mixtures(), run)
+        trainer.save()
+        trainer.batches.close()
+    assert not left.exists()
+
+
+def test_the_digest_follows_what_decides_the_weights(config, tmp_path):
+    same = replace(config, out_dir=tmp_path, log_every=1, device="cpu", loggers=("wandb",))
+    assert digest_of(same) == digest_of(config)
+    others = [replace(config, seed=1), replace(config, sae=replace(config.sae, l0=4)), replace(config, steps=5)]
+    assert len({digest_of(other) for other in [config, *others]}) == 4
