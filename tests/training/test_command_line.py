@@ -96,13 +96,16 @@ def test_default_folders_differ_by_configuration(tmp_path):
         "unknown_preset",
         "no_model",
         "no_text",
+        "empty_folder",
         "no_device",
         "no_file",
     ],
 )
 def test_bad_input_ends_in_a_line_that_names_it(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        run([*arguments, "--cache-dir", tmp_path], monkeypatch)
+        run([*arguments, "--cache-dir", "cache"], monkeypatch)
+    assert not any(Path().glob("runs/*"))
     assert message in str(stop.value) + "".join(capsys.readouterr())
     assert stop.value.code != 0
 

@@ -25,6 +25,7 @@ _FILES = (
     "tensorboard/events.out.tfevents.*", "summary.json",
 )  # fmt: skip
 """Patterns of what a run writes. What Weights & Biases writes is left to it."""
+_LOCK = ".lock"
 _SUCCESSOR, _MOVING = ".successor", ".moving"
 """Subfolder of a run that is to replace the one around it; its name once the files of that one have been removed"""
 _FREE = {
@@ -65,14 +66,14 @@ def open_run(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
     out_dir = config.out_dir
     out_dir.mkdir(parents=True, exist_ok=True)
     # the system gives the lock back when the process ends, however it ends; the empty file stays
-    lock = FileLock(out_dir / ".lock", timeout=0)
+    lock = FileLock(out_dir / _LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
         raise ValueError(
             f"{out_dir} is in use by another run: wait for its end, or choose another --out-dir"
         ) from error
-    with lock:
+    with lock, _without_trace(out_dir):
         successor = out_dir / _SUCCESSOR
         if (successor / "summary.json").is_file() or (out_dir / _MOVING).is_dir():  # a process was killed at that
             _move_successor(out_dir)
@@ -86,6 +87,17 @@ def open_run(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
         yield Run(folder, _checkpoint_to_go_on_from(folder, config) if resume else None)
         if replaces and (folder / "summary.json").is_file():
             _move_successor(out_dir)
+
+
+@contextlib.contextmanager
+def _without_trace(folder: Path) -> Iterator[None]:
+    """Remove the folder after the block if nothing but the lock is in it, as when the transformer is not found."""
+    try:
+        yield
+    finally:
+        if [path.name for path in folder.iterdir()] == [_LOCK]:
+            (folder / _LOCK).unlink()
+            folder.rmdir()
 
 
 def digest_of(config: TrainConfig) -> str:
