@@ -51,7 +51,7 @@ def steps(folder):
 
 FOREIGN = (
     "notes.txt", "wandb/run-1/log", "sae/readme.md", "figures/mine.png", "tensorboard/mine", "wandb_ids",
-    "checkpoints/mine/w.pt", "checkpoints/step-9/state.safetensors", "checkpoints/step-by-step.txt",
+    "checkpoints/mine/w.pt", "checkpoints/step-0-notes/manifest.json", "checkpoints/step-by-step.txt",
 )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def test_a_finished_run_is_replaced_on_request_alone(config):
     }  # fmt: skip
     assert [json.loads(line)["step"] for line in after["metrics.jsonl"].splitlines()] == [2, 4, 6]
     assert json.loads(after["config.json"])["out_dir"] == str(config.out_dir)
-    assert not (config.out_dir / ".successor").exists()
+    assert not list(config.out_dir.glob(".[!l]*")), "no folder of the replacement is left"
 
 
 def test_an_unfinished_run_is_refused_too(config):
@@ -158,9 +158,10 @@ def test_wandb_without_a_key_leaves_nothing(config, monkeypatch):
     assert content(config.out_dir) == {}
 
 
-def test_a_successor_is_resumed(config):
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_successor_is_resumed_or_made_anew(resume, config, capsys):
     train(config)
-    longer = replace(config, steps=8)
+    longer = replace(config, steps=8, checkpoint_every=0)
 
     def killed(steps):
         with open_run(longer, overwrite=True) as run:
@@ -174,28 +175,34 @@ def test_a_successor_is_resumed(config):
     with pytest.raises(KeyboardInterrupt):
         killed(3)
     assert steps(config.out_dir) == 4
-    train(longer, overwrite=True, resume=True)
+    train(longer, overwrite=True, resume=resume)
+    assert ("going on at step 3" in capsys.readouterr().err) == resume
     assert steps(config.out_dir) == 8
+    assert (config.out_dir / "checkpoints" / "step-00000003").exists() == resume
     whole = train(replace(longer, out_dir=config.out_dir.with_name("whole")))
     resumed = json.loads((config.out_dir / "summary.json").read_text())
     assert resumed["explained_variance"] == whole["explained_variance"]
 
 
-@pytest.mark.parametrize("n_moved", range(5))
+@pytest.mark.parametrize("n_moved", range(-1, 4))
 def test_a_replacement_that_is_killed_on_the_way_is_finished_by_the_next_command(n_moved, config, monkeypatch):
     train(config)
     longer = replace(config, steps=6, checkpoint_every=0)
-    move, moves = Path.replace, []
+    steps_of_moving = []
 
-    def killed(path, target):
-        if ".moving" in path.parts:
-            if len(moves) == n_moved:
-                raise KeyboardInterrupt
-            moves.append(path)
-        return move(path, target)
+    def killed_in(method):
+        def step(path, target):
+            if ".moving" in path.parts or path.name == ".successor":
+                if len(steps_of_moving) == n_moved + 1:
+                    raise KeyboardInterrupt
+                steps_of_moving.append(path)
+            return method(path, target)
+
+        return step
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", killed)
+        patch.setattr(Path, "replace", killed_in(Path.replace))
+        patch.setattr(Path, "rename", killed_in(Path.rename))
         with pytest.raises(KeyboardInterrupt):
             train(longer, overwrite=True)
     with pytest.raises(ValueError, match="run holds a finished run"):
