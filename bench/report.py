@@ -97,9 +97,9 @@ def write_report(results: list[Result], out: Path, readme: Path | None) -> None:
 def _families(results: list[Result]) -> dict[str, pd.DataFrame]:
     """What was measured last of each case, a row each with the oldest first, by the family of its benchmark."""
     rows = [{**r, **r["case"]._asdict(), **r["measurement"], "cell": _cell(r)} for r in latest(results)]
-    numbers = ["L0", "time_s", "peak_extra_bytes", "rounds"]  # NaN where there is none
-    frame = pd.DataFrame(rows, columns=["utc", "setting", "environment", "status", "cell", *{*Case._fields, *numbers}])
-    frame = frame.astype(dict.fromkeys(numbers, float)).sort_values("utc", kind="stable")
+    numbers = ["time_s", "peak_extra_bytes", "rounds"]  # NaN where there is none
+    frame = pd.DataFrame(rows, columns=[*Case._fields, *numbers, "status", "cell", "setting", "environment", "utc"])
+    frame = frame.astype(dict.fromkeys(["L0", *numbers], float)).sort_values("utc", kind="stable")
     return {name: frame[frame["benchmark"].str.startswith(name)] for name in _FAMILIES}
 
 
@@ -143,9 +143,7 @@ def dense_table(measured: pd.DataFrame) -> str:
 def _gpu_figures(gpu: str, time_s: pd.Series, squares: pd.DataFrame) -> pd.DataFrame:
     """What the docstring of the module defines, as far as it can be told; `squares` are full square products."""
     hardware, rows = HARDWARE.get(gpu), []
-    entry_s = {
-        (dtype, m): s / n**2 for dtype, m, n, s in squares[["dtype", "M", "N", "time_s"]].itertuples(index=False)
-    }
+    entry_s = (squares["time_s"] / squares["N"] ** 2).set_axis(list(zip(squares["dtype"], squares["M"], strict=True)))
     for (dtype, m, n, mode), s in time_s.items():
         floor_s = floor_of_call(hardware, m, n, k_from_fraction(n, FRACTION), dtype, mode) if hardware else math.nan
         square_s = entry_s.get((dtype, m), math.nan) * n_pairs(n)
@@ -232,11 +230,11 @@ def _markdown(table: pd.DataFrame, note: str) -> str:
 
 def _draw_dense(measured: pd.DataFrame, path: Path) -> None:
     """Time and memory against N for each dtype, at the M that most cases have."""
-    measured = measured[(measured["M"] == measured["M"].mode()[0]) & (measured["provider"] != "cublas")]
+    mine = measured[(measured["M"] == measured["M"].mode()[0]) & (measured["provider"] != "cublas")]
     curves: Curves = {(provider, mode): (*style, "-") for provider, style in _DENSE.items() for mode in _PASS}
     panels = [
-        (f"{dtype}, {_PASS[mode]}", of_dtype[of_dtype["mode"] == mode], curves, field, "N")
-        for dtype, of_dtype in measured.groupby("dtype")
+        (f"{dtype}, {_PASS[mode]}", mine[(mine["dtype"] == dtype) & (mine["mode"] == mode)], curves, field, "N")
+        for dtype in sorted(set(mine["dtype"]))
         for mode, field in (("forward", "time_s"), ("forward_backward", "time_s"), ("forward", "peak_extra_bytes"))
     ]
     _draw(panels, path, n_columns=3)
@@ -244,14 +242,12 @@ def _draw_dense(measured: pd.DataFrame, path: Path) -> None:
 
 def _draw_sparse(measured: pd.DataFrame, path: Path) -> None:
     """Time and memory against N, time against L0, and time against the density of a dense x."""
-    by_n, by_l0, by_density = (
-        measured[measured["benchmark"] == name] for name in ("sparse_n", "sparse_l0", "sparse_density")
-    )
+    sweeps = {name: measured[measured["benchmark"] == name] for name in ("sparse_n", "sparse_l0", "sparse_density")}
     panels = [
-        ("L0 = 64", by_n, _SPARSE, "time_s", "N"),
-        ("L0 = 64", by_n, _SPARSE, "peak_extra_bytes", "N"),
-        ("N = 65,536", by_l0, _SPARSE, "time_s", "L0"),
-        ("dense x, forward", by_density, _DENSITY, "time_s", "density"),
+        ("L0 = 64", sweeps["sparse_n"], _SPARSE, "time_s", "N"),
+        ("L0 = 64", sweeps["sparse_n"], _SPARSE, "peak_extra_bytes", "N"),
+        ("N = 65,536", sweeps["sparse_l0"], _SPARSE, "time_s", "L0"),
+        ("dense x, forward", sweeps["sparse_density"], _DENSITY, "time_s", "density"),
     ]
     _draw(panels, path, n_columns=4)
 
@@ -277,23 +273,19 @@ def _draw_panel(axes: Any, title: str, measured: pd.DataFrame, curves: Curves, f
     """Curves of a field against x, which is N, L0 or density; what ran out of memory is a cross at the top."""
     top, is_density = axes.get_xaxis_transform(), x == "density"
     name, unit = ("seconds", 1.0) if field == "time_s" else ("peak extra memory, MB", 1e6)
-    values, statuses = (
-        measured.assign(density=measured["L0"] / measured["N"])
-        .pivot(index=x, columns=["provider", "N" if is_density else "mode"], values=values)
-        .reindex(columns=list(curves))
-        for values in (field, "status")
-    )
-    for key, (label, color, line) in curves.items():
-        points = values[key] / unit
-        if is_density and key[0] == "dense":
-            points = points.ffill().bfill()  # it takes equally long at every density
-        points = points.dropna()
-        if not points.empty:
-            axes.plot(points.index, points, line, marker="o", markersize=4, color=color, label=label)
-        for at in statuses.index[statuses[key] == "out of memory"]:
-            axes.plot(at, 0.97, "x", color=color, transform=top)
-            style = {"ha": "right", "va": "center", "fontsize": 8, "color": color}
-            axes.annotate("out of memory", (at, 0.97), (-6, 0), xycoords=top, textcoords="offset points", **style)
+    key = ["provider", "N" if is_density else "mode"]
+    measured = measured.assign(density=measured["L0"] / measured["N"])
+    values = measured.pivot(index=x, columns=key, values=field).reindex(columns=list(curves)) / unit
+    if is_density:
+        values["dense"] = values["dense"].ffill().bfill()  # it takes equally long at every density
+    for (label, color, line), (_, points) in zip(curves.values(), values.items(), strict=True):
+        if points.notna().any():
+            axes.plot(points.dropna(), line, marker="o", markersize=4, color=color, label=label)
+    for *curve, at in measured.loc[measured["status"] == "out of memory", [*key, x]].itertuples(index=False):
+        color = curves[curve[0], curve[1]][1]
+        axes.plot(at, 0.97, "x", color=color, transform=top)
+        style = {"ha": "right", "va": "center", "fontsize": 8, "color": color}
+        axes.annotate("out of memory", (at, 0.97), (-6, 0), xycoords=top, textcoords="offset points", **style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.grid(alpha=0.25)
