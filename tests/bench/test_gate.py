@@ -46,10 +46,10 @@ def raises(result):
 )
 def test_a_wrong_provider_is_caught(mode, wrong, message, capsys):
     case, benchmark = broken(DENSE, "naive", mode, wrong)
-    (fault,) = faults_of([benchmark], CPU)
+    (fault,) = faults_of([benchmark, DENSE._replace(cases=lambda device: [case])], CPU)
     assert fault.startswith(f"{case}: ")
     assert message in fault
-    assert capsys.readouterr().out == f"check {case}: wrong\n"
+    assert capsys.readouterr().out == f"check {case}: wrong\ncheck {case}: right\n"
 
 
 def with_last(rows, cols, values, row, col):

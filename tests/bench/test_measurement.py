@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from bench import measurement
 from bench.cases import Benchmark, Case
 from bench.measurement import failure, groups_of, measure, peak_extra_bytes, rounds_of
 
@@ -20,6 +21,14 @@ def test_cases_take_turns():
     for m in measured.values():
         assert (m["status"], m["rounds"]) == ("ok", 3)
         assert 0 < m["time_q1_s"] <= m["time_s"] <= m["time_q3_s"]
+
+
+def test_the_first_round_decides_how_many_a_case_has(monkeypatch):
+    called, rounds = [], iter([3, 1, 2])
+    monkeypatch.setattr(measurement, "rounds_of", lambda seconds: next(rounds))
+    measured = measure(benchmark_of(lambda case, device: lambda: called.append(case.provider)), CASES, CPU)
+    assert "".join(called) == "abc" + "abc" + "ac" + "a"
+    assert [m["rounds"] for m in measured.values()] == [3, 1, 2]
 
 
 def test_a_case_that_fails_does_not_stop_the_others():

@@ -1,4 +1,5 @@
 import pytest
+from matplotlib.axes import Axes
 
 from bench.dense import DENSE
 from bench.report import tables_of, write_report
@@ -44,6 +45,7 @@ class TestDense:
         ours = "0.055 s, 3 MB | 0.050 s, 3 MB | 1.25 s, 3 MB | 12.5 s, 3 MB"
         assert f"| 2,048 | forward | {ours} |  | 11.0 s, 3 MB | 1.10 | 227.3 x | 100.00% |" in text
         assert "12.5 s, 3 MB | out of memory | 11.0 s, 3 MB |  | 227.3 x | 100.00% |" in text
+        assert "as large as x. M = 1,024, float32, k = 0.1% of the pairs." in text
         assert "2 cores of EPYC (AVX512), 24 GiB, torch 2.13.0, commit abc, 2026-01-02 03:04 UTC." in text
 
     def test_a_provider_that_was_not_measured_has_no_column(self):
@@ -109,7 +111,9 @@ def test_training_table_compares_with_saelens():
     assert "SAELens 6.54.12" in text
 
 
-def test_report_fills_the_readme_and_draws_figures(tmp_path):
+def test_report_fills_the_readme_and_draws_figures(tmp_path, monkeypatch):
+    crosses = []
+    monkeypatch.setattr(Axes, "annotate", lambda self, text, at, *arguments, **options: crosses.append((text, at[0])))
     readme, names = tmp_path / "README.md", ("bench", "sparse-bench", "training-bench")
     readme.write_text("".join(f"a\n<!-- {name}: begin -->\nold\n<!-- {name}: end -->\nb\n" for name in names))
     results = results_of(DENSE, lambda case: None if case.provider == "naive_autograd" else 0.5) + sparse_results()
@@ -120,6 +124,7 @@ def test_report_fills_the_readme_and_draws_figures(tmp_path):
     assert tables_of(results)["training"] == "not measured\n"
     assert {path.name for path in tmp_path.glob("*.png")} == {"cpu.png", "cpu-sparse.png"}
     assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert crosses == [("out of memory", n) for n in (2048, 4096, 8192, 16384, 32768)]
 
 
 def test_a_figure_of_a_gpu_has_both_dtypes(tmp_path):
