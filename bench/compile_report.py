@@ -93,8 +93,6 @@ _REGISTERS = 512
 """32-bit registers of a lane in a quarter of a multiprocessor, which runs a quarter of its warps"""
 _TENSOR_MEMORY_COLUMNS = 512
 """Tensor memory of a multiprocessor of sm_100"""
-
-
 Record = dict[str, Any]
 """One variant of a kernel, compiled for one architecture; `compiled` says what is in it."""
 

@@ -260,6 +260,13 @@ class TestGates:
         assert max_programs(record(architecture, **fields)) == expected
 
 
+def test_table():
+    header, line = compile_report._table([record(programs_per_sm=None)]).splitlines()
+    columns = "kernel variant architecture warps programs registers stack spills shared loop matrix instructions"
+    assert header.split() == columns.split()
+    assert " ".join(line.split()) == "gram_survivors half sm_90 8 127 0 0 32768 124 4 HGMMA.64x128x16.F32.BF16"
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="kernels are not interpreted here")
 def test_interpreted_kernels_are_refused():
     with pytest.raises(SystemExit, match="TRITON_INTERPRET is set"):
