@@ -14,6 +14,7 @@ import json
 import math
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -24,7 +25,6 @@ from bench.dense import DENSE
 from bench.gate import faults_of
 from bench.measurement import groups_of, measure, print_peak_memory
 from bench.report import README, tables_of, write_report
-from bench.results import Result
 from bench.sparse import SPARSE_DENSITY, SPARSE_L0, SPARSE_N
 from bench.training import TRAINING
 
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
     torch.set_float32_matmul_precision("highest")  # some containers set tf32
-    if faults := faults_of(list(chosen.values()), device):
+    if faults := faults_of(chosen.values(), device):
         print("error: wrong results, so no speed is measured:", *faults, sep="\n  ", file=sys.stderr)
         return 1
     return run(chosen, device, out, smoke=options.smoke, deadline=start + options.time_budget)
@@ -95,10 +95,12 @@ def run(benchmarks: dict[str, Benchmark], device: torch.device, out: Path, *, sm
                 n_left += len(group)
                 continue
             for case, measurement in measure(benchmark, group, device).items():
-                print(case, measurement.note or f"{1e3 * (measurement.time_s or 0):.3f} ms", sep=": ", flush=True)
-                known.append(Result(case, measurement, benchmark.setting, environment, results.utc_now()))
-                results.append(out, known[-1])
-                has_failed |= measurement.status == "error"
+                print(case, measurement.get("note") or f"{1e3 * measurement['time_s']:.3f} ms", sep=": ", flush=True)
+                result = {"case": case, "measurement": measurement, "setting": benchmark.setting}
+                result |= {"environment": environment, "utc": datetime.now(UTC).strftime("%Y-%m-%d %H:%M")}
+                results.append(out, result)
+                known.append(result)
+                has_failed |= measurement["status"] == "error"
     tables = tables_of(known)
     print(*(f"\n{tables[name]}" for name in dict.fromkeys(name.split("_")[0] for name in benchmarks)))
     if n_left:

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from topk_ortho.definitions import k_from_fraction
+from topk_ortho.definitions import k_from_fraction, n_pairs
 
 FRACTION = 1e-3
 """Share of the pairs that every benchmark selects, unless its mode says otherwise."""
+FIXED_K = k_from_fraction(16384, FRACTION)
+"""Number of pairs that the mode "pairs_fixed_k" selects."""
 
 Call = Callable[[], object]
 
@@ -35,6 +37,11 @@ class Case(NamedTuple):
         words = f"{self.benchmark}: {self.provider}, {self.mode}, {self.dtype}"
         return f"{words}, M = {self.M:,}, N = {self.N:,}{active}"
 
+    @property
+    def k(self) -> int:
+        """How many pairs are selected."""
+        return min(FIXED_K, n_pairs(self.N)) if self.mode == "pairs_fixed_k" else k_from_fraction(self.N, FRACTION)
+
 
 class Benchmark(NamedTuple):
     """A family of cases."""
@@ -50,8 +57,6 @@ class Benchmark(NamedTuple):
     None if results cannot be checked."""
     setting: dict[str, Any]
     """What else the figures depend on; it is stored with every result."""
-    k_of: Callable[[Case], int] = lambda case: k_from_fraction(case.N, FRACTION)
-    """How many pairs a case selects."""
     rounds: int | None = None
     """Timed calls of each case; None lets the time of a call decide."""
     n_warmup: int = 1

@@ -25,15 +25,16 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
 from topk_ortho.kernels import radix_select
@@ -92,33 +93,8 @@ _REGISTERS = 512
 """32-bit registers of a lane in a quarter of a multiprocessor, which runs a quarter of its warps"""
 _TENSOR_MEMORY_COLUMNS = 512
 """Tensor memory of a multiprocessor of sm_100"""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Record:
-    """One variant of a kernel, compiled for one architecture."""
-
-    kernel: str
-    variant: str
-    architecture: str
-    kind: Kind | None
-    """Kind of its operand, None if it is not over gram tiles"""
-    num_warps: int
-    programs_per_sm: int | None
-    """Programs that are launched for a multiprocessor, None if their number follows the size of x"""
-    max_registers: int | None
-    registers: int
-    """Registers of a thread; on AMD vector registers, accumulators included"""
-    stack_bytes: int
-    """Stack of a thread"""
-    n_spills: int
-    """Instructions that access the stack; on AMD spilled vector registers"""
-    shared_bytes: int
-    tensor_memory_columns: int
-    """0 but on sm_100"""
-    matrix_instructions: dict[str, int]
-    main_loop_instructions: int | None
-    """None if there is no loop"""
+Record = dict[str, Any]
+"""One variant of a kernel, compiled for one architecture; `compiled` says what is in it."""
 
 
 class Code(NamedTuple):
@@ -169,35 +145,35 @@ def number_of(field: str, text: str) -> int:
 
 def max_programs(record: Record) -> int:
     """Programs that fit on a multiprocessor at once."""
-    limits = ARCHITECTURES[record.architecture]
-    allocated = -(-record.registers // 8) * 8
+    limits = ARCHITECTURES[record["architecture"]]
+    allocated = -(-record["registers"] // 8) * 8
     warps = 4 * min(limits.max_warps, _REGISTERS // allocated)
-    by_shared = limits.shared_bytes_per_sm // max(1, record.shared_bytes + limits.shared_bytes_reserved)
-    by_tensor_memory = _TENSOR_MEMORY_COLUMNS // max(1, record.tensor_memory_columns)
-    return min(warps // record.num_warps, by_shared, by_tensor_memory)
+    by_shared = limits.shared_bytes_per_sm // max(1, record["shared_bytes"] + limits.shared_bytes_reserved)
+    by_tensor_memory = _TENSOR_MEMORY_COLUMNS // max(1, record["tensor_memory_columns"])
+    return int(min(warps // record["num_warps"], by_shared, by_tensor_memory))
 
 
 def violations(records: Iterable[Record]) -> list[str]:
     """Broken promises, a line each."""
     found = []
-    for r in records:
-        limits, is_sparse = ARCHITECTURES[r.architecture], r.kernel in SPARSE_KERNELS
-        has_no_stack = is_sparse or r.kernel in MAIN_LOOP_KERNELS
+    for record in records:
+        r, limits = SimpleNamespace(**record), ARCHITECTURES[record["architecture"]]
+        is_sparse, fitting = r.kernel in SPARSE_KERNELS, max_programs(record)
         has_matrix = any(name.startswith(limits.matrix_instruction) for name in r.matrix_instructions)
-        registers, programs = f"has {r.registers} registers, more than", f"with {r.programs_per_sm} programs"
         broken = [
             # the kernels over gram tiles and over sparse features neither have a stack nor spill
-            (has_no_stack and (r.stack_bytes > 0 or r.n_spills > 0),
+            ((is_sparse or r.kernel in MAIN_LOOP_KERNELS) and r.stack_bytes + r.n_spills > 0,
              f"has {r.stack_bytes} bytes of stack, {r.n_spills} spills"),
             # few registers let many programs run, which hide each other's waits
-            (is_sparse and r.registers > 64, f"{registers} 64"),
+            (is_sparse and r.registers > 64, f"has {r.registers} registers, more than 64"),
+            (r.max_registers is not None and r.registers > r.max_registers,
+             f"has {r.registers} registers, more than {r.max_registers}"),
             (r.kind in ("half", "tf32") and not has_matrix, f"has no {limits.matrix_instruction}"),
             (r.shared_bytes > limits.shared_bytes,
              f"has {r.shared_bytes} bytes of shared memory, more than {limits.shared_bytes}"),
-            (r.max_registers is not None and r.registers > r.max_registers, f"{registers} {r.max_registers}"),
             # the programs that a persistent launch means to run at once fit on a multiprocessor
-            (r.programs_per_sm is not None and r.programs_per_sm > max_programs(r),
-             f"is launched {programs} per multiprocessor, which holds {max_programs(r)}"),
+            ((r.programs_per_sm or 0) > fitting,
+             f"is launched with {r.programs_per_sm} programs per multiprocessor, which holds {fitting}"),
         ]  # fmt: skip
         found += [f"{r.kernel} ({r.variant}) on {r.architecture} {text}" for is_broken, text in broken if is_broken]
     return found
@@ -292,10 +268,9 @@ def _sparse_variants() -> Iterator[Variant]:
         yield Variant(label, partial(coactivation_spread, *spread))
 
 
-class AbsentDevice(DriverBase):  # type: ignore[misc]
+class AbsentDevice:
     """In place of the driver of a GPU of one multiprocessor: launches compile as they would there, and run nothing."""
 
-    is_active = map_python_to_cpp_type = get_active_torch_device = get_benchmarker = None
     kernel: JITFunction[Any] | None = None
     """What was launched last"""
     arguments: dict[str, Any]
@@ -306,9 +281,16 @@ class AbsentDevice(DriverBase):  # type: ignore[misc]
     """Programs on the first axis of its grid"""
 
     def __init__(self, architecture: str, *, compiles: bool = True) -> None:
-        self.utils = self
         self.compiles = compiles
-        self._target = ARCHITECTURES[architecture].target
+        # what Triton asks of a driver; no other device has its number, by which Triton keeps what it compiled
+        self.get_current_target = lambda: ARCHITECTURES[architecture].target
+        self.get_current_device = lambda: id(self)
+        self.get_current_stream = lambda device: 0
+        self.launcher_cls = lambda source, metadata: self._launch
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"multiprocessor_count": 1, "max_shared_mem": 2**31 - 1},
+            load_binary=lambda *_: (None, None, 0, 0, 1024),  # module, function, registers, spills, most threads
+        )
         triton.runtime.driver.set_active(self)
         triton.knobs.runtime.jit_cache_hook = self._before_compiling
         triton.knobs.runtime.jit_post_compile_hook = self._after_compiling
@@ -318,35 +300,15 @@ class AbsentDevice(DriverBase):  # type: ignore[misc]
         return not self.compiles
 
     def _after_compiling(self, *, key: str, fn: Any, **_: Any) -> None:
-        self.binary = fn.jit_function.device_caches[self.get_current_device()][0][key]
+        self.binary = fn.jit_function.device_caches[id(self)][0][key]
+
+    def _launch(self, grid_0: int, *_: object) -> None:
+        self.n_programs = grid_0
 
     @property
     def kernel_name(self) -> str:
         """Name of what was launched last, as its launcher is called."""
         return "" if self.kernel is None else self.kernel.__name__.removeprefix("_").removesuffix("_kernel")
-
-    # From here on, what Triton asks of a driver.
-
-    def get_current_target(self) -> GPUTarget:  # noqa: D102
-        return self._target
-
-    def get_current_device(self) -> int:  # noqa: D102
-        return id(self)  # no other device has this number, by which Triton keeps what it compiled
-
-    def get_current_stream(self, device: int) -> int:  # noqa: D102
-        return 0
-
-    def get_device_properties(self, device: int) -> dict[str, int]:  # noqa: D102
-        return {"multiprocessor_count": 1, "max_shared_mem": 2**31 - 1}
-
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, ...]:  # noqa: D102
-        return None, None, 0, 0, 1024  # module, function, registers, spills, most threads of a program
-
-    def launcher_cls(self, source: object, metadata: object) -> Callable[..., None]:  # noqa: D102
-        def launch(grid_0: int, *_: object) -> None:
-            self.n_programs = grid_0
-
-        return launch
 
 
 def compiled(task: tuple[str, int]) -> Record | str:
@@ -363,22 +325,25 @@ def compiled(task: tuple[str, int]) -> Record | str:
     is_amd = "amdgcn" in binary.asm
     text = binary.asm["amdgcn"] if is_amd else _disassembled(binary.asm["cubin"])
     code = parse(text, AMDGCN if is_amd else SASS)
-    return Record(
-        kernel=device.kernel_name,
-        variant=variant.label,
-        architecture=architecture,
-        kind=variant.kind,
-        num_warps=metadata.num_warps,
-        programs_per_sm=device.n_programs if device.kernel_name in _PERSISTENT_KERNELS else None,
-        max_registers=getattr(metadata, "maxnreg", None),
-        registers=number_of("vgpr_count" if is_amd else "REG", text),
-        stack_bytes=number_of("private_segment_fixed_size" if is_amd else "STACK", text),
-        n_spills=number_of("vgpr_spill_count", text) if is_amd else code.count(LOCAL_MEMORY),
-        shared_bytes=metadata.shared,
-        tensor_memory_columns=getattr(metadata, "tmem_size", None) or 0,
-        matrix_instructions=dict(Counter(opcode for opcode in code.opcodes if re.match(MATRIX, opcode))),
-        main_loop_instructions=None if code.main_loop is None else len(code.main_loop),
-    )
+    return {
+        "kernel": device.kernel_name,
+        "variant": variant.label,
+        "architecture": architecture,
+        "kind": variant.kind,  # of its operand, None if it is not over gram tiles
+        "num_warps": metadata.num_warps,
+        # programs that are launched for a multiprocessor, None if their number follows the size of x
+        "programs_per_sm": device.n_programs if device.kernel_name in _PERSISTENT_KERNELS else None,
+        "max_registers": getattr(metadata, "maxnreg", None),
+        # of a thread; on AMD vector registers, accumulators included
+        "registers": number_of("vgpr_count" if is_amd else "REG", text),
+        "stack_bytes": number_of("private_segment_fixed_size" if is_amd else "STACK", text),  # of a thread
+        # instructions that access the stack; on AMD spilled vector registers
+        "n_spills": number_of("vgpr_spill_count", text) if is_amd else code.count(LOCAL_MEMORY),
+        "shared_bytes": metadata.shared,
+        "tensor_memory_columns": getattr(metadata, "tmem_size", None) or 0,  # 0 but on sm_100
+        "matrix_instructions": dict(Counter(opcode for opcode in code.opcodes if re.match(MATRIX, opcode))),
+        "main_loop_instructions": code.main_loop and len(code.main_loop),  # None if there is no loop
+    }
 
 
 def _disassembled(cubin: bytes) -> str:
@@ -391,20 +356,16 @@ def _disassembled(cubin: bytes) -> str:
 
 
 def _table(records: list[Record]) -> str:
-    """Text with a line for each record; numbers stand to the right, words to the left."""
-    lines: list[list[str | int]] = [
-        ["kernel", "variant", "architecture", "warps", "programs", "registers", "stack", "spills", "shared", "loop",
-         "matrix instructions"],
-    ]  # fmt: skip
-    for r in records:
-        matrix = ", ".join(f"{count} {name}" for name, count in r.matrix_instructions.items())
-        programs, loop = ("" if n is None else n for n in (r.programs_per_sm, r.main_loop_instructions))
-        numbers = r.num_warps, programs, r.registers, r.stack_bytes, r.n_spills, r.shared_bytes, loop
-        lines.append([r.kernel, r.variant, r.architecture, *numbers, matrix])
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    """Text with a line for each record."""
+    columns = {
+        "kernel": "kernel", "variant": "variant", "architecture": "architecture", "num_warps": "warps",
+        "programs_per_sm": "programs", "registers": "registers", "stack_bytes": "stack", "n_spills": "spills",
+        "shared_bytes": "shared", "main_loop_instructions": "loop", "matrix_instructions": "matrix instructions",
+    }  # fmt: skip
+    table = pd.DataFrame(records, columns=list(columns), dtype=object)
+    matrix = table["matrix_instructions"].map(lambda counts: ", ".join(f"{n} {name}" for name, n in counts.items()))
+    table = table.assign(matrix_instructions=matrix).rename(columns=columns)
+    return str(table.fillna("").to_string(index=False))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -419,11 +380,11 @@ def main(arguments: list[str] | None = None) -> int:
     context = multiprocessing.get_context("spawn")  # torch has threads
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=context) as pool:
         results = list(pool.map(compiled, tasks))
-    records = sorted((r for r in results if isinstance(r, Record)), key=lambda r: r.kernel)
+    records = sorted((r for r in results if isinstance(r, dict)), key=lambda r: r["kernel"])
     failed = [r for r in results if isinstance(r, str)] + violations(records)
     versions = {"triton": triton.__version__, "python": platform.python_version()}
     if options.json:
-        print(json.dumps(versions | {"records": [asdict(r) for r in records], "violations": failed}))
+        print(json.dumps(versions | {"records": records, "violations": failed}))
     else:
         print(", ".join(f"{name} {version}" for name, version in versions.items()))
         print(_table(records))

@@ -9,15 +9,15 @@ import ctypes
 import gc
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 
 from bench.cases import Benchmark, Call, Case
@@ -27,57 +27,43 @@ _LONG_S = 10.0  # a call that takes longer is timed once: neither noise nor the 
 _OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "ALLOC_FAILED")  # Python and CUDA; torch on a CPU; cuBLAS
 
 
-class Measurement(NamedTuple):
-    """What is known of a case once it has been measured; None where there is no figure."""
-
-    status: str
-    """ "ok", "out of memory", or "error" """
-    time_s: float | None = None
-    """The median."""
-    time_q1_s: float | None = None
-    time_q3_s: float | None = None
-    rounds: int | None = None
-    peak_extra_bytes: int | None = None
-    """Highest memory during a call beyond what was held before it; a gradient that the call returns counts."""
-    note: str | None = None
-    """What went wrong."""
-
-
-class _Entry(NamedTuple):
-    """A case that is ready to take turns with others."""
-
-    call: Call
-    peak_extra_bytes: int | None
-    rounds: int
-    """Timed calls, the first of which was made alone if it is the only one."""
-    times: list[Callable[[], float]]
+Measurement = dict[str, Any]
+"""What `measure` says of a case."""
 
 
 def measure(benchmark: Benchmark, cases: list[Case], device: torch.device) -> dict[Case, Measurement]:
-    """Measurements of cases of one benchmark that take turns. A case that cannot run does not stop the others."""
+    """Measurements of cases of one benchmark that take turns. A case that cannot run does not stop the others.
+
+    Each has a "status", which is "ok", "out of memory" or "error". Where that is not "ok" it has a "note" of what went
+    wrong, otherwise "time_s", the median of so many "rounds", its quartiles "time_q1_s" and "time_q3_s", and
+    "peak_extra_bytes": the highest memory during a call beyond what was held before it. A gradient that the call
+    returns counts. It is None where memory is not measured.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     done: dict[Case, Measurement] = {}
-    entries: dict[Case, _Entry] = {}
+    ready: dict[Case, tuple[Call, int | None]] = {}
     for case in cases:
         try:
-            entries[case] = _prepare(benchmark, case, device)
+            ready[case] = _prepare(benchmark, case, device)
         except Exception as error:
             done[case] = failure(error)
-    for number in range(max((entry.rounds for entry in entries.values()), default=0)):
-        for entry in entries.values():
-            if len(entry.times) == number < entry.rounds:
-                entry.times.append(timed(entry.call, device))
-    for case, entry in entries.items():
-        seconds = [read() for read in entry.times]
-        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
-        done[case] = Measurement("ok", median, low, high, len(seconds), entry.peak_extra_bytes)
+    times = {case: [timed(call, device)] for case, (call, _) in ready.items()}
+    rounds = {case: benchmark.rounds or rounds_of(first()) for case, (first,) in times.items()}
+    for number in range(1, max(rounds.values(), default=0)):
+        for case, (call, _) in ready.items():
+            if number < rounds[case]:
+                times[case].append(timed(call, device))
+    for case, (_, peak) in ready.items():
+        low, median, high = np.quantile([read() for read in times[case]], (0.25, 0.5, 0.75)).tolist()
+        times_s = {"time_s": median, "time_q1_s": low, "time_q3_s": high, "rounds": rounds[case]}
+        done[case] = {"status": "ok", **times_s, "peak_extra_bytes": peak}
     return {case: done[case] for case in cases}
 
 
-def _prepare(benchmark: Benchmark, case: Case, device: torch.device) -> _Entry:
-    """Measure the memory, warm up, and let one call decide how many are timed."""
+def _prepare(benchmark: Benchmark, case: Case, device: torch.device) -> tuple[Call, int | None]:
+    """The call of a case, warmed up, and its peak memory."""
     peak = _peak_in_own_process(case) if device.type == "cpu" and case.mode != "step" else None
     call = benchmark.make_call(case, device)
     for _ in range(benchmark.n_warmup):
@@ -89,9 +75,7 @@ def _prepare(benchmark: Benchmark, case: Case, device: torch.device) -> _Entry:
         call()
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
-    first = timed(call, device)
-    rounds = benchmark.rounds or rounds_of(first())
-    return _Entry(call, peak, rounds, [first] if rounds == 1 else [])
+    return call, peak
 
 
 def rounds_of(seconds: float) -> int:
@@ -125,7 +109,7 @@ def failure(error: Exception) -> Measurement:
     """The measurement of a case that could not run."""
     text = f"{type(error).__name__}: {error}"
     is_memory = any(words in text for words in _OUT_OF_MEMORY)
-    return Measurement("out of memory" if is_memory else "error", note=repr(error)[-500:])
+    return {"status": "out of memory" if is_memory else "error", "note": repr(error)[-500:]}
 
 
 def _peak_in_own_process(case: Case) -> int:

@@ -2,6 +2,12 @@
 
 A file only grows. A line is written as soon as its case is finished, so that the same command goes on where it was
 stopped. What counts as finished are the lines of the same machine, versions and sources; older ones stay in the file.
+A line has
+
+- "case" and "measurement": a `Case`, and what `bench.measurement.measure` says of it;
+- "setting": what the benchmark holds constant, such as the share of pairs that are selected;
+- "environment": machine, versions, and a digest of all code that is timed;
+- "utc": when it was written.
 """
 
 import hashlib
@@ -9,50 +15,32 @@ import json
 import os
 import platform
 import subprocess
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from bench.cases import Case
-from bench.measurement import Measurement
 
 _ROOT = Path(__file__).resolve().parent.parent
 Environment = dict[str, Any]
-
-
-class Result(NamedTuple):
-    """A line of a results file."""
-
-    case: Case
-    measurement: Measurement
-    setting: dict[str, Any]
-    """What the benchmark holds constant, such as the share of pairs that are selected."""
-    environment: Environment
-    """Machine, versions, and a digest of all code that is timed."""
-    utc: str
+Result = dict[str, Any]
+"""A line of a results file."""
 
 
 def append(path: Path, result: Result) -> None:
     """Add a line; half a line, left by a run that was killed, is cut off first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = {name: value for name, value in result.measurement._asdict().items() if value is not None}
-    line = result._asdict() | {"case": result.case._asdict(), "measurement": known}
     with path.open("ab") as file:
         file.truncate(len(_whole_lines(path)))
-        file.write(json.dumps(line).encode() + b"\n")
+        file.write(json.dumps(result | {"case": result["case"]._asdict()}).encode() + b"\n")
 
 
 def read(path: Path) -> list[Result]:
     """All results of a file, none if there is no file."""
-    results = []
-    for text in _whole_lines(path).splitlines():
-        line = json.loads(text)
-        line |= {"case": Case(**line["case"]), "measurement": Measurement(**line["measurement"])}
-        results.append(Result(**line))
-    return results
+    results = [json.loads(line) for line in _whole_lines(path).splitlines()]
+    return [result | {"case": Case(**result["case"])} for result in results]
 
 
 def _whole_lines(path: Path) -> bytes:
@@ -62,14 +50,15 @@ def _whole_lines(path: Path) -> bytes:
 
 def latest(results: list[Result]) -> list[Result]:
     """For each benchmark the results of the environment that its last one was measured in, the last of each case."""
-    environments = {result.case.benchmark: result.environment for result in results}
-    chosen = {r.case: r for r in results if is_same(r.environment, environments[r.case.benchmark])}
-    return list(chosen.values())
+    environments = {r["case"].benchmark: r["environment"] for r in results}
+    same = [r for r in results if is_same(r["environment"], environments[r["case"].benchmark])]
+    return list({r["case"]: r for r in same}.values())
 
 
 def finished(results: list[Result], environment: Environment) -> set[Case]:
     """Cases that need not be measured again; those that failed for other reasons than memory are tried again."""
-    return {r.case for r in results if is_same(r.environment, environment) and r.measurement.status != "error"}
+    same = [r for r in results if is_same(r["environment"], environment)]
+    return {r["case"] for r in same if r["measurement"]["status"] != "error"}
 
 
 def is_same(one: Environment, other: Environment) -> bool:
@@ -81,6 +70,7 @@ def environment_of(device: torch.device) -> Environment:
     """What figures depend on, measured now on a device."""
     sources = sorted([*_ROOT.glob("kernels/*.py"), *_ROOT.glob("topk_ortho/**/*.py")])
     sources += [_ROOT / f"bench/{name}.py" for name in ("dense", "measurement", "providers", "sparse", "training")]
+    changes = _output_of("git", "status", "--porcelain", "topk_ortho", "kernels", "bench/*.py")
     cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     environment: Environment = {
         "cpu": cpu.split(":")[1].strip(),
@@ -90,8 +80,10 @@ def environment_of(device: torch.device) -> Environment:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{name.replace("-", "_"): _version(name) for name in ("numpy", "scipy", "triton", "sae-lens")},
+        "source": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12],
+        "commit": _output_of("git", "rev-parse", "--short", "HEAD") + ("+changes" if changes else ""),
     }
-    environment |= {name.replace("-", "_"): _version(name) for name in ("numpy", "scipy", "triton", "sae-lens")}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         environment |= {
@@ -100,17 +92,7 @@ def environment_of(device: torch.device) -> Environment:
             "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
             "cuda": str(torch.version.cuda or f"hip {torch.version.hip}"),
         }
-    environment["source"] = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
-    git = ("git", "-C", str(_ROOT))
-    environment["commit"] = _output_of(*git, "rev-parse", "--short", "HEAD")
-    if _output_of(*git, "status", "--porcelain", "topk_ortho", "kernels", "bench/*.py"):
-        environment["commit"] += "+changes"
     return environment
-
-
-def utc_now() -> str:
-    """The time, to the minute."""
-    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
 
 
 def _version(package: str) -> str | None:
@@ -122,6 +104,6 @@ def _version(package: str) -> str | None:
 
 def _output_of(*command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -14,25 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.cases import FRACTION, Benchmark, Call, Case
+from bench.cases import FIXED_K, FRACTION, Benchmark, Call, Case
 from topk_ortho import SparseFeatures, topk_ortho_loss, topk_pairs
-from topk_ortho.definitions import k_from_fraction, n_pairs
 
 _EXPONENT, _OFFSET = 0.8, 10
 _LOSS = [("sparse", "forward"), ("sparse", "forward_backward")]
-FIXED_K = k_from_fraction(16384, FRACTION)
-"""The k of the mode "pairs_fixed_k"."""
 
 
 def _n_cases(device_type: str) -> list[Case]:
-    columns = _LOSS + [(p, mode) for p in _listing_providers(device_type) for mode in ("pairs", "pairs_fixed_k")]
+    columns = [*_LOSS, ("sparse", "pairs"), ("sparse", "pairs_fixed_k")]
+    if device_type == "cpu":
+        columns += [("scipy", "pairs"), ("scipy", "pairs_fixed_k")]
     dense = [("dense", mode) for _, mode in _LOSS]
     sizes = {16384: columns + dense, 65536: columns, 262144: columns, 1048576: columns}
     return [Case("sparse_n", p, mode, "float32", 4096, n, 64) for n in sizes for p, mode in sizes[n]]
 
 
 def _l0_cases(device_type: str) -> list[Case]:
-    columns = _LOSS + [(provider, "pairs") for provider in _listing_providers(device_type)[1:]]
+    columns = [*_LOSS, ("scipy", "pairs")] if device_type == "cpu" else _LOSS
     return [Case("sparse_l0", p, mode, "float32", 4096, 65536, l0) for l0 in (16, 32, 64, 128) for p, mode in columns]
 
 
@@ -43,10 +42,6 @@ def _density_cases(device_type: str) -> list[Case]:
     return [Case("sparse_density", p, "forward", "float32", 1024, n, n // share) for n in sizes for p, share in columns]
 
 
-def _listing_providers(device_type: str) -> list[str]:
-    return ["sparse", "scipy"] if device_type == "cpu" else ["sparse"]
-
-
 @functools.lru_cache(maxsize=1)
 def active_features(n_rows: int, l0: int, n_features: int) -> tuple[Tensor, Tensor]:
     """(indices, values) [n_rows, l0]: distinct features, some far more frequent than others, and gamma(2) values."""
@@ -55,16 +50,15 @@ def active_features(n_rows: int, l0: int, n_features: int) -> tuple[Tensor, Tens
     feature_of_rank = generator.permutation(n_features)
     indices = np.empty((n_rows, l0), dtype=np.int64)
     for row in indices:
-        drawn = np.empty(0, dtype=np.int64)
-        while drawn.size < l0:
+        distinct: dict[int, None] = {}  # in the order in which they are drawn
+        while len(distinct) < l0:
             ranks = np.searchsorted(cumulative, generator.random(3 * l0) * cumulative[-1], side="right")
-            drawn = np.concatenate([drawn, ranks])
-            drawn = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
-        row[:] = feature_of_rank[drawn[:l0]]
+            distinct |= dict.fromkeys(ranks.tolist())
+        row[:] = feature_of_rank[list(distinct)[:l0]]
     return torch.from_numpy(indices), torch.from_numpy(generator.gamma(2, size=(n_rows, l0)).astype(np.float32))
 
 
-def scipy_pairs(indices: Tensor, values: Tensor, n_features: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def scipy_pairs(indices: Tensor, values: Tensor, n_features: int, k: int) -> tuple[Tensor, ...]:
     """The rows, columns and cosines of the same selection, from scipy's sparse product and a partition of it.
 
     scipy computes both triangles, of which one is kept. All values are positive here, so no magnitude is taken.
@@ -80,13 +74,7 @@ def scipy_pairs(indices: Tensor, values: Tensor, n_features: int, k: int) -> tup
     k = min(k, gram.nnz)
     best = np.argpartition(gram.data, gram.nnz - k)[gram.nnz - k :]
     best = best[np.argsort(-gram.data[best], kind="stable")]
-    rows, cols, cosines = (torch.from_numpy(part[best]) for part in (gram.row, gram.col, gram.data))
-    return rows, cols, cosines
-
-
-def k_of(case: Case) -> int:
-    """How many pairs a case selects."""
-    return min(FIXED_K, n_pairs(case.N)) if case.mode == "pairs_fixed_k" else k_from_fraction(case.N, FRACTION)
+    return tuple(torch.from_numpy(part[best]) for part in (gram.row, gram.col, gram.data))
 
 
 def inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -99,10 +87,9 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
 def make_call(case: Case, device: torch.device) -> Call:
     """A call that lists the pairs, or computes the loss, or its gradient for the values."""
     assert case.L0 is not None
-    k = k_of(case)
     indices, values = (tensor.to(device) for tensor in active_features(case.M, case.L0, case.N))
     if case.provider == "scipy":
-        return lambda: scipy_pairs(indices, values, case.N, k)
+        return lambda: scipy_pairs(indices, values, case.N, case.k)
     dense = "tiled" if device.type == "cpu" else "triton"
     backend: Any = dense if case.provider == "dense" else case.provider
     leaf = values.clone()
@@ -110,11 +97,11 @@ def make_call(case: Case, device: torch.device) -> Call:
     if case.benchmark == "sparse_density" or case.provider == "dense":
         x = leaf = inputs(case, device)[0]
     if case.mode.startswith("pairs"):
-        return lambda: topk_pairs(x, k=k, backend=backend)
+        return lambda: topk_pairs(x, k=case.k, backend=backend)
     if case.mode == "forward":
-        return lambda: topk_ortho_loss(x, k=k, backend=backend)
+        return lambda: topk_ortho_loss(x, k=case.k, backend=backend)
     leaf.requires_grad_()
-    return lambda: torch.autograd.grad(topk_ortho_loss(x, k=k, backend=backend), leaf)
+    return lambda: torch.autograd.grad(topk_ortho_loss(x, k=case.k, backend=backend), leaf)
 
 
 SPARSE_N, SPARSE_L0, SPARSE_DENSITY = (
@@ -123,7 +110,6 @@ SPARSE_N, SPARSE_L0, SPARSE_DENSITY = (
         make_call=make_call,
         small={"M": 64, "N": 300, "L0": 6},
         inputs=inputs,
-        k_of=k_of,
         setting={
             "fraction": FRACTION,
             "fixed_k": FIXED_K,

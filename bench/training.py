@@ -9,6 +9,7 @@ import functools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,44 +31,23 @@ _SAELENS: dict[str, dict[str, bool]] = {  # provider: settings; rescaled sparse 
 }
 
 
-class Mixtures:
-    """Sparse mixtures of twice as many random directions as there are features; a shard is a batch."""
-
-    name = "synthetic mixtures"
-    d_in = _D_IN
-    tokens_per_second = None
-
-    def __init__(self, batch_size: int, n_features: int, l0: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        directions = normalize(torch.randn(2 * n_features, _D_IN, generator=generator), dim=1)
-        shape = (_N_SHARDS * batch_size, l0)
-        chosen = torch.randint(0, len(directions), shape, generator=generator)
-        coefficients = torch.rand(shape, generator=generator)
-        self.x = embedding_bag(chosen, directions, mode="sum", per_sample_weights=coefficients)
-        self.shard_sizes = [batch_size] * _N_SHARDS
-        self.identity: dict[str, Any] = {"source": "mixtures", "shape": shape, "n_features": n_features}
-
-    def shard(self, number: int) -> Tensor:
-        """Activations [batch, d_in] of a shard."""
-        return self.x[number * self.shard_sizes[0] :][: self.shard_sizes[0]]
-
-    def batches(self, device: torch.device) -> Iterator[Tensor]:
-        """Batches without end for SAELens, of random tokens, as ours are."""
-        generator = torch.Generator().manual_seed(0)
-        while True:
-            for rows in torch.randperm(len(self.x), generator=generator).split(self.shard_sizes[0]):
-                yield self.x[rows].to(device)
-
-
-_mixtures = functools.lru_cache(maxsize=1)(Mixtures)
+@functools.lru_cache(maxsize=1)
+def _mixtures(batch_size: int, n_features: int, l0: int) -> Tensor:
+    """Sparse mixtures [n_tokens, d_in] of twice as many random directions as there are features."""
+    generator = torch.Generator().manual_seed(0)
+    directions = normalize(torch.randn(2 * n_features, _D_IN, generator=generator), dim=1)
+    shape = (_N_SHARDS * batch_size, l0)
+    chosen = torch.randint(0, len(directions), shape, generator=generator)
+    coefficients = torch.rand(shape, generator=generator)
+    return embedding_bag(chosen, directions, mode="sum", per_sample_weights=coefficients)
 
 
 def make_call(case: Case, device: torch.device) -> Call:
     """One training step of a provider, which goes on from the step before."""
     assert case.L0 is not None
-    source: Any = _mixtures(case.M, case.N, case.L0)
+    x = _mixtures(case.M, case.N, case.L0)
     if case.provider in _SAELENS:
-        return _saelens_step(case, case.L0, device, source)
+        return _saelens_step(case, device, x)
 
     from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig
     from topk_ortho.training.run_folder import Run
@@ -84,22 +64,39 @@ def make_call(case: Case, device: torch.device) -> Call:
         device=device.type,
         out_dir=Path(tempfile.gettempdir()) / "topk_ortho_bench",  # a step writes nothing
     )
+    source: Any = SimpleNamespace(
+        name="synthetic mixtures",
+        identity={"source": "mixtures", "M": case.M, "N": case.N, "L0": case.L0},
+        d_in=_D_IN,
+        tokens_per_second=None,
+        shard_sizes=[case.M] * _N_SHARDS,
+        shard=x.split(case.M).__getitem__,
+    )
     trainer = Trainer(config, source, Run(config.out_dir))
     return lambda: trainer.train_step(next(trainer.batches).to(device))
 
 
-def _saelens_step(case: Case, l0: int, device: torch.device, source: Mixtures) -> Call:
+def _saelens_step(case: Case, device: torch.device, x: Tensor) -> Call:
     from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    settings: dict[str, Any] = {"d_in": _D_IN, "d_sae": case.N, "k": float(l0)} | _SAELENS[case.provider]
+    assert case.L0 is not None
+    settings: dict[str, Any] = {"d_in": _D_IN, "d_sae": case.N, "k": float(case.L0)} | _SAELENS[case.provider]
     sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(device=device.type, **settings))
     config = SAETrainerConfig(
         total_training_samples=10**9, train_batch_size_samples=case.M, lr=_LR, lr_end=_LR, device=device.type
     )
-    trainer: SAETrainer[Any, Any] = SAETrainer(config, sae, source.batches(device))
+    trainer: SAETrainer[Any, Any] = SAETrainer(config, sae, _batches(x, case.M, device))
     return lambda: trainer.step(next(trainer.data_provider))
+
+
+def _batches(x: Tensor, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """Batches without end for SAELens, of random tokens, as ours are."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        for rows in torch.randperm(len(x), generator=generator).split(batch_size):
+            yield x[rows].to(device)
 
 
 TRAINING = Benchmark(
