@@ -124,7 +124,7 @@ def test_help_explains():
         assert word in process.stdout
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("becomes", [None, RuntimeError("a library made another error of it")])
 def test_a_signal_before_training_ends_without_a_traceback(number, code, becomes, tmp_path, monkeypatch, capsys):
     """While it tokenises, say, or while the transformer runs."""

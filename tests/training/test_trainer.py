@@ -294,23 +294,35 @@ def test_a_resumed_run_equals_an_uninterrupted_one(architecture, open_trainer, t
     assert comparable(tmp_path / "parts") == comparable(tmp_path / "whole")
 
 
-def test_a_signal_saves_and_the_previous_handler_is_back(open_trainer, out_dir):
-    trainer = open_trainer(steps=10**6)
-    step = trainer.train_step
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("where", ["train_step", "evaluation"])
+def test_a_signal_saves_and_the_previous_handler_is_back(where, open_trainer, out_dir, monkeypatch):
+    trainer = open_trainer(steps=10**6, eval_every=5)
+    method, before = getattr(trainer, where), signal.getsignal(signal.SIGINT)
 
-    def interrupted(x):
-        if trainer.step == 4:
+    def interrupted(*arguments):
+        if trainer.step >= 4:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(x)
+        return method(*arguments)
 
-    trainer.train_step = interrupted
+    monkeypatch.setattr(trainer, where, interrupted)
     with pytest.raises(Interrupted) as stop:
         trainer.fit()
     assert stop.value.exit_code == 130
     assert [load_checkpoint(path).step for path in checkpoints(out_dir / "checkpoints")] == [5]
     assert signal.getsignal(signal.SIGINT) is before
     assert not (out_dir / "summary.json").exists()
+
+
+def test_an_ignored_signal_stays_ignored(open_trainer):
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trainer = open_trainer(steps=6)
+        step = trainer.train_step
+        trainer.train_step = lambda x: os.kill(os.getpid(), signal.SIGHUP) or step(x)
+        assert trainer.fit()["steps"] == 6
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_resuming_a_finished_run_changes_nothing(open_trainer, out_dir):

@@ -1,9 +1,11 @@
-"""Turns Ctrl-C and SIGTERM into a request to stop at the next good moment."""
+"""Turns Ctrl-C, SIGTERM and the end of a terminal into a request to stop at the next good moment."""
 
 import signal
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Interrupted(Exception):
@@ -23,7 +25,9 @@ class Interrupted(Exception):
 
 
 class SignalGuard:
-    """In its `with` block SIGINT and SIGTERM set `received` and call `wake`; a second signal acts as it would outside.
+    """In its `with` block SIGINT, SIGTERM and SIGHUP set `received` and call `wake`.
+
+    A second signal acts as it would outside. A signal that the process was told to ignore, as by nohup, stays ignored.
 
     Parameters
     ----------
@@ -38,7 +42,9 @@ class SignalGuard:
 
     def __enter__(self) -> "SignalGuard":
         """Take over the signals; only the main thread can, elsewhere they are left alone."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SIGNALS:
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue
             try:
                 self._previous[number] = signal.signal(number, self._handle)
             except ValueError:
