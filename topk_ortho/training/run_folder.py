@@ -65,14 +65,11 @@ def open_run(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
     """
     out_dir = config.out_dir
     out_dir.mkdir(parents=True, exist_ok=True)
-    # the system gives the lock back when the process ends, however it ends; the empty file stays
-    lock = FileLock(out_dir / _LOCK, timeout=0)
     try:
-        lock.acquire()
+        # the system gives the lock back when the process ends, however it ends; the empty file stays
+        lock = FileLock(out_dir / _LOCK).acquire(timeout=0)
     except Timeout as error:
-        raise ValueError(
-            f"{out_dir} is in use by another run: wait for its end, or choose another --out-dir"
-        ) from error
+        raise ValueError(f"{out_dir} is in use by another run: wait for it, or choose another --out-dir") from error
     with lock, _without_trace(out_dir):
         successor = out_dir / _SUCCESSOR
         if (successor / "summary.json").is_file() or (out_dir / _MOVING).is_dir():  # a process was killed at that
