@@ -235,10 +235,12 @@ def test_a_killed_run_holds_its_folder_no_longer(config):
         "with open_run(TrainConfig(out_dir=Path(sys.argv[1]))): print('held', flush=True); time.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(config.out_dir)], cwd=ROOT, stdout=subprocess.PIPE) as held:
-        assert held.stdout.readline() == b"held\n"
-        with pytest.raises(ValueError, match="is in use by another run"):
-            train(config)
-        held.kill()
+        try:
+            assert held.stdout.readline() == b"held\n"
+            with pytest.raises(ValueError, match="is in use by another run"):
+                train(config)
+        finally:
+            held.kill()
     train(config)
 
 
