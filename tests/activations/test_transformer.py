@@ -35,9 +35,33 @@ def test_the_layers_behind_the_hook_do_not_run(gemma):
     handle = last.register_forward_pre_hook(lambda *arguments: ran.append(True))
     transformer.activations(tokens())
     assert not ran
-    transformer.cross_entropy(tokens())
+    transformer.cross_entropy(tokens(), tokens() > 0)
     assert ran
     handle.remove()
+
+
+def test_losses_and_replaced_activations_are_those_of_the_counted_tokens(gemma):
+    transformer = Transformer(ModelConfig(name=str(gemma), hook="blocks.0.hook_resid_post", batch_size=3), CPU)
+    everything, some = tokens() > 0, tokens() % 3 == 0
+    some[2] = False
+    losses = transformer.cross_entropy(tokens(), everything)
+    assert losses.shape == (7 * 11,)
+    passed = []
+    counted = transformer.cross_entropy(tokens(), some, lambda x: passed.append(x) or x)
+    torch.testing.assert_close(counted, losses.view(7, 11)[some[:, :-1]])
+    torch.testing.assert_close(torch.cat(passed), transformer.activations(tokens())[some])
+    assert transformer.cross_entropy(tokens(), ~everything).shape == (0,)
+
+
+def test_no_speed_without_time(gemma, monkeypatch):
+    transformer = Transformer(ModelConfig(name=str(gemma), hook="blocks.0.hook_resid_post"), CPU)
+    assert transformer.tokens_per_second is None
+    with monkeypatch.context() as patch:
+        patch.setattr("time.perf_counter", lambda: 1.0)
+        transformer.activations(tokens())
+    assert transformer.tokens_per_second is None
+    transformer.activations(tokens())
+    assert transformer.tokens_per_second > 0
 
 
 def test_bfloat16_weights(gemma):

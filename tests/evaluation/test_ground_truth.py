@@ -67,7 +67,7 @@ def oracle(W_dec, features, truth, coefficients, min_samples):
         "absorption_rate": absorption,
         "excess_absorption": excess,
     }
-    return {name: mean(values) for name, values in parts.items() if values}
+    return {name: mean(values) if values else None for name, values in parts.items()}
 
 
 @pytest.mark.quick
@@ -102,8 +102,21 @@ def test_pairs_with_too_few_samples_do_not_count():
     truth = truth_of([-1, 0])
     coefficients = torch.tensor([[1.0, 1.0]] * 12 + [[1.0, 0.0]] * 9)
     metrics = ground_truth_metrics(torch.eye(8)[:2], coefficients, truth, coefficients)
-    assert "absorption_rate" not in metrics
+    assert metrics["absorption_rate"] is metrics["excess_absorption"] is None
     assert metrics["parent_recall"] == 1
+
+
+def test_a_pair_without_any_sample_never_counts():
+    truth = truth_of([-1, 0, 0])
+    coefficients = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    metrics = ground_truth_metrics(torch.eye(8)[:3], coefficients, truth, coefficients, min_samples=0)
+    assert metrics["absorption_rate"] == metrics["excess_absorption"] == 0
+
+
+@pytest.mark.parametrize("n", [0, 5])
+def test_features_that_are_never_on_have_cosines_alone(n):
+    metrics = ground_truth_metrics(torch.eye(8)[:2], torch.zeros(n, 2), truth_of([-1, 0]), torch.zeros(n, 2))
+    assert {name for name, value in metrics.items() if value is not None} == {"mcc", "mcc_parent", "mcc_child"}
 
 
 def test_without_a_hierarchy_there_is_nothing_to_absorb():
@@ -111,5 +124,7 @@ def test_without_a_hierarchy_there_is_nothing_to_absorb():
     coefficients = (torch.rand(50, 3, generator=torch.Generator().manual_seed(0)) < 0.5).float()
     coefficients[:, 2] = 0.0  # never on
     metrics = ground_truth_metrics(torch.eye(8)[:3], coefficients, truth, coefficients)
-    assert metrics == {"mcc": pytest.approx(1.0), "f1": pytest.approx(1.0)}
+    assert {name: value for name, value in metrics.items() if value is not None} == {
+        "mcc": pytest.approx(1.0), "f1": pytest.approx(1.0),
+    }  # fmt: skip
     json.dumps(metrics, allow_nan=False)

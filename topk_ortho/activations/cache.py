@@ -86,6 +86,10 @@ class TransformerActivations:
         """Windows of token ids [n_windows, context_size] of a shard, int32, special tokens included."""
         return torch.from_numpy(self._windows[self._starts[number] : self._starts[number + 1]].copy())
 
+    def is_special(self, tokens: Tensor) -> Tensor:
+        """Whether token ids are those of special tokens, whose activations are in no shard; bool, of the same shape."""
+        return torch.isin(tokens, self._special)
+
     def shard(self, number: int) -> Tensor:
         """Activations [n_tokens, d_in] of a shard, on the CPU: read from disk, or made by the transformer."""
         path = self._path(number)
@@ -129,7 +133,7 @@ class TransformerActivations:
         return self._folder / f"shard-{number:05}.safetensors"
 
     def _is_special(self, number: int) -> Tensor:
-        return torch.isin(self.tokens(number), self._special)
+        return self.is_special(self.tokens(number))
 
     def _compute(self, number: int) -> Tensor:
         """Run the transformer over the windows of a shard."""

@@ -4,7 +4,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,8 @@ class Transformer:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Speed at which `activations` ran so far; None if it did not run."""
-        return self._n_tokens / self._seconds if self._n_tokens else None
+        """Speed at which `activations` ran so far; None if it did not run, or for no measurable time."""
+        return self._n_tokens / self._seconds if self._seconds else None
 
     @torch.no_grad()
     def activations(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -105,25 +105,46 @@ class Transformer:
         return result
 
     @torch.no_grad()
-    def cross_entropy(self, tokens: Tensor, replace: Callable[[Tensor], Tensor] | None = None) -> float:
-        """Mean loss of predicting the next token of windows [n, context], in nats.
+    def cross_entropy(
+        self, tokens: Tensor, counted: Tensor, replace: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Losses of predicting the next token, in nats, one for each prediction that a counted token makes.
 
-        `replace` maps what passes the hook, [n, context, d_in], to what passes in its place; None leaves it as it is.
+        Parameters
+        ----------
+        tokens : Tensor, shape [n, context]
+            Windows of token ids. The last token of a window makes no prediction.
+        counted : Tensor, shape [n, context], bool
+            The tokens whose predictions count, and whose activations at the hook are replaced.
+        replace : callable, optional
+            Maps activations of counted tokens, [n_counted, d_in] in float32, to what passes in their place; called once
+            for each forward pass. Activations of other tokens always pass as they are.
+
+        Returns
+        -------
+        Tensor, shape [n_predictions], float32
+            On the CPU, in the order of the tokens.
         """
 
-        def put(value: Tensor, hook: Any) -> Tensor:
+        def put(value: Tensor, hook: Any, here: Tensor) -> Tensor:
             assert replace is not None
-            return replace(value).to(value.dtype)
+            result = value.clone()
+            result[here] = replace(value[here].float()).to(value.dtype)
+            return result
 
-        hooks = [] if replace is None else [(self.config.hook, put)]
-        total = 0.0
+        is_needed = counted.any(dim=1)
+        tokens, counted = tokens[is_needed].long().to(self.device), counted[is_needed].to(self.device)
+        losses = [torch.zeros(0)]
         bridge = self.bridge
         with self._lock:
-            for batch in tokens.long().to(self.device).split(self.config.batch_size):
+            for first in range(0, len(tokens), self.config.batch_size):
+                batch, here = (part[first : first + self.config.batch_size] for part in (tokens, counted))
+                hooks = [] if replace is None else [(self.config.hook, partial(put, here=here))]
                 logits = bridge.run_with_hooks(batch, fwd_hooks=hooks, return_type="logits")
-                loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
-                total += loss.item() * batch.shape[0]
-        return total / tokens.shape[0]
+                predicts = here[:, :-1]
+                loss = cross_entropy(logits[:, :-1][predicts].float(), batch[:, 1:][predicts], reduction="none")
+                losses.append(loss.cpu())
+        return torch.cat(losses)
 
     @cached_property
     def bridge(self) -> Any:

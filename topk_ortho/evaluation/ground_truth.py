@@ -11,7 +11,7 @@ from topk_ortho.activations.hierarchy import HierarchicalFeatures
 @torch.no_grad()
 def ground_truth_metrics(
     W_dec: Tensor, features: Tensor, truth: HierarchicalFeatures, coefficients: Tensor, *, min_samples: int = 10
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Agreement of a dictionary with the true features, and absorption.
 
     Features are matched to true ones one to one, so that the sum of the cosines of their directions is largest. A true
@@ -28,11 +28,12 @@ def ground_truth_metrics(
     coefficients : Tensor, shape [n, n_true]
         Amounts of the true features in the same samples; above 0 is on.
     min_samples : int, default 10
-        A parent and its child count for absorption only if the child is on, and the parent alone, in so many samples.
+        A parent and its child count for absorption only if the child is on, and the parent alone, in so many samples,
+        and in at least one.
 
     Returns
     -------
-    dict of str to float
+    dict of str to float or None
         - ``mcc``, ``mcc_parent``, ``mcc_child``: mean matched cosine of all true features, of parents, of children;
         - ``f1``: mean over true features of the F1 score of firing against being on;
         - ``parent_recall``: mean over parents of P(feature fires | parent on);
@@ -40,8 +41,8 @@ def ground_truth_metrics(
         - ``excess_absorption``: that minus P(parent's feature is silent | parent on without a child), over the same
           pairs: the plain rate counts ordinary misses too.
 
-        True features that are never on are left out of f1 and parent_recall, and a mean over nothing (no parents, too
-        few samples) is left out of the result.
+        True features that are never on are left out of f1 and parent_recall. A mean over nothing (no parents, too few
+        samples) is None.
     """
     on = coefficients > 0
     cosine = normalize(truth.directions, dim=1) @ normalize(W_dec.float(), dim=1).T
@@ -61,7 +62,7 @@ def ground_truth_metrics(
     n_child_on, n_alone = child_on.sum(dim=0), alone.sum(dim=0)
     absorption = (child_on & silent).sum(dim=0) / n_child_on
     missed = (alone & silent).sum(dim=0) / n_alone
-    enough = (n_child_on >= min_samples) & (n_alone >= min_samples)
+    enough = torch.minimum(n_child_on, n_alone) >= max(1, min_samples)
 
     parts = {
         "mcc": matched_cosine,
@@ -72,4 +73,4 @@ def ground_truth_metrics(
         "absorption_rate": absorption[enough],
         "excess_absorption": (absorption - missed)[enough],
     }
-    return {name: part.mean().item() for name, part in parts.items() if part.numel()}
+    return {name: part.mean().item() if part.numel() else None for name, part in parts.items()}

@@ -8,11 +8,12 @@ from topk_ortho.evaluation.ground_truth import ground_truth_metrics
 from topk_ortho.sae import ActiveFeatures, SparseAutoencoder
 
 
-def source_metrics(sae: SparseAutoencoder, source: ActivationSource, shards: list[int]) -> dict[str, float]:
+def source_metrics(sae: SparseAutoencoder, source: ActivationSource, shards: list[int]) -> dict[str, float | None]:
     """Metrics that only this kind of source allows, on some of its shards.
 
     Synthetic activations are compared with their true features, see `ground_truth_metrics`. A transformer is run with
-    reconstructions in place of its activations, see `cross_entropy_metrics`. Any other source allows none.
+    reconstructions in place of its activations, see `cross_entropy_metrics`. Any other source
+    allows none. What is not defined on these shards is None.
     """
     if isinstance(source, SyntheticActivations):
         x, coefficients = (torch.cat(parts) for parts in zip(*map(source.sample, shards), strict=True))

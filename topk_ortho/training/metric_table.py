@@ -88,14 +88,14 @@ METRICS = [
     Metric(
         "ce_loss_recovered",
         "How well the language model predicts with the reconstruction in place of its activations: 1 as before, "
-        "0 as if they were removed.",
+        "0 as if they were removed. Special tokens keep theirs, and their predictions do not count.",
         "CE loss recovered", "{ce_loss_recovered:.3f}", "higher",
         "Loss {ce_loss_clean:.3f}, reconstructed {ce_loss_reconstructed:.3f}, removed {ce_loss_ablated:.3f}.",
         is_optional=True,
     ),
-    Metric("ce_loss_clean", "Cross-entropy of the language model as it is, in nats for a token."),
+    Metric("ce_loss_clean", "Cross-entropy of the language model as it is, in nats for a prediction."),
     Metric("ce_loss_reconstructed", "The same with reconstructions in place of activations."),
-    Metric("ce_loss_ablated", "The same with the activations' mean in their place."),
+    Metric("ce_loss_ablated", "The same with the activations' mean over all these tokens in their place."),
     Metric(
         "absorption_rate",
         "How often a parent's feature is silent, though the parent is there, because one of its children is too.",
