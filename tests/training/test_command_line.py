@@ -159,6 +159,17 @@ def test_whole_run(tmp_path):
     assert "Explained variance" in process.stdout
 
 
+def test_a_run_on_three_samples_measures_what_it_can(tmp_path, monkeypatch, capsys):
+    tiny = ["--preset", "toy-hierarchy", "--steps", 1, "--batch-size", 1, "--synthetic.n-tokens", 3]
+    run([*tiny, "--synthetic.n-independent", 500, "--out-dir", tmp_path], monkeypatch)
+    summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["explained_variance"] is summary["absorption_rate"] is None
+    shown = {line.strip().split("  ")[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    for title in ("Explained variance", "Absorption rate"):
+        assert "not measured" in shown[title]
+    assert "Excess absorption</dt>" in (tmp_path / "report.html").read_text("utf-8")
+
+
 @pytest.mark.parametrize("preset", ["gemma-2-2b", "seed-baseline"])
 def test_the_hub_presets_with_a_small_local_model(preset, tmp_path, monkeypatch, capsys):
     directory = save_tiny_gemma(tmp_path / "model")

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -36,6 +37,19 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     assert set(events.Tags()["scalars"]) == {"step", "loss"}
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([1.0, 0.5, 1 / 3])
+
+
+def test_what_is_not_defined_goes_nowhere(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with tensorboard(tmp_path, 0) as log:
+        log({"step": 1, "loss": math.nan, "fvu": math.inf, "tau": None, "l0": 2})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"step", "l0"}
+    with json_lines(tmp_path / "metrics.jsonl", 0) as log, pytest.raises(ValueError, match="JSON"):
+        log({"step": 1, "loss": math.nan})  # it is no JSON
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_wandb_gets_the_numbers_and_keeps_its_identity(tmp_path, monkeypatch):

@@ -27,3 +27,10 @@ def test_optional_headlines_follow_and_details_need_all_their_values():
     assert [line.metric.title for line in lines] == [*ALWAYS, "MCC", "F1"]
     details = {line.metric.title: line.detail for line in lines if line.detail}
     assert details == {"Dead features": "There are 2,048."}
+
+
+def test_an_optional_metric_that_is_not_defined_is_named():
+    lines = list(headlines({"ce_loss_recovered": None, "ce_loss_clean": 3.2, "absorption_rate": float("nan")}))
+    assert [(line.metric.title, line.value) for line in lines[len(ALWAYS) :]] == [
+        ("CE loss recovered", "not measured"), ("Absorption rate", "not measured"),
+    ]  # fmt: skip

@@ -317,6 +317,25 @@ def test_minimal_run(tmp_path):
     assert setup["Training"] == "An unknown number of steps."
 
 
+def test_null_everywhere(tmp_path):
+    summary = {name: None for name in SUMMARY if name != "versions"}
+    rows = [
+        {name: None for row in full_rows() for name in row},
+        *(dict.fromkeys(row) | {"step": row["step"]} for row in full_rows()),
+    ]
+    page = Page(write_run(tmp_path, summary=summary, rows=rows) / "report.html")
+    tiles = {term: text[0] for term, text in page.described().items() if len(text) == 3}
+    assert tiles == dict.fromkeys(
+        [
+            "Explained variance", "L0", "Dead features", "Mean max decoder cosine", "Training tokens/s",
+            "CE loss recovered", "Absorption rate", "Excess absorption", "Parent recall", "MCC", "F1",
+        ],
+        "not measured",
+    )  # fmt: skip
+    assert page.table("Measurements") == dict.fromkeys(summary, "not measured")
+    assert not page.all("img")
+
+
 @pytest.mark.parametrize("rows", [[], [{"step": 25}]], ids=["no_line", "a_line_without_values"])
 def test_no_figures_where_there_is_nothing_to_draw(tmp_path, rows):
     page = Page(write_run(tmp_path, rows=rows) / "report.html")
@@ -326,8 +345,10 @@ def test_no_figures_where_there_is_nothing_to_draw(tmp_path, rows):
 
 def test_a_value_that_is_not_finite_counts_as_missing(tmp_path):
     rows = [row | {"l0": math.nan, "held_out_l0": math.inf, "dead_fraction": None} for row in full_rows()]
-    page = Page(write_run(tmp_path, summary=SUMMARY | {"l0": math.nan}, rows=rows) / "report.html")
+    page = Page(write_run(tmp_path, summary=SUMMARY | {"l0": math.nan, "seconds": math.nan}, rows=rows) / "report.html")
     assert page.described()["L0"][0] == "not measured"
+    assert page.table("Measurements")["l0"] == "not measured"
+    assert page.described()["Training"][0].endswith("seed 0. It ran on cpu.")
     assert len(page.all("img")) == len(FIGURES) - 1
 
 

@@ -13,6 +13,7 @@ import torch
 from tests.activations.sources import MemorySource, sparse_mixtures
 from topk_ortho import topk_ortho_loss
 from topk_ortho.activations.batches import Batches
+from topk_ortho.activations.source import split_shards
 from topk_ortho.sae import ActiveFeatures
 from topk_ortho.training.build import build_sae, resolve_device
 from topk_ortho.training.checkpoint import checkpoints, load_checkpoint
@@ -111,6 +112,68 @@ def test_what_a_run_leaves(open_trainer, out_dir):
     assert all(0 <= line["pair_jaccard"] <= 1 for line in log[1:])
     assert [line["tokens"] for line in log] == [2000, 4000, 6000]
     assert summary["explained_variance"] == log[-1]["explained_variance"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_is_measured_on_held_out_tokens_does_not_depend_on_the_batch_size(architecture, open_trainer, tmp_path):
+    measured = []
+    for batch_size in (7, 100):
+        out_dir = tmp_path / str(batch_size)
+        trainer = open_trainer(
+            sae={"architecture": architecture},
+            penalty={"target": "activations"},
+            batch_size=batch_size,
+            steps=1,
+            lr=1e-30,  # the dictionary stays as it is
+            held_out_tokens=1000,
+            out_dir=out_dir,
+        )
+        trainer.sae.observe = lambda features: None  # the threshold of BatchTopK too
+        summary = trainer.fit()
+        numbers = {name: summary[name] for name in ("l0", "penalty", "pair_threshold", "mean_max_decoder_cosine")}
+        names = ("explained_variance", "normalized_mse", "held_out_l0", "density_histogram")
+        measured.append(numbers | {name: lines(out_dir)[-1][name] for name in names})
+    assert measured[0] == measured[1]
+    assert measured[0]["penalty"] > 0
+
+
+def strictly(text):
+    """JSON as its standard has it, without NaN and Infinity."""
+    return json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+
+
+def test_equal_held_out_tokens_leave_explained_variance_undefined(open_trainer, source, out_dir):
+    shards = list(source.shards)
+    for number in split_shards(source, 200, seed=0)[0]:
+        shards[number] = torch.full_like(shards[number], 0.3)
+    summary = open_trainer(MemorySource(shards), steps=4, checkpoint_every=2, keep_checkpoints=1).fit()
+    assert summary["explained_variance"] is None
+    assert strictly((out_dir / "summary.json").read_text())["explained_variance"] is None
+    assert [strictly(line)["explained_variance"] for line in (out_dir / "metrics.jsonl").read_text().splitlines()] == (
+        [None] * 2
+    )
+    assert summary["normalized_mse"] > 0
+    assert [path.name for path in checkpoints(out_dir / "checkpoints")] == ["step-00000004"], "none is the best"
+
+
+def test_a_clock_that_stands_still_gives_no_speed(open_trainer, out_dir, monkeypatch):
+    monkeypatch.setattr("time.perf_counter", lambda: 1.0)
+    summary = open_trainer(steps=2).fit()
+    assert summary["tokens_per_second"] is lines(out_dir)[-1]["tokens_per_second"] is None
+    assert summary["seconds"] == lines(out_dir)[-1]["sae_ms"] == 0
+
+
+def test_pairs_kept_of_none_are_undefined(open_trainer, out_dir):
+    open_trainer(penalty={"tau": 0.999}).fit()
+    assert [line["pair_jaccard"] for line in lines(out_dir)] == [None] * 3
+
+
+def test_held_out_shards_without_tokens_are_refused(open_trainer):
+    shards = [torch.randn(50, 16)] * 2
+    (held_out,), _ = split_shards(MemorySource(shards), 200, seed=0)
+    shards[held_out] = torch.zeros(0, 16)
+    with pytest.raises(ValueError, match="memory: the shards that are held out have no tokens"):
+        open_trainer(MemorySource(shards))
 
 
 def test_lines_without_an_evaluation_are_short(open_trainer, out_dir):
@@ -379,9 +442,11 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_the_run_goes_on(open_tr
     assert (out_dir / "summary.json").exists()
 
 
-def test_activations_without_variance_are_refused(open_trainer):
-    with pytest.raises(ValueError, match=r"all activations at memory are equal"):
-        open_trainer(MemorySource([torch.ones(50, 16).half()] * 8))
+@pytest.mark.parametrize("rounding", [0.0, 1e-7])
+def test_activations_without_variance_are_refused(rounding, open_trainer):
+    shards = [1 + rounding * torch.randn(50, 16) for _ in range(8)]
+    with pytest.raises(ValueError, match=r"all activations at memory are equal up to rounding"):
+        open_trainer(MemorySource(shards))
 
 
 def test_ctrl_c_while_activations_are_made_ends_their_thread(open_trainer, monkeypatch):
@@ -404,6 +469,17 @@ def test_divergence_is_loud_and_leaves_no_result(target, what, open_trainer, out
     with pytest.raises(FloatingPointError, match=f"training diverged by step .*{what}.* lower lr"):
         trainer.fit()
     assert {path.name for path in out_dir.iterdir()} == {".lock", "config.json", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("target", "what"),
+    [("none", "'explained_variance': (nan|-inf)"), ("activations", "(NaN|exceed|explained_variance)")],
+)
+def test_divergence_in_the_last_step_is_loud(target, what, open_trainer, out_dir):
+    trainer = open_trainer(lr=1e30, steps=1, penalty={"target": target}, warmup_fraction=0.0, clip_norm=None)
+    with pytest.raises(FloatingPointError, match=f"training diverged by step 1: .*{what}.* lower lr"):
+        trainer.fit()
+    assert not (out_dir / "summary.json").exists()
 
 
 def test_penalty_separates_the_decoder(open_trainer, tmp_path):

@@ -1,50 +1,60 @@
-"""Metrics of a dictionary that every source of activations allows."""
+"""Metrics of a dictionary that every source of activations allows. A metric that divides by nothing is None."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from topk_ortho.activations.source import mean_and_variance
 from topk_ortho.sae import SparseAutoencoder, firing_counts
 
+_TOKENS_AT_A_TIME = 1_024
 _LOG10_EDGES = [-6 + 0.25 * n for n in range(25)]
 
 
 @torch.no_grad()
-def evaluate(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> dict[str, Any]:
-    """Reconstruction and sparsity over all the batches [batch, d_in].
+def evaluate(sae: SparseAutoencoder, activations: Tensor) -> dict[str, Any]:
+    """Reconstruction and sparsity on activations [n, d_in], which may be on another device than the SAE.
 
-    - ``explained_variance = 1 - sum ||x - x_rec||**2 / sum ||x - mean(x)||**2``;
-    - ``normalized_mse = sum ||x - x_rec||**2 / sum ||x||**2``;
+    - ``explained_variance = 1 - sum ||x - x_rec||**2 / sum ||x - mean(x)||**2``, None if the activations are all equal
+      up to rounding, see `mean_and_variance`;
+    - ``normalized_mse = sum ||x - x_rec||**2 / sum ||x||**2``, None if the activations are all 0;
     - ``l0``, the mean number of features above 0 for a token;
     - ``density_histogram``: numbers of features by log10 of the share of tokens on which they fire, between the edges
       (what lies outside is counted in the first or last), and of features that are silent.
+
+    All are None if there is no token.
     """
-    n_tokens = 0
+    n_tokens = len(activations)
+    if n_tokens == 0:
+        return dict.fromkeys(("explained_variance", "normalized_mse", "l0", "density_histogram"))
     squared_error = squared_norm = 0.0
-    total = torch.zeros(1, dtype=torch.float64)
     counts = torch.zeros(sae.n_features, dtype=torch.int64)
-    for x in batches:
+    for part in activations.split(_TOKENS_AT_A_TIME):
+        x = part.to(sae.W_dec.device).float()
         output = sae(x)
-        n_tokens += x.shape[0]
         counts += firing_counts(output.features).cpu()
         squared_error += (x - output.reconstruction).double().square().sum().item()
         squared_norm += x.double().square().sum().item()
-        total = total + x.double().sum(dim=0).cpu()
-    squared_deviation = squared_norm - total.square().sum().item() / n_tokens
+    _, variance = mean_and_variance(activations)
+    unexplained = ratio(squared_error, n_tokens * variance)
     return {
-        "explained_variance": 1 - squared_error / squared_deviation,
-        "normalized_mse": squared_error / squared_norm,
+        "explained_variance": None if unexplained is None else 1 - unexplained,
+        "normalized_mse": ratio(squared_error, squared_norm),
         "l0": counts.sum().item() / n_tokens,
         "density_histogram": _density_histogram(counts, n_tokens),
     }
 
 
 @torch.no_grad()
-def mean_max_cosine(W_dec: Tensor) -> float:
-    """Mean over the directions in W_dec [n_features, d_in] of the largest signed cosine to another direction."""
+def mean_max_cosine(W_dec: Tensor) -> float | None:
+    """Mean over the directions in W_dec [n_features, d_in] of the largest signed cosine to another direction.
+
+    It is None if there are fewer than two.
+    """
+    if len(W_dec) < 2:
+        return None
     # no public op returns these cosines: `max_cosine_loss` is their mean square
     W_hat = normalize(W_dec.float(), dim=1)
     largest = []
@@ -54,6 +64,11 @@ def mean_max_cosine(W_dec: Tensor) -> float:
         cosine[own, first * 1024 + own] = -1.0
         largest.append(cosine.amax(dim=1))
     return torch.cat(largest).mean().item()
+
+
+def ratio(numerator: float, denominator: float) -> float | None:
+    """The numerator divided by the denominator; None if the denominator is 0."""
+    return numerator / denominator if denominator else None
 
 
 def _density_histogram(counts: Tensor, n_tokens: int) -> dict[str, Any]:

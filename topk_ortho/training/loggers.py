@@ -12,6 +12,7 @@ from typing import Any
 
 from topk_ortho.activations.files import write_whole
 from topk_ortho.training.config import TrainConfig
+from topk_ortho.training.metric_table import is_number
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -32,7 +33,7 @@ def json_lines(path: Path, step: int) -> Iterator[Log]:
             break
     write_whole(path, "".join(kept))
     with path.open("a") as file:
-        yield lambda metrics: print(json.dumps(metrics), file=file, flush=True)
+        yield lambda metrics: print(json.dumps(metrics, allow_nan=False), file=file, flush=True)
 
 
 @contextmanager
@@ -99,4 +100,4 @@ def open_loggers(config: TrainConfig, folder: Path, step: int) -> Iterator[Log]:
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    return {name: value for name, value in metrics.items() if is_number(value)}

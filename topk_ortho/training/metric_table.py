@@ -1,4 +1,7 @@
-"""Every number that a run reports, with its name and meaning: for the terminal, the report and TRAINING.md."""
+"""Every number that a run reports, with its name and meaning: for the terminal, the report and TRAINING.md.
+
+A number that is not defined, such as a share of nothing, is null in the files, and "not measured" for readers.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -20,7 +23,7 @@ class Metric(NamedTuple):
     detail: str = ""
     """What a headline adds, a format of the summary, left out if the summary lacks a value"""
     is_optional: bool = False
-    """Whether a headline without a value is left out, because only some sources allow the metric"""
+    """Whether a headline is left out if the summary lacks the metric, because only some sources allow it"""
 
 
 class Headline(NamedTuple):
@@ -43,7 +46,11 @@ METRICS = [
     ),
     Metric("sparsity", "The sparsity term of the loss, unweighted."),
     Metric("auxiliary", "What dead features leave of the residual, relative to the variance; unweighted."),
-    Metric("penalty", "The penalty on similar features, unweighted."),
+    Metric(
+        "penalty",
+        "The penalty on similar features, unweighted. Activations are compared over the batch, in the summary over "
+        "1,024 held-out tokens.",
+    ),
     Metric("penalty_weight", "Weight of the penalty in the step; 0 in a step that goes without."),
     Metric("gradient_norm", "Norm of the gradient before it is clipped."),
     Metric(
@@ -71,9 +78,16 @@ METRICS = [
         "a double.",
         "Mean max decoder cosine", "{mean_max_decoder_cosine:.3f}", "lower",
     ),
-    Metric("pair_threshold", "Similarity of the least similar pair that is penalised, the k-th."),
+    Metric(
+        "pair_threshold",
+        "Similarity of the least similar pair that is penalised, the k-th. Activations are compared over 1,024 "
+        "held-out tokens.",
+    ),
     Metric("tau", "Cosine that a pair must exceed to be penalised, if there is such a number."),
-    Metric("pair_jaccard", "Share of the penalised pairs that two successive evaluations have in common."),
+    Metric(
+        "pair_jaccard",
+        "Share of the penalised pairs that two successive evaluations have in common, if there are any.",
+    ),
     Metric(
         "tokens_per_second",
         "Tokens learned from in a second, the penalty included.",
@@ -130,7 +144,7 @@ def headlines(summary: Mapping[str, Any]) -> Iterator[Headline]:
     """The metrics that sum up a finished run: those that every run measures first, then those that only some do."""
     for metric in sorted((metric for metric in METRICS if metric.title), key=lambda metric: metric.is_optional):
         value = _filled(metric.value, summary)
-        if value or not metric.is_optional:
+        if value or metric.key in summary or not metric.is_optional:
             yield Headline(metric, value or "not measured", _filled(metric.detail, summary))
 
 

@@ -85,9 +85,9 @@ class PairStability:
         self._last: TopKPairs | None = None
 
     def jaccard_with_last(self, pairs: TopKPairs) -> float | None:
-        """`pair_jaccard` with the pairs of the last call, None at the first."""
+        """`pair_jaccard` with the pairs of the last call; None at the first, and if neither has a pair to share."""
         last, self._last = self._last, pairs
-        if last is None:
+        if last is None or last.rows.numel() == pairs.rows.numel() == 0:
             return None
         device = pairs.rows.device
         return pair_jaccard(last._replace(rows=last.rows.to(device), cols=last.cols.to(device)), pairs)

@@ -94,14 +94,15 @@ def write_report(out_dir: Path) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": _number, "duration": _duration}
+    environment.tests["number"] = is_number  # jinja's own takes NaN for one
     versions = summary.pop("versions", None) or {}
     page = environment.get_template("report.html.jinja").render(
         config=config,
         summary=summary,
         headlines=list(headlines(summary)),
         figures=figures,
-        settings=_readable(config),
-        measurements=_readable(summary),
+        settings=_readable(config, missing="null"),
+        measurements=_readable(summary, missing="not measured"),
         versions=versions,
     )
     (out_dir / "report.html").write_text(page, "utf-8")
@@ -112,7 +113,9 @@ def _read_rows(path: Path, *, penalised: bool) -> list[_Row]:
     rows = {}
     for line in path.read_text("utf-8").splitlines():
         row = json.loads(line)
-        if row.get("explained_variance") is not None:
+        if not is_number(row.get("step")):
+            continue
+        if is_number(row.get("explained_variance")):
             row["held_out_fvu"] = 1 - row["explained_variance"]
         if not penalised:
             row |= dict.fromkeys(("penalty", "penalty_ms"))  # the zeros of a penalty that is off say nothing
@@ -120,12 +123,17 @@ def _read_rows(path: Path, *, penalised: bool) -> list[_Row]:
     return [rows[step] for step in sorted(rows)]
 
 
-def _readable(tree: dict[str, Any]) -> dict[str, str]:
-    """Nested values as text, by their dotted names."""
-    return {
-        name: value if isinstance(value, str) else f"{value:,}" if is_number(value) else json.dumps(value)
-        for name, value in flatten(tree).items()
-    }
+def _readable(tree: dict[str, Any], *, missing: str) -> dict[str, str]:
+    """Nested values as text, by their dotted names; what is null or not finite is called `missing`."""
+
+    def as_text(value: Any) -> str:
+        if isinstance(value, str):
+            return value
+        if is_number(value):
+            return f"{value:,}"
+        return missing if value is None or isinstance(value, float) else json.dumps(value)
+
+    return {name: as_text(value) for name, value in flatten(tree).items()}
 
 
 def _number(value: Any) -> str:

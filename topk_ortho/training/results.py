@@ -31,5 +31,6 @@ def save_results(config: TrainConfig, folder: Path, sae: SparseAutoencoder, summ
         "torch": torch.__version__,
         "topk_ortho": version("topk-ortho"),
     }
-    write_whole(folder / "summary.json", json.dumps(summary | {"versions": versions}, indent=2) + "\n")
+    text = json.dumps(summary | {"versions": versions}, indent=2, allow_nan=False) + "\n"
+    write_whole(folder / "summary.json", text)
     write_report(folder)

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from topk_ortho.activations.batches import Batches, Stopped
 from topk_ortho.activations.files import write_whole
 from topk_ortho.activations.source import ActivationSource, generator_of, mean_and_variance, split_shards
-from topk_ortho.evaluation import evaluate, mean_max_cosine, source_metrics
+from topk_ortho.evaluation import evaluate, mean_max_cosine, ratio, source_metrics
 from topk_ortho.sae import ActiveFeatures, SAEOutput, SparseAutoencoder, firing_counts, keep_normalized
 from topk_ortho.training.build import build_sae, resolve_device
 from topk_ortho.training.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint
@@ -37,6 +37,8 @@ from topk_ortho.training.schedules import decay, warmup
 from topk_ortho.training.stopwatch import Stopwatch, peak_memory_bytes
 
 _SAVED_NUMBERS = ("variance", "scale", "seconds", "best")
+_PENALISED_TOKENS = 1_024
+"""Held-out tokens over which activations are compared: how similar they are depends on how many tokens there are."""
 
 
 class StepResult(NamedTuple):
@@ -87,6 +89,8 @@ class Trainer:
 
         self.held_out_shards, training = split_shards(source, config.held_out_tokens, config.seed)
         self.held_out = torch.cat([source.shard(number) for number in self.held_out_shards])
+        if len(self.held_out) == 0:
+            raise ValueError(f"{source.name}: the shards that are held out have no tokens, so nothing can be measured")
         self.batches = Batches(source, training, config.batch_size, config.buffer_tokens, config.seed, self.step)
 
         self.sae = build_sae(config.sae, source.d_in, self.generator).to(self.device)
@@ -198,7 +202,7 @@ class Trainer:
         )
 
     def metrics(self, result: StepResult) -> dict[str, Any]:
-        """The values that every line of metrics.jsonl has; waits for the device."""
+        """The values that every line of metrics.jsonl has, None for what is not defined; waits for the device."""
         terms = {name: float(value) for name, value in result._asdict().items() if name != "features"}
         if not all(map(math.isfinite, terms.values())):
             raise FloatingPointError(self._diverged(str(terms)))
@@ -212,30 +216,40 @@ class Trainer:
             "l0": firing_counts(result.features).sum().item() / self.config.batch_size,
             **terms,
             "dead_fraction": self.dead_features.n_dead(self._n_tokens) / self.config.sae.n_features,
-            "tokens_per_second": n_steps * self.config.batch_size / sum(seconds.values()),
-            **{f"{part}_ms": 1e3 * seconds.get(part, 0.0) / n_steps for part in ("data", "sae", "penalty")},
+            "tokens_per_second": ratio(n_steps * self.config.batch_size, sum(seconds.values())),
+            **{f"{part}_ms": ratio(1e3 * seconds.get(part, 0.0), n_steps) for part in ("data", "sae", "penalty")},
             "memory_bytes": peak_memory_bytes(self.device),
         }
 
     def evaluation(self) -> dict[str, Any]:
-        """How good the dictionary is now, measured on held-out tokens.
+        """How good the dictionary is now, measured on held-out tokens; None for what is not defined on them.
 
-        `pair_jaccard` compares the most similar pairs with those of the evaluation before.
+        `pair_jaccard` compares the most similar pairs with those of the evaluation before. No value depends on the
+        batch size of the training or of the transformer.
+
+        Raises
+        ------
+        FloatingPointError
+            If a value is NaN or infinite, as after a step that diverged.
         """
         sae = self.inference_sae()
-        measured = evaluate(sae, self._held_out_batches())
-        pairs = self.penalty.select(sae, sae.encode(next(self._held_out_batches())))
-        return {
-            "explained_variance": measured["explained_variance"],
-            "normalized_mse": measured["normalized_mse"],
-            "held_out_l0": measured["l0"],
-            "mean_max_decoder_cosine": mean_max_cosine(sae.W_dec),
-            "pair_threshold": pairs.threshold.item(),
-            "pair_jaccard": self.pairs.jaccard_with_last(pairs),
-            "tau": pairs.tau,
-            "density_histogram": measured["density_histogram"],
-            **source_metrics(sae, self.source, self.held_out_shards),
-        }
+        with self._divergence_is_named():
+            measured = evaluate(sae, self.held_out)
+            pairs = self.penalty.select(sae, sae.encode(self._penalised_tokens()))
+            metrics = {
+                "explained_variance": measured["explained_variance"],
+                "normalized_mse": measured["normalized_mse"],
+                "held_out_l0": measured["l0"],
+                "mean_max_decoder_cosine": mean_max_cosine(sae.W_dec),
+                "pair_threshold": pairs.threshold.item(),
+                "pair_jaccard": self.pairs.jaccard_with_last(pairs),
+                "tau": pairs.tau,
+                "density_histogram": measured["density_histogram"],
+            }
+        not_finite = {name: x for name, x in metrics.items() if isinstance(x, float) and not math.isfinite(x)}
+        if not_finite:
+            raise FloatingPointError(self._diverged(str(not_finite)))
+        return metrics | source_metrics(sae, self.source, self.held_out_shards)
 
     def inference_sae(self) -> SparseAutoencoder:
         """A copy of the SAE in eval mode, for activations as the source gives them."""
@@ -286,18 +300,19 @@ class Trainer:
             setattr(self, name, checkpoint.values[name])
 
     def _summary(self, evaluation: dict[str, Any]) -> dict[str, Any]:
-        """The run in numbers, from its last evaluation."""
+        """The run in numbers, from its last evaluation; None for what is not defined."""
         penalty = 0.0
         if self.config.penalty.target != "none":
-            features = self.sae.encode(next(self._held_out_batches()) * self.scale)
-            penalty = self.penalty(self.sae, features, self.dead_features.firing_rate).value.item()
+            sae = self.inference_sae()
+            features = sae.encode(self._penalised_tokens())
+            penalty = self.penalty(sae, features, self.dead_features.firing_rate).value.item()
         n_dead = self.dead_features.n_dead(self._n_tokens)
         of_the_moment = ("density_histogram", "pair_jaccard", "tau", "held_out_l0")
         return {
             "steps": self.step,
             "tokens": self._n_tokens,
             "seconds": self.seconds,
-            "tokens_per_second": self._n_tokens / self.seconds,
+            "tokens_per_second": ratio(self._n_tokens, self.seconds),
             "transformer_tokens_per_second": self.source.tokens_per_second,
             "l0": evaluation["held_out_l0"],
             **{name: value for name, value in evaluation.items() if name not in of_the_moment},
@@ -325,12 +340,9 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_on)
 
     def _penalty(self, features: Tensor | ActiveFeatures) -> PenaltyTerm:
-        try:
-            with self.stopwatch.measure("penalty"):
-                term: PenaltyTerm = self.penalty(self.sae, features, self.dead_features.firing_rate)
-                return term
-        except ValueError as error:  # the config is checked, so only NaN, Inf and overflow are left
-            raise FloatingPointError(self._diverged(str(error))) from error
+        with self._divergence_is_named(), self.stopwatch.measure("penalty"):
+            term: PenaltyTerm = self.penalty(self.sae, features, self.dead_features.firing_rate)
+            return term
 
     def _descend(self, loss: Tensor, term: PenaltyTerm | None, weight: float) -> Tensor:
         """Move the weights against the gradient of the loss and the weighted penalty; returns the gradient's norm."""
@@ -350,15 +362,25 @@ class Trainer:
         """Take scale, total variance and the SAE's centre from the first tokens that are shuffled together."""
         mean, variance = mean_and_variance(self.batches.pool)
         if variance == 0:
-            raise ValueError(f"all activations at {self.source.name} are equal: there is nothing to learn")
+            raise ValueError(
+                f"all activations at {self.source.name} are equal up to rounding: there is nothing to learn"
+            )
         if self.config.sae.normalize_activations == "rms":
             self.scale = (self.source.d_in / (variance + mean.square().sum().item())) ** 0.5
         self.variance = variance * self.scale**2
         self.sae.b_dec.data.copy_(mean * self.scale)
 
-    def _held_out_batches(self) -> Iterator[Tensor]:
-        """Held-out activations as the source gives them, [<= batch_size, d_in], float32, on the device."""
-        return (x.to(self.device).float() for x in self.held_out.split(self.config.batch_size))
+    def _penalised_tokens(self) -> Tensor:
+        """The held-out tokens [n, d_in] over which activations are compared, float32, on the device."""
+        return self.held_out[:_PENALISED_TOKENS].to(self.device).float()
+
+    @contextmanager
+    def _divergence_is_named(self) -> Iterator[None]:
+        """Name the cause of errors that NaN, Inf and overflow bring about, as only divergence leads to these."""
+        try:
+            yield
+        except ValueError as error:
+            raise FloatingPointError(self._diverged(str(error))) from error
 
     def _diverged(self, what: str) -> str:
         return f"training diverged by step {self.step}: {what}; a lower lr may help"
