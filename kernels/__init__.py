@@ -1,4 +1,4 @@
-"""Triton kernels of the package, installed as ``topk_ortho.kernels``.
+"""Triton kernels of the package, imported as ``topk_ortho.kernels``.
 
 A kernel takes tensors and writes tensors; it knows nothing of backends, losses or policy. Each file of a kernel opens
 with its equation, shapes and dtypes, and ends with the launcher that a backend calls. `tiles` is device code that the

@@ -1,7 +1,8 @@
 """The core needs nothing but torch, triton and numpy. Which part may import which is checked by `make lint`."""
 
 import ast
-import importlib.metadata
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,8 +29,10 @@ def test_core_imports_core_dependencies_only(path):
     assert roots <= {"torch", "triton", "numpy", "topk_ortho"} | sys.stdlib_module_names
 
 
-def run_python(code, *flags, cwd):
-    return subprocess.run([sys.executable, *flags, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+def run_python(code, *flags, cwd, arguments=(), environment=None):
+    command = [sys.executable, *flags, "-c", code, *arguments]
+    environment = os.environ | (environment or {})
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_import_needs_only_the_core_and_prints_nothing():
@@ -65,25 +68,79 @@ def test_public_names():
     assert all(hasattr(topk_ortho, name) for name in topk_ortho.__all__)
 
 
-def _is_installed():
-    try:
-        importlib.metadata.distribution("topk-ortho")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not _is_installed(), reason="the mapping of kernels/ is made by the installation")
 def test_kernels_folder_is_a_subpackage(tmp_path):
     """`topk_ortho.kernels` is kernels/, and the top-level name stays free for the package of that name."""
     code = """
-import importlib.util, pathlib, topk_ortho.kernels
+import importlib.util, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import topk_ortho.kernels
 print(pathlib.Path(topk_ortho.kernels.__file__).parent)
+sys.path.remove(sys.argv[1])
 spec = importlib.util.find_spec("kernels")
 print(None if spec is None else spec.origin)
 """
-    result = run_python(code, "-I", cwd=tmp_path)
+    result = run_python(code, "-I", cwd=tmp_path, arguments=[str(ROOT)])
     assert result.returncode == 0, result.stderr
     mapped, free = result.stdout.splitlines()
-    assert mapped.endswith("kernels")
+    assert Path(mapped) == ROOT / "kernels"
     assert free == "None" or "site-packages" in free
+
+
+class TestKernelsAreFound:
+    """Wherever `topk_ortho` is imported from, its own kernels come with it."""
+
+    CODE = """
+import sys
+from pathlib import Path
+# as if nothing were installed in this environment: an editable installation is a finder of its own
+sys.meta_path[:] = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
+import topk_ortho
+print(Path(topk_ortho.__file__).parent)
+print(Path(topk_ortho.kernels.__file__).parent if hasattr(topk_ortho, "kernels") else None)
+print("triton" in topk_ortho.available_backends())
+try:
+    topk_ortho.topk_pairs(__import__("torch").eye(3), backend="triton")
+except ValueError as error:
+    print(error)
+"""
+
+    @classmethod
+    def run(cls, *, cwd, path=()):
+        environment = {"PYTHONPATH": os.pathsep.join(map(str, path)), "TRITON_INTERPRET": "1"}
+        result = run_python(cls.CODE, cwd=cwd, environment=environment)
+        assert result.returncode == 0, result.stderr
+        package, kernels, is_available, *error = result.stdout.splitlines()
+        return Path(package), Path(kernels), is_available == "True", " ".join(error)
+
+    @staticmethod
+    def clone(folder):
+        """A clone in which nothing was installed."""
+        for name in ("topk_ortho", "kernels"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        return folder
+
+    @pytest.mark.quick
+    def test_in_a_clone_though_another_copy_is_installed(self, tmp_path):
+        clone, site = self.clone(tmp_path / "clone"), self.clone(tmp_path / "site")
+        (site / "kernels").rename(site / "topk_ortho" / "kernels")
+        package, kernels, is_available, error = self.run(cwd=clone, path=[site])
+        assert (package, kernels) == (clone / "topk_ortho", clone / "kernels")
+        assert is_available, error
+
+    def test_inside_an_installed_package_whatever_lies_beside_it(self, tmp_path):
+        site = self.clone(tmp_path / "site")
+        shutil.copytree(site / "kernels", site / "topk_ortho" / "kernels")
+        _, kernels, is_available, error = self.run(cwd=tmp_path, path=[site])
+        assert kernels == site / "topk_ortho" / "kernels"
+        assert is_available, error
+
+    def test_another_folder_of_that_name_is_left_alone_and_the_reason_is_named(self, tmp_path):
+        clone = self.clone(tmp_path)
+        shutil.rmtree(clone / "kernels")
+        (clone / "kernels").mkdir()
+        (clone / "kernels" / "__init__.py").write_text("raise SystemExit('this is not ours')")
+        _, kernels, is_available, error = self.run(cwd=clone)
+        assert (kernels, is_available) == (Path("None"), False)
+        assert "got 'triton': its kernels are missing or incomplete (No module named 'topk_ortho.kernels')" in error
+        assert f"in a clone into {clone / 'kernels'}" in error
+        assert "Triton is" not in error

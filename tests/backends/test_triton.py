@@ -1,6 +1,9 @@
 """What the Triton backend does beyond the interface: where it runs, what it reads, how it cuts its work."""
 
+import re
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -66,11 +69,31 @@ class TestAvailability:
         monkeypatch.setattr(torch.version, "hip", "7.0")
         assert kernels_unavailable_reason(torch.device("cuda")) is None
 
-    def test_without_triton(self, monkeypatch):
-        reason = "Triton 3.6 or later could not be imported (no such module)"
-        monkeypatch.setattr(devices, "IMPORT_ERROR", reason)
-        assert kernels_unavailable_reason(torch.device("cuda")) == reason
-        with pytest.raises(ValueError, match=r"got 'triton': Triton 3\.6 or later could not be imported"):
+    @pytest.mark.parametrize(
+        ("error", "version", "reason"),
+        [
+            (ModuleNotFoundError("No module named 'triton'", name="triton"), None, "Triton is not installed; `pip"),
+            (
+                ImportError("libtriton.so is broken", name="triton._C"),
+                None,
+                "cannot be imported (libtriton.so is broken)",
+            ),
+            (ImportError("no name 'knobs'", name="triton"), "3.1.0", "Triton 3.1.0 is too old (no name 'knobs'); `pip"),
+            (AttributeError("no attribute 'div_rn'"), "2.3.1+cu", "Triton 2.3.1+cu is too old (no attribute 'div_rn')"),
+            (AttributeError("no attribute 'dot'"), "3.20.0", "with Triton 3.20.0 (no attribute 'dot'); please report"),
+            (AttributeError("no attribute 'jit'"), "", "`import triton` finds something else of that name, <module"),
+            (ImportError("no name", name="topk_ortho.kernels"), "3.6.0", "its kernels are missing or incomplete"),
+        ],
+        ids=["none", "broken", "too_old", "much_too_old", "too_new", "another_module", "no_kernels"],
+    )
+    def test_the_reason_names_what_is_missing(self, error, version, reason, monkeypatch):
+        module = None if version is None else ModuleType("triton")
+        if version:
+            module.__version__ = version
+        monkeypatch.setitem(sys.modules, "triton", module)
+        monkeypatch.setattr(devices, "IMPORT_ERROR", devices.why_not_imported(error))
+        assert reason in kernels_unavailable_reason(torch.device("cuda"))
+        with pytest.raises(ValueError, match=re.escape(f"got 'triton': {devices.IMPORT_ERROR}")):
             topk_pairs(torch.eye(3), backend="triton")
 
     def test_interpreted_kernels_are_for_the_cpu(self, monkeypatch):
@@ -78,11 +101,25 @@ class TestAvailability:
         assert kernels_unavailable_reason(torch.device("cpu")) is None
         assert "CPU tensors only" in kernels_unavailable_reason(torch.device("cuda"))
 
-    @pytest.mark.parametrize(("reason", "expected"), [(None, "triton"), ("it rains", "tiled")])
-    def test_auto(self, reason, expected, monkeypatch):
-        monkeypatch.setattr(triton, "kernels_unavailable_reason", lambda device: reason)
-        assert resolve_backend("auto", torch.device("cuda")) == expected
+    def test_auto(self, monkeypatch):
+        monkeypatch.setattr(triton, "kernels_unavailable_reason", lambda device: None)
+        assert resolve_backend("auto", torch.device("cuda")) == "triton"
         assert resolve_backend("auto", torch.device("cpu")) == "auto"  # until it sees the data
+
+    @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+    def test_auto_without_kernels_warns_once(self, is_compiled, monkeypatch):
+        reason = f"it rains, and it is {is_compiled} that this is compiled"
+        monkeypatch.setattr(triton, "kernels_unavailable_reason", lambda device: reason)
+
+        def resolve(x):
+            assert resolve_backend("auto", torch.device("cuda")) == "tiled"
+            return x + 1
+
+        call = torch.compile(resolve, backend="eager", fullgraph=True) if is_compiled else resolve
+        with pytest.warns(UserWarning, match=f'cannot run: {reason}. With backend="tiled"'):
+            call(torch.ones(2))
+        call(torch.ones(3, 3))
+        assert resolve_backend("auto", torch.device("mps")) == "tiled"  # there are no kernels for it, ever
 
     def test_an_explicit_choice_never_falls_back(self):
         with pytest.raises(ValueError, match="got 'triton': it needs a CUDA or ROCm device"):

@@ -1,11 +1,42 @@
 """Where work can run: whether Triton's kernels can, which GPU is the current one, whether a call may wait for it."""
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from topk_ortho.backends.kernels_folder import register_kernels
+
+_TRITON_FOR_SM_100 = (3, 9)  # Triton 3.9 compiles the kernels for sm_100 and 3.6 fails; versions between were not tried
+
+
+def why_not_imported(error: ImportError | AttributeError) -> str:
+    """What is wrong where the kernels could not be imported, and what to do about it."""
+    module = (error.name or "") if isinstance(error, ImportError) else ""
+    if module.startswith("topk_ortho."):
+        folder = Path(__file__).parents[1]
+        return (
+            f"its kernels are missing or incomplete ({error}): they belong into {folder / 'kernels'}, or in a clone "
+            f"into {folder.parent / 'kernels'}; install topk_ortho with pip, or start Python in a complete clone"
+        )
+    remedy = "`pip install 'triton>=3.6'` (Linux)"
+    if isinstance(error, ModuleNotFoundError) and module == "triton":
+        return f"Triton is not installed; {remedy}"
+    try:
+        import triton
+    except ImportError:
+        return f"Triton is installed and cannot be imported ({error}); install it again, {remedy}"
+    installed = getattr(triton, "__version__", None)
+    if installed is None:
+        return f"`import triton` finds something else of that name, {triton!r}; {remedy}"
+    if tuple(int(part) for part in installed.split(".")[:2]) < (3, 6):
+        return f"Triton {installed} is too old ({error}); {remedy}"
+    return f"the kernels cannot be imported with Triton {installed} ({error}); please report this"
+
+
 try:
+    register_kernels()
     from topk_ortho.kernels import (  # noqa: F401  # all of them, so that a Triton which lacks something shows here
         coactivation,
         gram_histogram,
@@ -21,16 +52,14 @@ try:
     from topk_ortho.kernels.launch import INTERPRETED, TRITON_VERSION
 
     IMPORT_ERROR = None
-except (ImportError, AttributeError) as error:  # none installed, or one that is too old
-    IMPORT_ERROR = f"Triton 3.6 or later could not be imported ({error}); `pip install triton` (Linux)"
-
-_TRITON_FOR_SM_100 = (3, 9)  # Triton 3.9 compiles the kernels for sm_100 and 3.6 fails; versions between were not tried
+except (ImportError, AttributeError) as error:  # no Triton, one that is too old, or no kernels
+    IMPORT_ERROR = why_not_imported(error)
 
 
 def kernels_unavailable_reason(device: torch.device) -> str | None:
     """Why Triton's kernels cannot run on `device`; None if they can.
 
-    There may be no Triton, no GPU that it supports, or the tensor may be elsewhere.
+    There may be no kernels, no Triton, no GPU that it supports, or the tensor may be elsewhere.
     """
     if IMPORT_ERROR is not None:
         return IMPORT_ERROR

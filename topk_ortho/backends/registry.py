@@ -1,5 +1,7 @@
 """Which backends exist, which can run here, and which one "auto" means."""
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,10 @@ BACKENDS: dict[str, Backend] = {
     "triton": TritonBackend(),
     "sparse": SparseBackend(),
 }
+
+_warned_of: set[str] = set()
+"""Why "auto" went without kernels, as far as it was said. Python's own memory of warnings forgets when their filters
+change."""
 
 
 def available_backends() -> list[str]:
@@ -40,7 +46,8 @@ def available_backends() -> list[str]:
 def resolve_backend(name: str, device: torch.device, *, is_sparse: bool = False) -> str:
     """Name of the backend that serves `name` on `device`, or still "auto" where that depends on the data.
 
-    An explicit choice never falls back to another.
+    An explicit choice never falls back to another. "auto" on a GPU where the kernels cannot run warns once, with the
+    reason, and means "tiled".
     """
     if is_sparse and name == "auto":
         name = "sparse"
@@ -49,13 +56,36 @@ def resolve_backend(name: str, device: torch.device, *, is_sparse: bool = False)
             f'backend must be "auto" or "sparse" where x is sparse, got {name!r}; or convert x with x.to_dense()'
         )
     if name == "auto":
-        is_accelerated = device.type == "cuda" and BACKENDS["triton"].unavailable_reason(device) is None
-        return "triton" if is_accelerated else "auto" if device.type == "cpu" else "tiled"
+        return _automatic(device)
     is_known = isinstance(name, str) and name in BACKENDS
     reason = BACKENDS[name].unavailable_reason(device) if is_known else "there is no such backend"
     if reason is not None:
         raise ValueError(f'backend must be "auto" or one of {available_backends()}, got {name!r}: {reason}')
     return name
+
+
+def _automatic(device: torch.device) -> str:
+    """What "auto" means for a dense x on a device."""
+    if device.type != "cuda":
+        return "auto" if device.type == "cpu" else "tiled"
+    reason = BACKENDS["triton"].unavailable_reason(device)
+    if reason is None:
+        return "triton"
+    _warn_without_kernels(reason)
+    return "tiled"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile calls it while it traces
+def _warn_without_kernels(reason: str) -> None:
+    """Warn, at the first call with a reason."""
+    if reason in _warned_of:
+        return
+    warnings.warn(
+        f'backend="auto" takes plain torch on this GPU, because the kernels of "triton" cannot run: {reason}. '
+        'With backend="tiled" it does so without this warning',
+        stacklevel=5,
+    )
+    _warned_of.add(reason)
 
 
 def backend_for(name: str, x: Tensor) -> Backend:

@@ -2,12 +2,12 @@
 
 import json
 import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from topk_ortho import __version__
 from topk_ortho.activations.files import write_whole
 from topk_ortho.sae import SparseAutoencoder
 from topk_ortho.sae.export import save_saelens
@@ -29,7 +29,7 @@ def save_results(config: TrainConfig, folder: Path, sae: SparseAutoencoder, summ
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "topk_ortho": version("topk-ortho"),
+        "topk_ortho": __version__,
     }
     text = json.dumps(summary | {"versions": versions}, indent=2, allow_nan=False) + "\n"
     write_whole(folder / "summary.json", text)
