@@ -170,6 +170,7 @@ def test_a_run_on_three_samples_measures_what_it_can(tmp_path, monkeypatch, caps
     assert "Excess absorption</dt>" in (tmp_path / "report.html").read_text("utf-8")
 
 
+@pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty model_from_pretrained_kwargs:UserWarning")  # bfloat16
 @pytest.mark.parametrize("preset", ["gemma-2-2b", "seed-baseline"])
 def test_the_hub_presets_with_a_small_local_model(preset, tmp_path, monkeypatch, capsys):
     directory = save_tiny_gemma(tmp_path / "model")

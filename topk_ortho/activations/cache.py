@@ -18,7 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from topk_ortho.activations.config import CacheDtype, ModelConfig, TextConfig
 from topk_ortho.activations.files import finished_as
-from topk_ortho.activations.text import load_text, text_identity, token_windows, tokenizer_identity
+from topk_ortho.activations.text import (
+    load_text,
+    special_tokens_of,
+    text_identity,
+    token_windows,
+    tokenizer_identity,
+)
 from topk_ortho.activations.transformer import Transformer
 
 _FORMAT = 2
@@ -52,6 +58,7 @@ class TransformerActivations:
         self.name = f"{model.hook} of {model.name}"
         self._cache_dtype = None if cache == "off" else getattr(torch, cache)
         tokenizer = self.transformer.load_tokenizer()
+        self.special_tokens = special_tokens_of(tokenizer)
         self.identity: dict[str, Any] = {
             "source": "transformer",
             "weights": self.transformer.weights_identity,

@@ -8,6 +8,8 @@ from typing import Literal, get_args, get_type_hints
 
 CacheDtype = Literal["float16", "bfloat16", "float32", "off"]
 
+MINILM_ON_THE_HUB = "sentence-transformers/all-MiniLM-L6-v2"
+"""The model that "minilm" means, as everybody calls it."""
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """The sha256 of model.safetensors as sentence-transformers published it."""
 

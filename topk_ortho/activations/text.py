@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -54,15 +54,45 @@ def load_text(config: TextConfig) -> Iterable[str]:
             )
 
 
+class SpecialTokens(NamedTuple):
+    """The special tokens of a tokenizer, and where windows have them."""
+
+    first: int | None
+    """Opens each window: classification or beginning of sequence; None if the tokenizer has neither."""
+    last: int | None
+    """Closes each window: the separator, of a tokenizer that has a classification token."""
+    separator: int | None
+    """Stands after each document: the separator or the end of sequence."""
+    opens_with_bos: bool
+    """Whether `first` is the tokenizer's beginning of sequence."""
+    ids: list[int]
+    """All special tokens of the tokenizer."""
+
+
+def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+    """The special tokens of a tokenizer, and where windows have them."""
+    has_cls = tokenizer.cls_token_id is not None
+    first = tokenizer.cls_token_id if has_cls else tokenizer.bos_token_id
+    last = tokenizer.sep_token_id if has_cls else None
+    return SpecialTokens(
+        first=first,
+        last=last,
+        separator=tokenizer.eos_token_id if last is None else last,
+        opens_with_bos=first is not None and first == tokenizer.bos_token_id,
+        ids=sorted(tokenizer.all_special_ids),
+    )
+
+
 def token_windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, config: TextConfig) -> Iterator[Tensor]:
     """Blocks [n, context_size] of token ids, int32, in full windows that together hold config.n_tokens or more.
 
     Documents are joined by the tokenizer's separator and cut without regard to their ends. Each window opens with the
     classification or beginning-of-sequence token and closes with the separator, as far as the tokenizer has them.
     """
-    first, last = (torch.tensor(ids, dtype=torch.int32) for ids in _special_ids(tokenizer))
+    special = special_tokens_of(tokenizer)
+    first, last = (torch.tensor(_as_list(token), dtype=torch.int32) for token in (special.first, special.last))
     n_body = config.context_size - len(first) - len(last)
-    separator = last.tolist() or [i for i in [tokenizer.eos_token_id] if i is not None]
+    separator = _as_list(special.separator)
     n_missing = -(-config.n_tokens // n_body)
     stream: list[int] = []
     for batch in _batched(documents, 1000):
@@ -141,8 +171,6 @@ def _batched(documents: Iterable[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 
-def _special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Ids that open and close a window, each empty or one long."""
-    first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
-    last = tokenizer.sep_token_id if tokenizer.cls_token_id is not None else None
-    return [i for i in [first] if i is not None], [i for i in [last] if i is not None]
+def _as_list(token: int | None) -> list[int]:
+    """A token that may be missing as a list of one or none."""
+    return [] if token is None else [token]

@@ -9,23 +9,19 @@ import torch
 
 from topk_ortho import __version__
 from topk_ortho.activations.files import write_whole
+from topk_ortho.activations.source import ActivationSource
 from topk_ortho.sae import SparseAutoencoder
 from topk_ortho.sae.export import save_saelens
 from topk_ortho.training.config import TrainConfig
 from topk_ortho.training.report import write_report
+from topk_ortho.training.saelens_metadata import saelens_metadata
 
 
-def save_results(config: TrainConfig, folder: Path, sae: SparseAutoencoder, summary: dict[str, Any]) -> None:
+def save_results(
+    config: TrainConfig, source: ActivationSource, folder: Path, sae: SparseAutoencoder, summary: dict[str, Any]
+) -> None:
     """Write sae/ for SAELens, summary.json, and report.html with its figures into the folder of a run."""
-    metadata: dict[str, Any] = {"trained_with": "topk_ortho", "training_config": config.as_json()}
-    if config.source == "transformer":
-        metadata |= {
-            "model_name": config.model.name,
-            "hook_name": config.model.hook,
-            "context_size": config.text.context_size,
-            "dataset_path": config.text.source,
-        }
-    save_saelens(sae, folder / "sae", metadata)
+    save_saelens(sae, folder / "sae", saelens_metadata(config, source, summary))
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -155,7 +155,7 @@ class Trainer:
                 self.save()
                 raise Interrupted(guard.received, self.step) from stopped
         summary = self._summary(evaluation)
-        save_results(config, self.folder, self.inference_sae(), summary)
+        save_results(config, self.source, self.folder, self.inference_sae(), summary)
         return summary
 
     def next_batch(self) -> Tensor:
