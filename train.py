@@ -27,7 +27,7 @@ try:
     from topk_ortho.training.metric_table import headlines
     from topk_ortho.training.presets import PRESETS
     from topk_ortho.training.run_folder import digest_of, open_run
-    from topk_ortho.training.settings import with_settings
+    from topk_ortho.training.settings import check_arguments, with_settings
     from topk_ortho.training.trainer import Trainer
 except ModuleNotFoundError as error:
     sys.exit(f"train.py needs {error.name}; install it with: pip install '.[train]'")
@@ -78,14 +78,13 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, bool]]:
     first.add_argument("--resume", action="store_true")
     first.add_argument("--overwrite", action="store_true")
     first.add_argument("--out-dir", "--out_dir")
+    check_arguments(arguments, switches=("--resume", "--overwrite"))
     chosen, rest = first.parse_known_args(arguments)
-    if chosen.out_dir == "":
-        first.error("--out-dir is empty: name a folder, or . for the current one")
     preset = PRESETS[chosen.preset]
     config = replace(preset, out_dir=_UNNAMED)
     if chosen.config is not None:
         config = with_settings(config, chosen.config)
-    elif chosen.resume and chosen.out_dir and (own := Path(chosen.out_dir) / "config.json").is_file():
+    elif chosen.resume and chosen.out_dir and (own := Path(chosen.out_dir).expanduser() / "config.json").is_file():
         config = with_settings(config, own)
     if chosen.out_dir:
         rest += ["--out-dir", chosen.out_dir]

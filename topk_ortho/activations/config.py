@@ -3,6 +3,8 @@
 Every configuration checks its values when it is made; the error for one out of range names the setting.
 """
 
+import os
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
@@ -35,6 +37,21 @@ def require_words(config: object, prefix: str) -> None:
             require(getattr(config, name) in words, prefix + name, getattr(config, name), f"one of {words}")
 
 
+def expanded(name: str, path: str) -> str:
+    """A path with what its ~ and its environment variables mean, which no shell replaces in a file or between quotes.
+
+    Raises
+    ------
+    ValueError
+        If one of them means nothing here; the message names the setting.
+    """
+    full = os.path.expandvars(os.path.expanduser(path))
+    unknown = re.search(r"^~[^/]*|\$\w+|\$\{[^}]*\}", full)
+    if unknown:
+        raise ValueError(f"{name} must be a path of known users and variables, got {path}: {unknown[0]} is unknown")
+    return full
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The transformer whose activations are learned."""
@@ -53,6 +70,7 @@ class ModelConfig:
     """Context windows in one forward pass."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", expanded("model.name", self.name))
         require_at_least(1, self, "model.", "batch_size")
         require_words(self, "model.")
 
@@ -77,6 +95,7 @@ class TextConfig:
     documents count, the special tokens around a window do not."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "source", expanded("text.source", self.source))
         require_at_least(8, self, "text.", "context_size")
         require_at_least(1, self, "text.", "n_tokens")
 

@@ -13,6 +13,7 @@ from topk_ortho.activations.config import (
     ModelConfig,
     SyntheticConfig,
     TextConfig,
+    expanded,
     require,
     require_at_least,
     require_words,
@@ -201,6 +202,10 @@ class TrainConfig:
     """Folder of cached activations, reused by every run with the same model, hook and text."""
 
     def __post_init__(self) -> None:
+        for name in ("out_dir", "cache_dir"):
+            path = Path(expanded(name, str(getattr(self, name))))
+            require(path != Path("None"), name, path, "a folder")
+            object.__setattr__(self, name, path)
         require_at_least(1, self, "", "steps", "batch_size", "buffer_tokens", "held_out_tokens", "dead_after_tokens")
         require_at_least(1, self, "", "log_every", "eval_every", "keep_checkpoints")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 (off) or more")

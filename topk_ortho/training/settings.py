@@ -1,20 +1,39 @@
-"""Settings from a file, TOML or JSON such as a run's config.json, put over a configuration."""
+"""Settings as users write them: from a file, TOML or JSON such as a run's config.json, and on the command line."""
 
+import codecs
 import json
+import re
 import tomllib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from difflib import get_close_matches
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from topk_ortho.training.config import TrainConfig
+from topk_ortho.activations.config import expanded
+from topk_ortho.training.config import TrainConfig, flatten
+
+_ALLOWED = {
+    "bool_type": "true or false",
+    "dataclass_type": "a table of settings",
+    "float_type": "a number",
+    "int_type": "an integer",
+    "string_type": "a string",
+    "tuple_type": "a list",
+}
+"""What a setting may be, by the type of pydantic's error; others have pydantic's words."""
 
 
 def with_settings(base: TrainConfig, path: Path) -> TrainConfig:
     """A configuration with the settings of a file in place of its own; what the file does not name stays.
 
-    TOML has no null, so the string "None" stands for it.
+    The file is JSON if its name ends in .json or its text begins with a brace, else TOML. TOML has no null, so the
+    string "None" stands for it.
 
     Raises
     ------
@@ -22,13 +41,14 @@ def with_settings(base: TrainConfig, path: Path) -> TrainConfig:
         If the file is not TOML or JSON, or a setting is unknown, of the wrong type or refused by the configuration. The
         message names the file and the setting.
     """
-    try:
-        text = path.read_text()
-        settings: Any = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    path = Path(expanded("config", str(path)))
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file of settings, such as {path / 'config.json'}")
+    text = _read_text(path)
+    is_json = path.suffix.lower() == ".json" or text.lstrip().startswith("{")
+    settings = _parse_json(text, path) if is_json else _parse_toml(text, path)
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds no settings")
+        raise ValueError(f"{path} holds no settings, which are a table of names and values")
     try:
         # JSON also for TOML: pydantic's strict mode then makes paths of strings and tuples of lists, and nothing else
         text = json.dumps(_put_over(base.as_json(), settings, ""), default=str)
@@ -39,16 +59,101 @@ def with_settings(base: TrainConfig, path: Path) -> TrainConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
+def check_arguments(arguments: Sequence[str], switches: Sequence[str]) -> None:
+    """Refuse arguments of a command line of which the parser's own message would not name the setting.
+
+    Parameters
+    ----------
+    arguments : sequence of str
+        The whole command line.
+    switches : sequence of str
+        Options beside the settings that take no value, such as --resume.
+
+    Raises
+    ------
+    ValueError
+        If a setting is given an empty value, or an option that takes none any value.
+    """
+    flags = [name for name, value in flatten(TrainConfig().as_json()).items() if isinstance(value, bool)]
+    takes_none = dict.fromkeys(switches, "leave it out to turn it off")
+    takes_none |= {f"--{no}{name}": f"it is --{name} or --no-{name}" for name in flags for no in ("", "no-")}
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
+        option, has_equals, rest = argument.partition("=")
+        value = rest if has_equals else None if following.startswith("-") else following
+        if not option.startswith("--") or value is None:
+            continue
+        if option in takes_none:
+            raise ValueError(f"{option} takes no value, got {value!r}; {takes_none[option]}")
+        if not value.strip():
+            raise ValueError(f"{option} must have a value, got an empty one")
+
+
+def _read_text(path: Path) -> str:
+    """The text of a file, which is UTF-8 or, as some editors and shells of Windows write it, UTF-16 with a mark."""
+    content = path.read_bytes()
+    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if is_utf_16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} cannot be read: it must be text in UTF-8 ({error})") from error
+    if not text.strip():
+        raise ValueError(f"{path} is empty; a file of settings names at least one, such as steps")
+    return text
+
+
+def _parse_json(text: str, path: Path) -> Any:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        if twice:
+            raise ValueError(f"{path} gives {twice[0]} more than once; one value is allowed")
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=refuse_duplicates)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}{_line(text, error.lineno)}") from error
+
+
+def _parse_toml(text: str, path: Path) -> Any:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        place = re.search(r"at line (\d+)", str(error))
+        line = _line(text, int(place[1]) if place else len(text.splitlines()))
+        is_python = re.search(r"=\s*(True|False|None)\b", line)
+        hint = "; true and false are written small, None in quotes" if is_python else ""
+        raise ValueError(f"{path} cannot be read as TOML: {error}{line}{hint}") from error
+
+
+def _line(text: str, number: int) -> str:
+    """A line of a file, for the end of a message about it."""
+    lines = text.splitlines()
+    return f", which is {lines[number - 1].strip()!r}" if number <= len(lines) else ""
+
+
 def _put_over(base: Any, settings: Any, prefix: str) -> Any:
     """The base with the settings in place of its own, table by table; a prefix is the name of the table."""
     if not (isinstance(base, dict) and isinstance(settings, dict)):
+        if settings == "":
+            raise ValueError(f"{prefix.removesuffix('.')} must have a value, got an empty one")
         return None if settings == "None" else settings
     for name in settings:
         if name not in base:
-            near = get_close_matches(name, base, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(base)}"
-            raise ValueError(f"unknown setting {prefix}{name}; {hint}")
+            raise ValueError(f"unknown setting {prefix}{name}; {_hint(base, name, prefix)}")
     return base | {name: _put_over(base[name], value, f"{prefix}{name}.") for name, value in settings.items()}
+
+
+def _hint(table: dict[str, Any], name: str, prefix: str) -> str:
+    """What the user may have meant by a name that a table does not have."""
+    everywhere = flatten(TrainConfig().as_json())
+    if name in everywhere:
+        return f"it is {name.rpartition('.')[2]} in the table {name.rpartition('.')[0]}"
+    wanted = name.lower().replace("-", "_")
+    near = get_close_matches(wanted, table, n=1)
+    if near:
+        return f"did you mean {prefix}{near[0]}?"
+    elsewhere = [full for full in everywhere if full.rpartition(".")[2] == wanted]
+    return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"there are {', '.join(table)}"
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -57,9 +162,16 @@ def _first_problem(error: ValidationError) -> str:
     first = problems[0]
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])  # the configuration's own words
-    # a setting that may be of several types has a problem for each of them
-    allowed = [p["msg"].removeprefix("Input should be ") for p in problems if _name_of(p) == _name_of(first)]
-    return f"{_name_of(first)} must be {' or '.join(allowed)}, got {first['input']!r}"
+    name = _name_of(first)
+    # a setting that may be of several types has a problem for each of them, but for None
+    allowed = [
+        _ALLOWED.get(problem["type"], problem["msg"].removeprefix("Input should be "))
+        for problem in problems
+        if _name_of(problem) == name
+    ]
+    if name in _may_be_none(TrainConfig):
+        allowed.append("'None'")
+    return f"{name} must be {' or '.join(allowed)}, got {first['input']!r}"
 
 
 def _name_of(problem: Any) -> str:
@@ -67,3 +179,12 @@ def _name_of(problem: Any) -> str:
     first, *rest = problem["loc"]
     is_table = isinstance(TrainConfig().as_json().get(first), dict)
     return ".".join([first, *rest[:is_table], *(str(part) for part in rest[is_table:] if isinstance(part, int))])
+
+
+def _may_be_none(config: Any, prefix: str = "") -> Iterator[str]:
+    """Names of the settings that may be None, such as sae.widths."""
+    for name, annotation in get_type_hints(config).items():
+        if is_dataclass(annotation):
+            yield from _may_be_none(annotation, f"{prefix}{name}.")
+        elif NoneType in get_args(annotation):
+            yield f"{prefix}{name}"
