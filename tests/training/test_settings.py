@@ -94,7 +94,7 @@ def test_a_bad_setting_is_named_with_its_file_and_what_is_allowed(text, message,
         ("config.json", '{"steps": NaN}', "steps must be an integer, got nan"),
         ("config.json", '{"lr": Infinity}', "lr must be above 0, got inf"),
         ("config.json", '{"out_dir": null}', "out_dir must be a string, got None"),
-        ("config.json", "[1, 2]", "holds no settings"),
+        ("config.JSON", "[1, 2]", "holds no settings"),
         ("my.toml", "", "is empty"),
     ],
 )
