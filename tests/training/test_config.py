@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from topk_ortho.activations.config import ModelConfig, SyntheticConfig, TextConfig
@@ -43,7 +45,8 @@ from topk_ortho.training.presets import PRESETS
         (lambda: SAEConfig(normalize_activations="max"), "sae.normalize_activations must be one of .*, got max"),
         (lambda: SAEConfig(sparsity_weight=-1.0), "sae.sparsity_weight must be 0"),
         (lambda: SAEConfig(auxk_weight=float("nan")), "sae.auxk_weight must be 0"),
-        (lambda: SAEConfig(auxk=0), "sae.auxk must be at least 1, or None, got 0"),
+        (lambda: SAEConfig(auxk=0), r"sae.auxk must be in \[1, n_features = 4096\], or None, got 0"),
+        (lambda: SAEConfig(n_features=64, auxk=65), r"sae.auxk must be in \[1, n_features = 64\], or None, got 65"),
         (lambda: SAEConfig(resample_every=0), "sae.resample_every must be at least 1"),
         (lambda: SAEConfig(bandwidth=0.0), "sae.bandwidth must be above 0"),
         (lambda: SAEConfig(initial_threshold=-1.0), "sae.initial_threshold must be 0 or more"),
@@ -68,6 +71,38 @@ from topk_ortho.training.presets import PRESETS
 def test_nonsense_is_refused_by_name(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: toy(op="max_cosine", n_chunks=145),
+            "penalty.n_chunks must be at most 144, .*n_features = 288, got 145",
+        ),
+        (lambda: TrainConfig(warmup_fraction=0.6, decay_fraction=0.5), r"warmup_fraction \+ decay_fraction must be at"),
+        (lambda: TrainConfig(batch_size=9, text=TextConfig(n_tokens=9)), "batch_size must be below text.n_tokens = 9"),
+        (
+            lambda: replace(PRESETS["toy-hierarchy"], batch_size=1_000_000),
+            "batch_size must be below synthetic.n_tokens = 1000000, got 1000000",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_met_together_are_refused_by_name(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def toy(**penalty):
+    return replace(PRESETS["toy-hierarchy"], penalty=PenaltyConfig(**penalty))
+
+
+def test_settings_that_can_just_be_met_together():
+    toy(op="max_cosine", n_chunks=144)
+    toy(op="max_cosine", n_chunks=145, target="none")
+    TrainConfig(warmup_fraction=0.7, decay_fraction=0.3)
+    TrainConfig(batch_size=9, text=TextConfig(n_tokens=10))
+    SAEConfig(n_features=64, auxk=64)
 
 
 def test_nested_widths():

@@ -29,7 +29,7 @@ def inputs(seed=2):
     return torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("n_active", "scale"), [(2, 1.0), (3, 1.0), (12, 0.25)])
+@pytest.mark.parametrize(("n_active", "scale"), [(2, 1.0), (3, 1.0), (10, 0.3)])
 def test_auxiliary_loss_is_its_definition(sae, n_active, scale):
     x, residual = inputs(), inputs(3)
     total = 0.0
@@ -66,6 +66,11 @@ def test_without_a_number_half_the_width_of_dead_features_is_used(sae):
         d.auxiliary_loss(sae, inputs(), inputs(3), is_dead()) for d in (dead_features(), dead_features(auxk=3))
     )
     assert whole == asked
+
+
+def test_no_more_dead_features_are_expected_than_there_are_features():
+    config = TrainConfig(sae=SAEConfig(n_features=10, l0=1))
+    assert DeadFeatures(config, 40, torch.Generator()).n_active == 10
 
 
 def test_resampling_restarts_dead_features_at_the_worst_token(sae):

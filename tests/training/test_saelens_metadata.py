@@ -28,6 +28,7 @@ def run_on(folder, *, text, **model):
     """A configuration and its activations, of a text in a file."""
     (folder / "corpus.txt").write_text(text)
     config = TrainConfig(
+        batch_size=100,
         model=ModelConfig(hook="blocks.0.hook_resid_post", **model),
         text=TextConfig(source=str(folder / "corpus.txt"), context_size=16, n_tokens=300),
     )

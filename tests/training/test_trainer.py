@@ -482,6 +482,17 @@ def test_divergence_in_the_last_step_is_loud(target, what, open_trainer, out_dir
     assert not (out_dir / "summary.json").exists()
 
 
+def test_only_numbers_that_overflow_are_divergence(open_trainer):
+    trainer = open_trainer(penalty={"op": "max_cosine"})
+    trainer.penalty.op.n_chunks = 100  # as no configuration allows
+    with pytest.raises(ValueError, match="n_chunks must be in"):
+        trainer.train_step(next(trainer.batches))
+    trainer.penalty.op.n_chunks = 1
+    trainer.sae.W_dec.data[3] = 3e38  # finite, and its norm is not
+    with pytest.raises(FloatingPointError, match="training diverged by step 0: x has 1 column whose norm is too large"):
+        trainer.train_step(next(trainer.batches))
+
+
 def test_penalty_separates_the_decoder(open_trainer, tmp_path):
     summaries = {}
     for target in ("none", "decoder"):

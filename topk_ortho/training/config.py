@@ -63,7 +63,7 @@ class SAEConfig:
     "resample" restarts them at tokens that are reconstructed badly."""
     auxk: int | None = None
     """Number of dead features that a token may use for its auxiliary reconstruction; None is half the width of the
-    activations."""
+    activations, or n_features if these are fewer."""
     auxk_weight: float = 1 / 32
     """Weight of the auxiliary reconstruction's error, relative to the fraction of variance unexplained."""
     resample_every: int = 250
@@ -83,7 +83,8 @@ class SAEConfig:
         require(in_range, "sae.l0", self.l0, f"in [1, n_features = {self.n_features}]")
         for name in ("sparsity_weight", "auxk_weight"):
             require(0 <= getattr(self, name) < math.inf, f"sae.{name}", getattr(self, name), "0 (off) or more")
-        require(self.auxk is None or self.auxk >= 1, "sae.auxk", self.auxk, "at least 1, or None")
+        in_range = self.auxk is None or 1 <= self.auxk <= self.n_features
+        require(in_range, "sae.auxk", self.auxk, f"in [1, n_features = {self.n_features}], or None")
         require(0 <= self.initial_threshold < math.inf, "sae.initial_threshold", self.initial_threshold, "0 or more")
         require(0 < self.bandwidth < math.inf, "sae.bandwidth", self.bandwidth, "above 0")
         if self.widths is not None:
@@ -127,7 +128,8 @@ class PenaltyConfig:
     """With "firing-rate" the feature of a pair that fires more often is held, so that the rarer one moves (topk_pairs);
     "none" moves both."""
     n_chunks: int = 1
-    """Number of random chunks within which features are compared (max_cosine); 1 compares all with all."""
+    """Number of random chunks, of two features or more, within which features are compared (max_cosine); 1 compares all
+    with all."""
 
     def __post_init__(self) -> None:
         require(0 <= self.weight < math.inf, "penalty.weight", self.weight, "0 or more")
@@ -217,6 +219,23 @@ class TrainConfig:
         require(clips, "clip_norm", self.clip_norm, "above 0, or None")
         require(set(self.loggers) <= {"tensorboard", "wandb"}, "loggers", self.loggers, "of tensorboard, wandb")
         require_words(self, "")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuse settings that are in range each, and cannot be met together."""
+        shares = self.warmup_fraction + self.decay_fraction
+        allowed = "at most 1, or the learning rate never reaches its peak"
+        require(shares < 1 + 1e-9, "warmup_fraction + decay_fraction", shares, allowed)
+        # some tokens are held out, and there must be a batch of others
+        name, n_tokens = {
+            "transformer": ("text.n_tokens", self.text.n_tokens),
+            "synthetic": ("synthetic.n_tokens", self.synthetic.n_tokens),
+        }[self.source]
+        require(self.batch_size < n_tokens, "batch_size", self.batch_size, f"below {name} = {n_tokens}")
+        if self.penalty.target != "none" and self.penalty.op == "max_cosine":
+            most = self.sae.n_features // 2
+            allowed = f"at most {most}, two features to a chunk or more with sae.n_features = {self.sae.n_features}"
+            require(self.penalty.n_chunks <= most, "penalty.n_chunks", self.penalty.n_chunks, allowed)
 
     def as_json(self) -> dict[str, Any]:
         """The whole configuration as plain JSON values."""

@@ -43,7 +43,7 @@ class DeadFeatures(nn.Module):
     def __init__(self, config: TrainConfig, d_in: int, generator: torch.Generator):
         super().__init__()
         self.config = config
-        self.n_active = config.sae.auxk or max(1, d_in // 2)
+        self.n_active = config.sae.auxk or min(config.sae.n_features, max(1, d_in // 2))
         self.generator = generator
         self.register_buffer("firing_rate", torch.zeros(config.sae.n_features))
         self.register_buffer("tokens_since_fired", torch.zeros(config.sae.n_features, dtype=torch.int64))

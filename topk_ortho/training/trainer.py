@@ -376,10 +376,16 @@ class Trainer:
 
     @contextmanager
     def _divergence_is_named(self) -> Iterator[None]:
-        """Name the cause of errors that NaN, Inf and overflow bring about, as only divergence leads to these."""
+        """Name the cause of errors that NaN, Inf and overflow bring about, as only divergence leads to these.
+
+        Without weights that are not finite, or whose squares are not, features have norms too, and the error has another
+        cause.
+        """
         try:
             yield
         except ValueError as error:
+            if all(weights.square().sum().isfinite() for weights in self.sae.parameters()):
+                raise
             raise FloatingPointError(self._diverged(str(error))) from error
 
     def _diverged(self, what: str) -> str:
