@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from topk_ortho.backends.base import MaxCosine, WeightedPairs
-from topk_ortho.backends.norms import column_norms, inverse_norms
+from topk_ortho.backends.norms import column_norms, in_range, inverse_norms
 from topk_ortho.backends.precision import matmul_precision
 from topk_ortho.definitions import EPS, Precision, Query, accumulation_dtype, floor_of, similarity_of
 from topk_ortho.selection import Selection, finish
@@ -57,6 +57,7 @@ class NaiveBackend:
     def pair_gradient(self, x: Tensor, norms: Tensor, cosines: Tensor, pairs: WeightedPairs) -> Tensor:
         """d x_hat = x_hat @ S with a dense [N, N] S, then the Jacobian of the normalisation."""
         n_features = x.shape[1]
+        scaled = in_range(x, norms)
         x_hat = _normalize(x, norms)
         weights = x_hat.new_zeros(n_features, n_features)
         weights.index_put_((pairs.cols, pairs.rows), pairs.row_weights, accumulate=True)
@@ -64,10 +65,12 @@ class NaiveBackend:
         with matmul_precision(x.device, "highest"):
             grad_x_hat = x_hat @ weights
         inner = (grad_x_hat * x_hat).sum(dim=0) * (norms > EPS)
-        return torch.empty_like(x).copy_((grad_x_hat - x_hat * inner) * inverse_norms(norms))
+        grad = (grad_x_hat - x_hat * inner) * inverse_norms(scaled.norms)
+        return torch.empty_like(x).copy_(grad if scaled.factor is None else grad * scaled.factor)
 
 
 def _normalize(x: Tensor, norms: Tensor) -> Tensor:
+    x, norms, _ = in_range(x, norms)
     return x.to(accumulation_dtype(x)) * inverse_norms(norms)
 
 

@@ -1,6 +1,6 @@
 """Column norms that neither overflow nor let a bad value through."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,30 @@ def column_norms(x: Tensor, slab_elements: int = 2**18) -> Tensor:
 def inverse_norms(norms: Tensor) -> Tensor:
     """1 / max(norm, EPS), and 0 for a dead column."""
     return torch.where(norms > 0, 1.0 / norms.clamp_min(EPS), 0.0)
+
+
+class InRange(NamedTuple):
+    """x and its norms with columns scaled down whose inverse norm would be a subnormal number."""
+
+    x: Tensor
+    """x itself, or a scaled copy in the dtype of the norms"""
+    norms: Tensor
+    factor: Tensor | None
+    """[N] powers of two that columns were scaled by; None if none was"""
+
+
+def in_range(x: Tensor, norms: Tensor) -> InRange:
+    """Scale columns of a norm near the largest down by a power of two, which changes no cosine.
+
+    Subnormal numbers have fewer digits, and a process may be set to take them for 0, as by `torch.set_flush_denormal`:
+    the cosines of such columns would then be 0.
+    """
+    largest = 1 / (4 * torch.finfo(norms.dtype).smallest_normal)
+    is_huge = norms > largest
+    if not is_huge.any():
+        return InRange(x, norms, None)
+    factor = torch.where(is_huge, 2.0**-8, 1.0).to(norms.dtype)
+    return InRange(x.to(norms.dtype) * factor, norms * factor, factor)
 
 
 def _rescaled_norms(x: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn.functional import embedding_bag
 
 from topk_ortho.backends.base import MaxCosine, WeightedPairs
 from topk_ortho.backends.moments import Moments
-from topk_ortho.backends.norms import column_norms, inverse_norms
+from topk_ortho.backends.norms import column_norms, in_range, inverse_norms
 from topk_ortho.backends.precision import matmul_precision
 from topk_ortho.backends.survivors import Survivors
 from topk_ortho.definitions import EPS, Precision, Query, accumulation_dtype, floor_of, n_pairs, similarity_of
@@ -62,18 +62,19 @@ class TiledBackend:
     def topk_pairs(self, x: Tensor, query: Query, state: Tensor | None) -> Selection:
         """One pass from a guess; a second, from the floor, only if the first cannot be certified."""
         norms = column_norms(x)
+        x, scaled_norms, _ = in_range(x, norms)
         x = _multipliable(x)
         with matmul_precision(x.device, query.precision):
-            guess = self._guess(x, norms, query, state)
+            guess = self._guess(x, scaled_norms, query, state)
             floor, tau = floor_of(query), query.tau
-            survivors, moments = self._stream(x, norms, query, max(guess, floor))
+            survivors, moments = self._stream(x, scaled_norms, query, max(guess, floor))
             n_passes = 1
             if query.n_std is not None:
                 tau = moments.adaptive_tau(query.n_std)
                 floor = floor_of(query, tau)
             cosines, index = survivors.first_in_order(2 * query.k)
             if index.numel() < query.k and guess > floor:
-                survivors, _ = self._stream(x, norms, query._replace(n_std=None), floor)  # tau is known
+                survivors, _ = self._stream(x, scaled_norms, query._replace(n_std=None), floor)  # tau is known
                 cosines, index = survivors.first_in_order(2 * query.k)
                 n_passes = 2
         if state is not None:
@@ -83,14 +84,16 @@ class TiledBackend:
     def max_cosine(self, x: Tensor, chunks: tuple[Tensor, ...] | None, precision: Precision) -> MaxCosine:
         """Running maxima over the tiles, for the columns of a tile and for its rows."""
         norms = column_norms(x)
+        x, scaled_norms, _ = in_range(x, norms)
         x = _multipliable(x)
         with matmul_precision(x.device, precision):
             if chunks is None:
-                return MaxCosine(*self._max_cosine_of_all(x, norms), norms)
+                return MaxCosine(*self._max_cosine_of_all(x, scaled_norms), norms)
             cosines, partners = torch.empty_like(norms), torch.empty_like(norms, dtype=torch.int64)
             for chunk in chunks:
                 members = chunk.sort().values
-                cosines[members], local_partners = self._max_cosine_of_all(x.index_select(1, members), norms[members])
+                chunk_norms = scaled_norms[members]
+                cosines[members], local_partners = self._max_cosine_of_all(x.index_select(1, members), chunk_norms)
                 partners[members] = members[local_partners]
         return MaxCosine(cosines, partners, norms)
 
@@ -111,16 +114,16 @@ class TiledBackend:
             torch.zeros_like(sources), weights.new_ones(1, 1), offsets, mode="sum", per_sample_weights=products
         )
         own *= (norms > EPS).unsqueeze(1)
-        inverse = inverse_norms(norms).unsqueeze(1)
-
         grad = torch.empty_like(x)
+        x, norms, factor = in_range(x, norms)
+        inverse = inverse_norms(norms).unsqueeze(1)
         slab_rows = max(self.least_slab_rows, self.slab_bytes // (n_features * weights.element_size()))
         for x_slab, grad_slab in zip(x.split(slab_rows), grad.split(slab_rows), strict=True):
             x_hat = x_slab.T.to(weights.dtype) * inverse  # [N, slab]
             x_hat = x_hat.contiguous()
             gathered = embedding_bag(sources, x_hat, offsets, mode="sum", per_sample_weights=weights)
             grad_slab.copy_(gathered.sub_(x_hat.mul_(own)).mul_(inverse).T)
-        return grad
+        return grad if factor is None else grad.mul_(factor)
 
     def tile_shape(self, x: Tensor) -> TileShape:
         """Size of the tiles for an x on its device, none larger than the gram."""
