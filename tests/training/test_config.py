@@ -25,7 +25,11 @@ from topk_ortho.training.presets import PRESETS
         (lambda: TrainConfig(source="web"), r"source must be one of \('transformer', 'synthetic'\), got web"),
         (lambda: TrainConfig(autocast="fp8"), "autocast must be one of .*, got fp8"),
         (lambda: TrainConfig(cache="int8"), "cache must be one of .*, got int8"),
-        (lambda: TrainConfig(loggers=("paper",)), r"loggers must be of tensorboard, wandb, got \('paper',\)"),
+        (
+            lambda: TrainConfig(loggers=("paper",)),
+            r"loggers must be of tensorboard, wandb, each once, got \('paper',\)",
+        ),
+        (lambda: TrainConfig(loggers=("wandb", "wandb")), "loggers must be of tensorboard, wandb, each once"),
         (lambda: ModelConfig(batch_size=0), "model.batch_size must be at least 1"),
         (lambda: ModelConfig(dtype="int8"), "model.dtype must be one of .*, got int8"),
         (lambda: TextConfig(context_size=4), "text.context_size must be at least 8"),

@@ -6,7 +6,7 @@ import pytest
 
 from topk_ortho.training.config import TrainConfig
 from topk_ortho.training.presets import PRESETS
-from topk_ortho.training.settings import with_settings
+from topk_ortho.training.settings import check_arguments, with_settings
 
 
 def read(tmp_path, text, base=None):
@@ -79,6 +79,28 @@ def test_a_configuration_survives_its_json(name, tmp_path):
 def test_a_bad_setting_is_named_with_its_file_and_what_is_allowed(text, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"my.toml: {message}")):
         read(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--compile", "true"], "--compile takes no value, got 'true'; it is --compile or --no-compile"),
+        (["--steps", "5", "--no-compile=0"], "--no-compile takes no value, got '0'"),
+        (["--resume", "yes"], "--resume takes no value, got 'yes'; leave it out to turn it off"),
+        (["--cache-dir", " ", "--compile"], "--cache-dir must have a value, got an empty one"),
+        (["--sae.l0="], "--sae.l0 must have a value, got an empty one"),
+    ],
+)
+def test_arguments_are_refused_by_name(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        check_arguments(arguments, switches=["--resume"])
+
+
+def test_good_arguments_are_left_to_the_parser():
+    check_arguments([], switches=["--resume"])
+    check_arguments(
+        ["--compile", "--resume", "--lr=1", "--penalty.tau", "-1", "--loggers", "--no-compile"], ["--resume"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -488,7 +488,7 @@ def test_only_numbers_that_overflow_are_divergence(open_trainer):
     with pytest.raises(ValueError, match="n_chunks must be in"):
         trainer.train_step(next(trainer.batches))
     trainer.penalty.op.n_chunks = 1
-    trainer.sae.W_dec.data[3] = 3e38  # finite, and its norm is not
+    trainer.sae.W_dec.data[3] = torch.tensor([3e38, -3e38]).repeat(8)  # finite as their sum is, and their norm is not
     with pytest.raises(FloatingPointError, match="training diverged by step 0: x has 1 column whose norm is too large"):
         trainer.train_step(next(trainer.batches))
 

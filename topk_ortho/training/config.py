@@ -217,7 +217,8 @@ class TrainConfig:
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         clips = self.clip_norm is None or 0 < self.clip_norm < math.inf
         require(clips, "clip_norm", self.clip_norm, "above 0, or None")
-        require(set(self.loggers) <= {"tensorboard", "wandb"}, "loggers", self.loggers, "of tensorboard, wandb")
+        is_known = set(self.loggers) <= {"tensorboard", "wandb"} and len(set(self.loggers)) == len(self.loggers)
+        require(is_known, "loggers", self.loggers, "of tensorboard, wandb, each once")
         require_words(self, "")
         self._check_together()
 
