@@ -378,8 +378,7 @@ class Trainer:
     def _divergence_is_named(self) -> Iterator[None]:
         """Name the cause of errors that NaN, Inf and overflow bring about, as only divergence leads to these.
 
-        Without weights that are not finite, or whose squares are not, features have norms too, and the error has another
-        cause.
+        Where weights and their squares are finite, features have norms, and the error has another cause.
         """
         try:
             yield
