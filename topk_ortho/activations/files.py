@@ -1,17 +1,41 @@
-"""Files that appear under their names only when they are whole, and the hash that tells whether one is."""
+"""Files and folders that appear under their names only when they are whole, and the hash that tells whether one is.
+
+Until then they are called `unfinished-` and a name that tells which process writes them, so that what a killed process
+left behind can be told from what a living one still writes.
+"""
 
 import hashlib
+import itertools
+import os
+import re
+import shutil
+import socket
+import stat
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+_PROCESS = uuid.uuid4().hex
+"""Tells this process from an earlier one that had the same number"""
+_COUNTER = itertools.count()
+_UNFINISHED = re.compile(r"unfinished-(?P<machine>.+)-(?P<pid>\d{1,9})-(?P<process>[0-9a-f]{32})-\d+")
+_DAY = 86_400.0
+
+
+def user_path(name: str | Path) -> Path:
+    """The path that a user's setting names; a leading ~ is the home directory."""
+    return Path(os.path.expanduser(name))
 
 
 @contextmanager
 def finished_as(path: Path) -> Iterator[Path]:
     """A path to write to, whose file is renamed to `path` when the block ends without an error.
+
+    The file gets the permissions that the umask gives, whatever the writer of the block would give it.
 
     Raises
     ------
@@ -19,15 +43,62 @@ def finished_as(path: Path) -> Iterator[Path]:
         If the file cannot be written; safetensors' own error is turned into this one. The file that was at `path`
         before stays as it was.
     """
-    unfinished = path.with_name(f"unfinished-{uuid.uuid4().hex}")
+    unfinished = _unfinished_beside(path)
     try:
+        unfinished.touch()
+        mode = stat.S_IMODE(unfinished.stat().st_mode)
         yield unfinished
+        if stat.S_IMODE(unfinished.stat().st_mode) != mode:  # safetensors lets only the owner read
+            unfinished.chmod(mode)
         unfinished.replace(path)
     except BaseException as error:
-        unfinished.unlink(missing_ok=True)
-        if isinstance(error, SafetensorError):
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError) or _lacks_name(error):
             raise OSError(f"{path} could not be written: {error}") from error
         raise
+
+
+@contextmanager
+def finished_folder(path: Path) -> Iterator[Path]:
+    """A new folder to write to, which is renamed to `path` when the block ends without an error.
+
+    If another process has made `path` in the meantime, that one stays and the new folder goes. The folders above it are
+    made where they are missing.
+    """
+    unfinished = _unfinished_beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.mkdir()
+        yield unfinished
+        try:
+            unfinished.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+    except OSError as error:
+        if _lacks_name(error):
+            raise OSError(f"{path} could not be written: {error}") from error
+        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the unfinished files and folders in a folder that no process writes any more.
+
+    A process of this machine can be asked for. What another machine writes counts as abandoned when it has not changed
+    for a day. Where the folder cannot be changed, everything stays.
+    """
+    for path in folder.glob("unfinished-*"):
+        name = _UNFINISHED.fullmatch(path.name)
+        if name is None or _is_written(path, name["machine"], int(name["pid"]), name["process"]):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -40,3 +111,46 @@ def sha256_of(path: Path) -> str:
     """The sha256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _lacks_name(error: BaseException) -> bool:
+    """Whether an error is the system's own and says no file, as that of a full disk."""
+    return isinstance(error, OSError) and error.errno is not None and error.filename is None
+
+
+def _unfinished_beside(path: Path) -> Path:
+    """A new name in the folder of a path, for what this process writes."""
+    return path.with_name(f"unfinished-{_machine()}-{os.getpid()}-{_PROCESS}-{next(_COUNTER)}")
+
+
+def _machine() -> str:
+    """Name of where a process number means something: the host and, on Linux, the container on it."""
+    with suppress(OSError):
+        return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    return socket.gethostname()
+
+
+def _is_written(path: Path, machine: str, pid: int, process: str) -> bool:
+    """Whether a process may still be writing to an unfinished path."""
+    if machine == _machine():
+        if pid == os.getpid():
+            return process == _PROCESS
+        if not _is_running(pid):
+            return False
+    try:
+        last_change = max(part.stat().st_mtime for part in (path, *path.glob("*")))
+    except OSError:  # it is being renamed
+        return True
+    return time.time() - last_change < _DAY
+
+
+def _is_running(pid: int) -> bool:
+    if os.name != "posix":  # elsewhere the signal 0 is not a question
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
