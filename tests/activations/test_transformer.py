@@ -1,7 +1,10 @@
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Gemma2ForCausalLM
 
 from tests.activations.models import save_tiny_gemma
@@ -109,3 +112,121 @@ def test_local_directory_and_hub_name(tmp_path):
         resolve_model(ModelConfig(name=str(tmp_path)))
     with pytest.raises(ValueError, match=r"model.sha256 checks a local directory, and 'owner/model' is none"):
         resolve_model(ModelConfig(name="owner/model", sha256="00"))
+
+
+@pytest.fixture
+def copy(gemma, tmp_path):
+    """A copy of the model that a test may damage."""
+    return Path(shutil.copytree(gemma, tmp_path / "copy"))
+
+
+def of(directory, hook="blocks.0.hook_resid_post"):
+    return Transformer(ModelConfig(name=str(directory), hook=hook), CPU)
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def without_a_tensor(path):
+    tensors = load_file(path)
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def with_another_shape(path):
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [cut_off, without_a_tensor, with_another_shape, Path.unlink, lambda path: path.write_bytes(b"")],
+    ids=["cut_off", "without_a_tensor", "another_shape", "none", "empty"],
+)
+def test_damaged_weights_are_named(damage, copy):
+    """Also where transformers itself would draw what is missing at random."""
+    damage(copy / "model.safetensors")
+    with pytest.raises(OSError, match=rf"the weights of model.name '{copy}' cannot be loaded from {copy}: "):
+        of(copy).activations(tokens())
+
+
+def test_a_shard_of_the_weights_that_is_missing_is_named(gemma, copy):
+    (copy / "model.safetensors").unlink()
+    Gemma2ForCausalLM.from_pretrained(gemma).save_pretrained(copy, max_shard_size="5KB")
+    torch.testing.assert_close(of(copy).activations(tokens()), of(gemma).activations(tokens()))
+    (copy / "model-00002-of-00005.safetensors").unlink()
+    with pytest.raises(OSError, match=r"the weights of .* cannot be loaded .*model-00002-of-00005.safetensors"):
+        of(copy).activations(tokens())
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "gemma2', "[]", '{"model_type": "none"}'])
+def test_a_broken_configuration_is_named(content, copy):
+    (copy / "config.json").write_text(content)
+    with pytest.raises(OSError, match=rf"the configuration of model.name '{copy}' cannot be loaded from {copy}: "):
+        of(copy)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ['{"version": "1.0", "trunc', "{}", "[]", ""])
+def test_a_broken_tokenizer_is_named(name, content, copy):
+    (copy / name).write_text(content)
+    if (name, content) == ("tokenizer_config.json", "{}"):
+        return  # nothing that must be there
+    with pytest.raises(OSError, match=rf"model.name '{copy}' (cannot be loaded from {copy}|has no tokenizer): "):
+        of(copy).load_tokenizer()
+
+
+def test_a_model_without_tokenizer_is_named(copy):
+    """transformers makes one up, to which every word is unknown."""
+    for path in copy.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(OSError, match=rf"model.name '{copy}' has no tokenizer: put its files, such as tokenizer.json"):
+        of(copy).load_tokenizer()
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(gemma):
+    with pytest.raises(ValueError, match=r"makes the token 30, and the model has a vocabulary of 30"):
+        of(gemma).activations(torch.full((1, 8), 30))
+
+
+def test_a_hook_that_never_fires_is_named(gemma):
+    hook = "blocks.0.attn.hook_hidden_states"
+    assert hook in of(gemma).bridge.hook_dict
+    with pytest.raises(ValueError, match=rf"'{hook}' carries nothing when {gemma} runs; take blocks.0.hook_resid_post"):
+        of(gemma, hook).activations(tokens())
+
+
+@pytest.mark.parametrize("hook", ["rotary_emb.hook_cos", "embed.hook_in", "blocks.0.attn.hook_q"])
+def test_a_hook_of_another_shape_is_named(hook, gemma):
+    """The first has [1, context, width] whatever the number of windows."""
+    with pytest.raises(ValueError, match=rf"model.hook must carry .*; {hook} has \[.*\] for \[7, 12\] tokens"):
+        of(gemma, hook).activations(tokens())
+
+
+def test_a_hook_that_is_switched_off_is_named(gemma):
+    with pytest.raises(ValueError, match=r"does not run to model.hook 'blocks.0.attn.hook_result' on 7 windows of"):
+        of(gemma, "blocks.0.attn.hook_result").activations(tokens())
+
+
+def test_windows_that_the_model_cannot_read_are_refused():
+    """Some architectures take fewer tokens than their configuration says."""
+    transformer = Transformer(ModelConfig(hook="blocks.0.hook_resid_post"), CPU)
+    with pytest.raises(ValueError, match=r"minilm does not run to .* on 2 windows of text.context_size 513 tokens"):
+        transformer.activations(torch.ones(2, 513, dtype=torch.int32))
+
+
+def test_a_copy_is_the_same_model_and_an_edited_one_is_not(gemma, copy):
+    assert of(copy).weights_identity == of(gemma).weights_identity
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(settings | {"hidden_activation": "relu"}))
+    assert of(copy).weights_identity != of(gemma).weights_identity
+    before = of(copy).weights_identity
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    assert of(copy).weights_identity != before
+
+
+def test_a_path_in_the_home_directory(gemma, monkeypatch):
+    monkeypatch.setenv("HOME", str(gemma.parent))
+    assert resolve_model(ModelConfig(name=f"~/{gemma.name}")) == str(gemma)

@@ -3,9 +3,11 @@
 import hashlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from topk_ortho.activations.config import MINILM_SHA256, ModelConfig
-from topk_ortho.activations.files import sha256_of
+from topk_ortho.activations.files import sha256_of, user_path
 
 _MODEL_FILES = ("config.json", "adapter_config.json", "*.index.json", "*.safetensors", "*.bin")
 """The files of a directory that decide what its model computes."""
@@ -36,7 +38,8 @@ class Transformer:
         self.config = config
         self.device = device
         self.path = resolve_model(config)
-        self.hf_config = AutoConfig.from_pretrained(self.path)
+        with self._loading("configuration"):
+            self.hf_config = AutoConfig.from_pretrained(self.path)
         self._lock = threading.Lock()
         self._n_tokens, self._seconds = 0, 0.0  # what `activations` has read so far, and how long it took
 
@@ -52,13 +55,34 @@ class Transformer:
         return f"sha256 {hashlib.sha256(listing.encode()).hexdigest()}"
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer."""
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
+        """The model's tokenizer.
+
+        Raises
+        ------
+        OSError
+            If it cannot be loaded, or if there is none: transformers makes one up that knows special tokens alone.
+        """
+        with self._loading("tokenizer"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
+        if len(tokenizer) - len(set(tokenizer.all_special_ids)) < 2:
+            raise OSError(
+                f"model.name {self.config.name!r} has no tokenizer: "
+                f"put its files, such as tokenizer.json, into {self.path}"
+            )
         return tokenizer
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Refuse token ids that the model does not know."""
+        n_known = getattr(self._text_config, "vocab_size", None)
+        if n_known is not None and tokens.numel() and tokens.max() >= n_known:
+            raise ValueError(
+                f"the tokenizer of model.name {self.config.name!r} makes the token {tokens.max().item()}, and "
+                f"the model has a vocabulary of {n_known:,}: the tokenizer is that of another model"
+            )
 
     def check_context_size(self, context_size: int) -> None:
         """Refuse windows that are longer than the model takes."""
-        longest = getattr(self.hf_config, "max_position_embeddings", context_size)
+        longest = getattr(self._text_config, "max_position_embeddings", context_size)
         if context_size > longest:
             raise ValueError(f"text.context_size must be at most {longest} for {self.config.name}, got {context_size}")
 
@@ -78,31 +102,34 @@ class Transformer:
         """Activations at the hook, [n, context, d_in], for windows of token ids [n, context], on the CPU.
 
         They are converted to `dtype`; None keeps the model's own.
+
+        Raises
+        ------
+        ValueError
+            If the model does not know a token, does not run, or does not carry such activations at the hook.
         """
         from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
         captured: list[Tensor] = []
 
-        def capture(value: Tensor, hook: Any) -> None:
-            captured.append(value.to("cpu", dtype))
+        def capture(value: Any, hook: Any) -> None:
+            captured.append(value.to("cpu", dtype) if isinstance(value, Tensor) else torch.empty(0))
             # transformer_lens' own signal; its stop_at_layer argument has no effect on models whose blocks are not
             # called "blocks"
             raise StopAtLayerException(value)
 
+        self.check_tokens(tokens)
         bridge = self.bridge  # loaded before the clock starts
         with self._lock:
             started = time.perf_counter()
             for batch in tokens.long().split(self.config.batch_size):
-                bridge.run_with_hooks(batch.to(self.device), fwd_hooks=[(self.config.hook, capture)], return_type=None)
+                with self._running(batch):
+                    hooks = [(self.config.hook, capture)]
+                    bridge.run_with_hooks(batch.to(self.device), fwd_hooks=hooks, return_type=None)
+                self._check_captured(captured, batch)
             self._seconds += time.perf_counter() - started
             self._n_tokens += tokens.numel()
-        result = torch.cat(captured)
-        if result.ndim != 3:
-            raise ValueError(
-                "model.hook must carry [batch, context, width], such as a residual stream; "
-                f"{self.config.hook} has {list(result.shape)}"
-            )
-        return result
+        return torch.cat(captured)
 
     @torch.no_grad()
     def cross_entropy(
@@ -153,11 +180,90 @@ class Transformer:
 
         transformers_logging.disable_progress_bar()
         dtype = getattr(torch, self.config.dtype)
-        bridge = TransformerBridge.boot_transformers(self.path, device=str(self.device), dtype=dtype)
+        with self._loading("weights"):
+            bridge = TransformerBridge.boot_transformers(
+                self.path, device=str(self.device), dtype=dtype, model_class=self._model_class()
+            )
         if self.config.hook not in bridge.hook_dict:
-            residual = ", ".join([name for name in bridge.hook_dict if name.endswith("hook_resid_post")][:3])
-            raise ValueError(f"model.hook must be a hook of {self.path}, such as {residual}; got {self.config.hook!r}")
+            raise ValueError(
+                f"model.hook must be a hook of {self.path}, such as {_residuals(bridge)}; got {self.config.hook!r}"
+            )
         return bridge
+
+    def _model_class(self) -> type:
+        """The class that transformer_lens would take, but that refuses weights of which a part is missing.
+
+        transformers draws missing weights at random and goes on. It may do so for the head of a model that is not used
+        for predicting tokens, as an encoder's.
+        """
+        from transformer_lens.model_bridge.sources.transformers import (
+            determine_architecture_from_hf_config,
+            get_hf_model_class_for_architecture,
+        )
+
+        model_class = get_hf_model_class_for_architecture(determine_architecture_from_hf_config(self.hf_config))
+        has_logits = self.has_logits
+
+        class CompleteModel:
+            @staticmethod
+            def from_pretrained(name: str, **settings: Any) -> Any:
+                model, found = model_class.from_pretrained(name, output_loading_info=True, **settings)
+                needed = "" if has_logits else f"{model.base_model_prefix}."
+                missing = sorted(key for key in found["missing_keys"] if key.startswith(needed))
+                if missing:
+                    raise ValueError(f"{len(missing)} of its tensors are missing, such as {missing[0]}")
+                return model
+
+        return CompleteModel
+
+    @property
+    def _text_config(self) -> Any:
+        """The part of the configuration that is about text; models of images and text have others too."""
+        return self.hf_config.get_text_config()
+
+    @contextmanager
+    def _loading(self, what: str) -> Iterator[None]:
+        """Turn what transformers and transformer_lens raise over a damaged model into an error that names it."""
+        try:
+            yield
+        except Exception as error:  # also bare ones, of the tokenizers' and safetensors' own languages
+            raise OSError(
+                f"the {what} of model.name {self.config.name!r} cannot be loaded from {self.path}: {_in_short(error)}"
+            ) from error
+
+    @contextmanager
+    def _running(self, batch: Tensor) -> Iterator[None]:
+        """Turn what a model raises over its input into an error that names the settings."""
+        try:
+            yield
+        except Exception as error:  # of any architecture's code
+            remedy = "lower model.batch_size; " if isinstance(error, torch.OutOfMemoryError) else ""
+            raise ValueError(
+                f"{self.config.name} does not run to model.hook {self.config.hook!r} on {batch.shape[0]} windows of "
+                f"text.context_size {batch.shape[1]} tokens: {remedy}{_in_short(error)}"
+            ) from error
+
+    def _check_captured(self, captured: list[Tensor], batch: Tensor) -> None:
+        """Refuse a hook that did not carry a vector for every token of a batch."""
+        hook, residuals = self.config.hook, _residuals(self.bridge)
+        if not captured:
+            raise ValueError(f"model.hook {hook!r} carries nothing when {self.config.name} runs; take {residuals}")
+        shape = list(captured[-1].shape)
+        if len(shape) != 3 or shape[:2] != list(batch.shape):
+            raise ValueError(
+                f"model.hook must carry [batch, context, width], such as {residuals}; "
+                f"{hook} has {shape} for {list(batch.shape)} tokens"
+            )
+
+
+def _in_short(error: Exception) -> str:
+    """The kind and the beginning of an error that is not ours, on one line."""
+    return shorten(f"{type(error).__name__}: {error}", 400)
+
+
+def _residuals(bridge: Any) -> str:
+    """Some hooks of a model that can be taken."""
+    return ", ".join([name for name in bridge.hook_dict if name.endswith("hook_resid_post")][:3])
 
 
 def resolve_model(config: ModelConfig) -> str:
@@ -167,7 +273,7 @@ def resolve_model(config: ModelConfig) -> str:
 
         directory = Path(get_model_path())
     else:
-        directory = Path(config.name)
+        directory = user_path(config.name)
         if not directory.is_dir():
             return _hub_name(config)
         if not (directory / "config.json").is_file():
@@ -175,6 +281,8 @@ def resolve_model(config: ModelConfig) -> str:
     expected = config.sha256 or (MINILM_SHA256 if config.name == "minilm" else None)
     if expected is not None:
         weights = directory / "model.safetensors"
+        if not weights.is_file():
+            raise FileNotFoundError(f"model.sha256 is that of model.safetensors, which {directory} lacks")
         actual = sha256_of(weights)
         if actual != expected.lower():
             raise ValueError(f"{weights} has sha256 {actual}, expected {expected}")
