@@ -1,9 +1,12 @@
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +15,8 @@ from transformers import AutoTokenizer, BertModel
 from topk_ortho.activations import cache as cache_module
 from topk_ortho.activations.cache import TransformerActivations
 from topk_ortho.activations.config import ModelConfig, TextConfig
-from topk_ortho.activations.text import load_text, token_windows
+from topk_ortho.activations.files import finished_as
+from topk_ortho.activations.text import Text, token_windows
 from topk_ortho.activations.transformer import Transformer, resolve_model
 
 CPU = torch.device("cpu")
@@ -51,7 +55,9 @@ def no_transformer(monkeypatch):
 
 def test_shards_are_the_model_without_special_tokens(source):
     directory = resolve_model(MODEL)
-    tokens = torch.cat(list(token_windows(load_text(TEXT), AutoTokenizer.from_pretrained(directory), TEXT))).long()
+    tokens = torch.cat(
+        list(token_windows(Text(TEXT).documents(), AutoTokenizer.from_pretrained(directory), TEXT))
+    ).long()
     model = BertModel.from_pretrained(directory, attn_implementation="eager")
     with torch.no_grad():
         expected = model(tokens, output_hidden_states=True).hidden_states[4]  # 0 is the embedding, 4 leaves block 3
@@ -92,14 +98,14 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(source, tmp_path, monkeypa
 
 
 def test_two_that_tokenise_at_a_time_end_in_one_folder(tmp_path, monkeypatch):
-    read = cache_module.load_text
+    read = Text.documents
 
-    def beside_another(config):
-        monkeypatch.setattr(cache_module, "load_text", read)
+    def beside_another(text):
+        monkeypatch.setattr(Text, "documents", read)
         open_source(tmp_path)  # starts later, finishes first
-        return read(config)
+        return read(text)
 
-    monkeypatch.setattr(cache_module, "load_text", beside_another)
+    monkeypatch.setattr(Text, "documents", beside_another)
     open_source(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -241,3 +247,117 @@ def test_the_same_bytes_parsed_otherwise_are_another_text(tmp_path):
     first, second = sources
     assert {key for key in first.identity if first.identity[key] != second.identity[key]} == {"text_format"}
     assert len(first.tokens(0)) > len(second.tokens(0))
+
+
+def test_a_shard_of_other_content_is_named_as_damaged(tmp_path):
+    open_source(tmp_path)
+    (shard,) = tmp_path.glob("*/shard-*")
+    for tensors in ({"other": torch.zeros(3)}, {"activations": torch.zeros(3, 384)}):
+        save_file(tensors, shard)
+        with pytest.raises(ValueError, match=rf"{shard} is damaged, delete it"):
+            open_source(tmp_path)
+
+
+def test_a_cache_can_be_shared_with_a_group(tmp_path):
+    before = os.umask(0o002)
+    try:
+        open_source(tmp_path / "cache")
+    finally:
+        os.umask(before)
+    paths = list((tmp_path / "cache").rglob("*"))
+    assert {path.name for path in paths if path.is_file()} == {"manifest.json", "tokens.bin", "shard-00000.safetensors"}
+    for path in [tmp_path / "cache", *paths]:
+        assert path.stat().st_mode & 0o777 == (0o775 if path.is_dir() else 0o664), path
+
+
+def test_a_cache_that_cannot_be_written_is_used_without_saving(source, tmp_path, monkeypatch, capsys):
+    open_source(tmp_path)
+
+    def refuse(tensors, path):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(cache_module, "save_file", refuse)
+    again = open_source(tmp_path)
+    assert all(torch.equal(again.shard(n), source.shard(n)) for n in (0, 1, 2, 1))
+    assert capsys.readouterr().err.count("as they cannot be kept: [Errno 30] Read-only file system") == 1
+    assert len(list(tmp_path.glob("*/*"))) == 3
+
+
+def test_what_killed_processes_left_is_removed_when_the_cache_is_used(tmp_path):
+    open_source(tmp_path)
+    (folder,) = tmp_path.iterdir()
+    with finished_as(tmp_path / "name") as unfinished:
+        name = unfinished.name.replace(f"-{os.getpid()}-", "-999999999-")  # no process has this number
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "tokens.bin").touch()
+    (folder / name).touch()
+    open_source(tmp_path)
+    assert list(tmp_path.glob("**/unfinished-*")) == []
+
+
+def test_an_interrupted_tokenizer_leaves_nothing(tmp_path, monkeypatch):
+    read = Text.documents
+
+    def interrupted(text):
+        yield next(iter(read(text)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Text, "documents", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_source(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_dir_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=str(tmp_path / "file")):
+        open_source(tmp_path / "file")
+
+
+def test_another_version_of_what_runs_the_transformer_is_said(source, cache_dir, monkeypatch, capsys):
+    monkeypatch.setattr(cache_module, "version", lambda name: "99")
+    open_source(cache_dir)
+    assert "and this is {'transformers': '99', 'transformer_lens': '99'}: if they make other" in capsys.readouterr().err
+
+
+class Builder:
+    """A data set on the hub, as `datasets` has it."""
+
+    def __init__(self, commit):
+        self.hash = commit
+
+    def as_streaming_dataset(self, split):
+        yield {"text": f"{self.hash} " * 50}
+
+
+def test_another_commit_of_a_data_set_on_the_hub_is_another_text(tmp_path, monkeypatch, capsys):
+    text = dataclasses.replace(TEXT, source="owner/name")
+    sources = []
+    for commit in ("one", "two", "two"):
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *names, commit=commit: Builder(commit))
+        sources.append(open_source(tmp_path, text=text))
+    assert sources[1].identity == sources[2].identity
+    assert {key for key, value in sources[0].identity.items() if sources[1].identity[key] != value} == {"commit"}
+    assert not torch.equal(sources[0].tokens(0), sources[1].tokens(0))
+
+    def fail(*names):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
+    assert open_source(tmp_path, text=text).identity == sources[1].identity
+    assert "no network; what was made of its commit two is used" in capsys.readouterr().err
+    with pytest.raises(OSError, match="cannot be read as a data set on the hub: no network"):
+        open_source(tmp_path, text=dataclasses.replace(text, split="test"))
+
+
+def test_a_token_beyond_the_vocabulary_is_refused_by_name(tmp_path):
+    def enlarge(tokenizer):
+        tokenizer["model"]["vocab"]["class"] = 30_600
+
+    model = edited(tmp_path / "model", "tokenizer.json", enlarge)
+    (tmp_path / "corpus.txt").write_text("a class " * 200)
+    text = dataclasses.replace(TEXT, source=str(tmp_path / "corpus.txt"))
+    complaint = rf"tokenizer of model.name '{tmp_path}/model' makes the token 30600, .* vocabulary of 30,522"
+    with pytest.raises(ValueError, match=complaint):
+        open_source(tmp_path / "cache", model, text)
+    assert list((tmp_path / "cache").iterdir()) == []

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer
 
 from topk_ortho.activations.config import ModelConfig, TextConfig
-from topk_ortho.activations.text import load_text, python_documentation, text_identity, token_windows
+from topk_ortho.activations.text import Text, python_documentation, token_windows
 from topk_ortho.activations.transformer import resolve_model
 
 
@@ -47,19 +47,33 @@ def test_long_texts_come_in_blocks_that_make_one_text(tokenizer):
     assert len(ids) - len(body) < 8
 
 
+def test_only_as_many_documents_are_read_as_are_needed(tokenizer):
+    n_read = 0
+
+    def endless():
+        nonlocal n_read
+        while True:
+            n_read += 1
+            yield "word " * 60_000
+
+    list(token_windows(endless(), tokenizer, TextConfig(context_size=10, n_tokens=100)))
+    assert n_read < 10
+
+
 def test_identities_tell_texts_apart(tmp_path):
     configs = [TextConfig()]
     configs += [TextConfig(source="owner/data", **more) for more in ({}, {"subset": "small"}, {"split": "test"})]
-    for name, content in (("a.txt", "one"), ("b.txt", "two"), ("a.jsonl", "one")):
+    for name, content in (("a.txt", "one"), ("b.txt", "two"), ("a.jsonl", "one"), ("a.json", "one")):
         (tmp_path / name).write_text(content)
-        configs += [TextConfig(source=str(tmp_path / name), column=column) for column in ("text", "body")]
-    assert len({json.dumps(text_identity(config)) for config in configs}) == len(configs)
+        configs.append(TextConfig(source=str(tmp_path / name)))
+    configs.append(TextConfig(source=str(tmp_path / "a.json"), column="body"))
+    assert len({json.dumps(Text(config).identity) for config in configs}) == len(configs)
 
 
 def test_a_file_is_known_by_its_content_not_its_name(tmp_path):
     for name in ("a.txt", "b.TXT"):
         (tmp_path / name).write_text("one")
-    first, second = (text_identity(TextConfig(source=str(tmp_path / name))) for name in ("a.txt", "b.TXT"))
+    first, second = (Text(TextConfig(source=str(tmp_path / name))).identity for name in ("a.txt", "b.TXT"))
     assert first == second
 
 
@@ -70,56 +84,55 @@ def test_python_documentation_is_ample_and_in_a_fixed_order():
     assert all(isinstance(document, str) and document for document in documents)
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
-def test_local_files(suffix, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    path = tmp_path / f"corpus{suffix}"
-    documents = ["first line\nsecond line", "another"]
-    if suffix == ".txt":
-        path.write_text("\n\n".join(documents))
-    elif suffix == ".jsonl":
-        path.write_text("".join(json.dumps({"body": text}) + "\n" for text in documents))
-    else:
-        import datasets
-
-        datasets.Dataset.from_dict({"body": documents}).to_parquet(str(path))
-    column = "text" if suffix == ".txt" else "body"
-    assert list(load_text(TextConfig(source=str(path), column=column))) == documents
-    with pytest.raises(ValueError, match=r"text\.column 'other' is not in"):
-        list(load_text(TextConfig(source=str(path), column="other")))
-
-
 def test_missing_file_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is not a file"):
-        list(load_text(TextConfig(source=str(tmp_path / "none.txt"))))
-
-
-def test_rows_without_text(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    path = tmp_path / "corpus.JSONL"
-    path.write_text('{"text": "one", "n": 1}\n{"text": null, "n": 2}\n{"text": "two", "n": 3}\n')
-    assert list(load_text(TextConfig(source=str(path)))) == ["one", "two"]
-    with pytest.raises(ValueError, match=r"text.column 'n' of .*corpus.JSONL' holds int, not text"):
-        list(load_text(TextConfig(source=str(path), column="n")))
+    for name in ("none.txt", "none.JSONL", "none"):
+        with pytest.raises(FileNotFoundError, match="is not a file"):
+            Text(TextConfig(source=str(tmp_path / name)))
 
 
 def test_file_of_unknown_kind_is_refused(tmp_path):
     (tmp_path / "corpus.csv").write_text("a,b")
     with pytest.raises(ValueError, match=r"text.source must be a .txt, .jsonl, .json, .parquet file or a data set"):
-        list(load_text(TextConfig(source=str(tmp_path / "corpus.csv"))))
+        Text(TextConfig(source=str(tmp_path / "corpus.csv")))
+
+
+def test_a_path_in_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "corpus.txt").write_text("one")
+    assert list(Text(TextConfig(source="~/corpus.txt")).documents()) == ["one"]
 
 
 def test_hub_data_set_is_streamed(monkeypatch):
-    calls = []
+    asked = []
 
-    def load_dataset(*arguments, **keywords):
-        calls.append((arguments, keywords))
-        return [{"text": "one"}, {"text": "two"}]
+    class Builder:
+        hash = "0123abcd"
 
-    monkeypatch.setattr("topk_ortho.activations.text.datasets.load_dataset", load_dataset)
-    assert list(load_text(TextConfig(source="owner/name"))) == ["one", "two"]
-    assert list(load_text(TextConfig(source="owner/name", subset="small", split="test"))) == ["one", "two"]
-    assert calls == [
-        (("owner/name", None), {"split": "train", "streaming": True}),
-        (("owner/name", "small"), {"split": "test", "streaming": True}),
-    ]
+        def as_streaming_dataset(self, split):
+            asked.append(split)
+            yield {"text": "one"}
+            yield {"text": "two"}
+            raise ConnectionResetError("the cable was pulled")
+
+    def load_dataset_builder(*arguments):
+        asked.append(arguments)
+        return Builder()
+
+    monkeypatch.setattr("topk_ortho.activations.text.datasets.load_dataset_builder", load_dataset_builder)
+    text = Text(TextConfig(source="owner/name", subset="small", split="test"))
+    assert not asked
+    assert text.ask_commit() == "0123abcd"
+    documents = text.documents()
+    assert [next(documents), next(documents)] == ["one", "two"]
+    assert asked == [("owner/name", "small"), "test"]
+    with pytest.raises(OSError, match=r"split 'test' of text.source 'owner/name' cannot be read: the cable was pulled"):
+        next(documents)
+
+
+def test_a_hub_that_cannot_be_reached_is_named(monkeypatch):
+    def fail(*arguments):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("topk_ortho.activations.text.datasets.load_dataset_builder", fail)
+    with pytest.raises(OSError, match=r"text.source 'owner/name' is not a file and cannot be read .* hub: no network"):
+        list(Text(TextConfig(source="owner/name")).documents())

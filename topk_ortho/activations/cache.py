@@ -1,10 +1,10 @@
 """The activation cache: a transformer's activations over a text, computed when first needed and kept on disk."""
 
-import contextlib
 import hashlib
 import json
-import tempfile
+import sys
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from topk_ortho.activations.config import CacheDtype, ModelConfig, TextConfig
-from topk_ortho.activations.files import finished_as
-from topk_ortho.activations.text import (
-    load_text,
-    special_tokens_of,
-    text_identity,
-    token_windows,
-    tokenizer_identity,
-)
+from topk_ortho.activations.files import finished_as, finished_folder, remove_abandoned, user_path
+from topk_ortho.activations.text import Text, special_tokens_of, token_windows, tokenizer_identity
 from topk_ortho.activations.transformer import Transformer
 
 _FORMAT = 2
@@ -36,7 +30,8 @@ class TransformerActivations:
 
     The folder is named by a hash of all that decides its content. It holds a manifest that spells this out, the token
     ids, and a safetensors file for every shard that was needed so far. Files appear under their names when they are
-    whole, so neither an interrupted process nor two processes at a time can leave a part of one.
+    whole, so neither an interrupted process nor two processes at a time can leave a part of one. Where a folder
+    cannot be written, shards that it lacks are made each time.
 
     Parameters
     ----------
@@ -56,25 +51,32 @@ class TransformerActivations:
         self.transformer = Transformer(model, device)
         self.transformer.check_context_size(text.context_size)
         self.name = f"{model.hook} of {model.name}"
-        self._cache_dtype = None if cache == "off" else getattr(torch, cache)
+        self._is_kept = cache != "off"
+        self._dtype: torch.dtype = getattr(torch, cache) if self._is_kept else torch.float32
+        cache_dir = user_path(cache_dir)
+        remove_abandoned(cache_dir)
         tokenizer = self.transformer.load_tokenizer()
         self.special_tokens = special_tokens_of(tokenizer)
+        self._text = Text(text)
         self.identity: dict[str, Any] = {
             "source": "transformer",
             "weights": self.transformer.weights_identity,
             "model_dtype": model.dtype,
             "hook": model.hook,
             "tokenizer": tokenizer_identity(tokenizer),
-            **text_identity(text),
+            **self._text.identity,
             "context_size": text.context_size,
             "n_tokens": text.n_tokens,
-            "activations_dtype": str(self._cache_dtype or torch.float32).removeprefix("torch."),
+            "activations_dtype": str(self._dtype).removeprefix("torch."),
             "format": _FORMAT,
         }
+        if self._text.is_on_hub:
+            self.identity["commit"] = _commit_of(self._text, self.identity, cache_dir)
         self._folder = cache_dir / _digest(self.identity)
+        remove_abandoned(self._folder)
         if not self._folder.is_dir():
             self._tokenize(text, tokenizer)
-        manifest = _read_manifest(self._folder, self.identity)
+        manifest = self._manifest()
         self._windows = np.memmap(self._folder / "tokens.bin", np.int32, "r").reshape(manifest["shape"])
         self._special = torch.tensor(manifest["special_ids"], dtype=torch.int32)
         # about 64 shards: few enough to load fast, and enough to hold out some from all over the text
@@ -82,6 +84,7 @@ class TransformerActivations:
         per_shard = max(1, min(65_536, max(1_024, n_windows * context_size // 64)) // context_size)
         self._starts = [*range(0, n_windows, per_shard), n_windows]
         self.shard_sizes = [int((~self._is_special(n)).sum()) for n in range(len(self._starts) - 1)]
+        self._is_unsaved = False
         self.d_in = self.shard(0).shape[1]
 
     @property
@@ -101,29 +104,43 @@ class TransformerActivations:
         """Activations [n_tokens, d_in] of a shard, on the CPU: read from disk, or made by the transformer."""
         path = self._path(number)
         if path.is_file():
-            try:
-                loaded: Tensor = load_file(path)["activations"]
-                return loaded
-            except SafetensorError as error:
-                raise ValueError(f"{path} is damaged, delete it: {error}") from error
+            return self._read(path, self.shard_sizes[number])
         activations = self._compute(number)
-        if self._cache_dtype is not None:
+        if self._is_kept:
+            self._save(activations, path)
+        return activations
+
+    def _read(self, path: Path, n_tokens: int) -> Tensor:
+        """The activations in a file, which must be as many as are expected."""
+        try:
+            activations: Tensor = load_file(path)["activations"]
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{path} is damaged, delete it: {error}") from error
+        if activations.ndim != 2 or len(activations) != n_tokens or activations.dtype != self._dtype:
+            found = f"{activations.dtype} {list(activations.shape)}"
+            raise ValueError(f"{path} is damaged, delete it: it holds {found}, not {n_tokens} tokens in {self._dtype}")
+        return activations
+
+    def _save(self, activations: Tensor, path: Path) -> None:
+        """Keep activations, if they can be; that they cannot is said once."""
+        try:
             with finished_as(path) as unfinished:
                 save_file({"activations": activations}, unfinished)
-        return activations
+        except OSError as error:
+            if not self._is_unsaved:
+                tqdm.write(f"activations are made anew each time, as they cannot be kept: {error}", file=sys.stderr)
+            self._is_unsaved = True
 
     def _tokenize(self, text: TextConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make the folder, with the token ids and the manifest."""
-        parent = self._folder.parent
-        parent.mkdir(parents=True, exist_ok=True)
         with (
-            tempfile.TemporaryDirectory(dir=parent, prefix="unfinished-", ignore_cleanup_errors=True) as place,
+            finished_folder(self._folder) as unfinished,
             tqdm(desc="tokenizer", unit=" tokens", unit_scale=True, mininterval=0.5, leave=False) as progress,
         ):
-            unfinished = Path(place)
             n_windows = 0
             with (unfinished / "tokens.bin").open("wb") as file:
-                for block in token_windows(load_text(text), tokenizer, text):
+                for block in token_windows(self._text.documents(), tokenizer, text):
+                    self.transformer.check_tokens(block)
                     file.write(block.numpy().tobytes())
                     n_windows += block.shape[0]
                     progress.update(block.numel())
@@ -131,10 +148,26 @@ class TransformerActivations:
                 raise ValueError(
                     f"text {text.source} fills {n_windows} windows of {text.context_size} tokens; at least 2 are needed"
                 )
-            shape = {"shape": [n_windows, text.context_size], "special_ids": tokenizer.all_special_ids}
-            (unfinished / "manifest.json").write_text(json.dumps(self.identity | shape, indent=2) + "\n")
-            with contextlib.suppress(OSError):  # another process finished first, with the same content
-                unfinished.rename(self._folder)
+            more = {
+                "shape": [n_windows, text.context_size],
+                "special_ids": tokenizer.all_special_ids,
+                "made_with": _versions(),
+            }
+            (unfinished / "manifest.json").write_text(json.dumps(self.identity | more, indent=2) + "\n")
+
+    def _manifest(self) -> dict[str, Any]:
+        """The manifest of the folder, which must be of these activations."""
+        manifest = _read_manifest(self._folder)
+        for key, value in self.identity.items():
+            if manifest.get(key) != value:
+                raise ValueError(f"{self._folder} is of {key} {manifest.get(key)!r}, not {value!r}: delete it")
+        if manifest.get("made_with") != _versions():
+            tqdm.write(
+                f"{self._folder} was begun with {manifest.get('made_with')}, and this is {_versions()}: "
+                "if they make other activations, delete it",
+                file=sys.stderr,
+            )
+        return manifest
 
     def _path(self, number: int) -> Path:
         return self._folder / f"shard-{number:05}.safetensors"
@@ -145,14 +178,14 @@ class TransformerActivations:
     def _compute(self, number: int) -> Tensor:
         """Run the transformer over the windows of a shard."""
         tokens = self.tokens(number)
-        hidden = self.transformer.activations(tokens, self._cache_dtype or torch.float32)
+        hidden = self.transformer.activations(tokens, self._dtype)
         self._progress.update(tokens.numel())
         if self._progress.n >= (self._progress.total or 0):
             self._progress.close()
         activations = hidden[~self._is_special(number)].contiguous()
         if not activations.isfinite().all():
-            remedy = " (cache can be bfloat16 or float32)" if self._cache_dtype == torch.float16 else ""
-            raise ValueError(f"activations at {self.name} exceed {self._cache_dtype}{remedy}, or the model gave NaN")
+            remedy = " (cache can be bfloat16 or float32)" if self._dtype == torch.float16 else ""
+            raise ValueError(f"activations at {self.name} exceed {self._dtype}{remedy}, or the model gave NaN")
         return activations
 
     @cached_property
@@ -168,16 +201,36 @@ def _digest(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read_manifest(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a folder, which must be of this identity and fit the token ids beside it."""
+def _commit_of(text: Text, identity: dict[str, Any], cache_dir: Path) -> str:
+    """The commit of a data set on the hub; if the hub does not tell, that of the newest activations of any commit."""
+    try:
+        return text.ask_commit()
+    except OSError as error:
+        for path in sorted(cache_dir.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+            try:
+                manifest = _read_manifest(path.parent)
+            except (OSError, ValueError):
+                continue
+            if all(manifest.get(key) == value for key, value in identity.items()):
+                commit = str(manifest["commit"])
+                tqdm.write(f"{error}; what was made of its commit {commit} is used", file=sys.stderr)
+                return commit
+        raise
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what runs the transformer. They do not decide the activations, but may change them."""
+    return {name: version(name) for name in ("transformers", "transformer_lens")}
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, which must fit the token ids beside it."""
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
+        n_bytes = 4 * int(np.prod(manifest["shape"]))
+        actual = (folder / "tokens.bin").stat().st_size
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} is damaged, delete it: {error}") from error
-    for key, value in identity.items():
-        if manifest.get(key) != value:
-            raise ValueError(f"{folder} is of {key} {manifest.get(key)!r}, not {value!r}: delete it")
-    n_bytes = 4 * int(np.prod(manifest["shape"]))
-    if (folder / "tokens.bin").stat().st_size != n_bytes:
-        raise ValueError(f"{folder} is damaged, delete it: tokens.bin has not {n_bytes:,} bytes")
+    if actual != n_bytes:
+        raise ValueError(f"{folder} is damaged, delete it: tokens.bin has {actual:,} bytes, not {n_bytes:,}")
     return manifest

@@ -80,14 +80,15 @@ class TextConfig:
     """The text that the transformer reads."""
 
     source: str = "python-docs"
-    """"python-docs" (Python's own documentation and docstrings, offline), a .txt, .json, .jsonl or .parquet file, or
-    a data set on the hub, which is streamed."""
+    """"python-docs" (Python's own documentation and docstrings, offline), a file in UTF-8, or a data set on the hub,
+    which is streamed. The file is .txt (blank lines separate documents), .jsonl (an object in each line), .json (an
+    array of objects, {"data": [...]}, or lines) or .parquet."""
     subset: str | None = None
     """Configuration of a data set on the hub that has several."""
     split: str = "train"
     """Split of a data set on the hub."""
     column: str = "text"
-    """Column of the data set that holds the text."""
+    """Column of the file or data set that holds the text; rows where it is null are passed over."""
     context_size: int = 128
     """Tokens in a window, special tokens included."""
     n_tokens: int = 300_000

@@ -1,16 +1,17 @@
-"""Text as windows of token ids, through Hugging Face `datasets`."""
+"""Text as windows of token ids: of a local file, of Python's documentation, or of a data set on the hub."""
 
 import ast
+import functools
 import hashlib
 import importlib
 import inspect
 import json
+import platform
 import sys
 import sysconfig
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,38 +21,100 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from topk_ortho.activations.config import TextConfig
-from topk_ortho.activations.files import sha256_of
+from topk_ortho.activations.documents import FILE_KINDS, read_documents, texts_of
+from topk_ortho.activations.files import sha256_of, user_path
 
+_PYTHON_DOCS = "python-docs"
 _NOT_DOCUMENTATION = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo"}
-_FILE_LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_CHARACTERS_AT_A_TIME = 1_000_000
+"""How much text is tokenised at a time, apart from a document that is longer"""
 
 
-def load_text(config: TextConfig) -> Iterable[str]:
-    """Documents of a text source as strings. A data set on the hub is streamed."""
-    path = Path(config.source)
-    if config.source == "python-docs":
-        documents = datasets.Dataset.from_dict({config.column: list(dict.fromkeys(python_documentation()))})
-    elif path.suffix.lower() in _FILE_LOADERS:
-        if not path.is_file():
-            raise FileNotFoundError(f"text.source {config.source!r} is not a file")
-        by_paragraph = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
-        documents = datasets.load_dataset(
-            _FILE_LOADERS[path.suffix.lower()], data_files=str(path), split="train", streaming=True, **by_paragraph
-        )
-    elif path.exists():
-        raise ValueError(f"text.source must be a {', '.join(_FILE_LOADERS)} file or a data set, got {config.source!r}")
+class Text:
+    """A source of documents: a local file, Python's documentation, or a data set on the hub, which is streamed.
+
+    Parameters
+    ----------
+    config : TextConfig
+        Names the source, and the column of it that is read.
+    """
+
+    def __init__(self, config: TextConfig):
+        self.config = config
+        self._file = _local_file(config.source)
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether it is a data set on the hub."""
+        return self._file is None and self.config.source != _PYTHON_DOCS
+
+    def documents(self) -> Iterator[str]:
+        """The documents, read as they are asked for."""
+        if self._file is not None:
+            return read_documents(self._file, self.config.column)
+        if self.is_on_hub:
+            return texts_of(self._rows_of_hub(), self.config.column)
+        return iter(dict.fromkeys(python_documentation()))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the documents, found without reading them as documents.
+
+        A file is known by the hash of its content, by how it is parsed, and by its column. A data set on the hub is
+        known by its name, and by its commit, which is asked for apart.
+        """
+        if self.is_on_hub:
+            names = {"text": self.config.source, "subset": self.config.subset, "split": self.config.split}
+            return names | {"column": self.config.column}
+        if self._file is None:
+            version, digest = platform.python_version(), _hash_of_standard_library()
+            return {"text": f"{_PYTHON_DOCS} of Python {version}, sha256 {digest}"}
+        kind = self._file.suffix.lower()
+        identity = {"text": f"sha256 {sha256_of(self._file)}", "text_format": kind}
+        return identity if kind == ".txt" else identity | {"column": self.config.column}
+
+    def ask_commit(self) -> str:
+        """The commit of a data set on the hub whose documents these are.
+
+        Raises
+        ------
+        OSError
+            If the hub does not tell.
+        """
+        return str(self._builder.hash)
+
+    @functools.cached_property
+    def _builder(self) -> Any:
+        """The data set on the hub at its present commit."""
+        try:
+            return datasets.load_dataset_builder(self.config.source, self.config.subset)
+        except Exception as error:  # whatever datasets, the hub's client or the network raise
+            raise OSError(
+                f"text.source {self.config.source!r} is not a file and cannot be read as a data set on the hub: {error}"
+            ) from error
+
+    def _rows_of_hub(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        source, split = self.config.source, self.config.split
+        try:
+            for row in self._builder.as_streaming_dataset(split=split):
+                yield source, row
+        except Exception as error:
+            raise OSError(f"split {split!r} of text.source {source!r} cannot be read: {error}") from error
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """A hash of all that decides which tokens a tokenizer makes, whatever files it was loaded from."""
+    if tokenizer.is_fast:
+        contents = [tokenizer.backend_tokenizer.to_str().encode()]
     else:
-        documents = datasets.load_dataset(config.source, config.subset, split=config.split, streaming=True)
-    for document in documents:
-        if config.column not in document:
-            raise ValueError(f"text.column {config.column!r} is not in {config.source!r}; it has {sorted(document)}")
-        text = document[config.column]
-        if isinstance(text, str):
-            yield text
-        elif text is not None:
-            raise ValueError(
-                f"text.column {config.column!r} of {config.source!r} holds {type(text).__name__}, not text"
-            )
+        with tempfile.TemporaryDirectory() as folder:
+            files = tokenizer.save_vocabulary(folder)
+            contents = [type(tokenizer).__name__.encode(), *(Path(file).read_bytes() for file in files)]
+            contents.append(json.dumps(tokenizer.get_added_vocab(), sort_keys=True).encode())
+    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "cls", "sep")}
+    contents.append(json.dumps(special | {"all": sorted(tokenizer.all_special_ids)}).encode())
+    digests = b"".join(hashlib.sha256(content).digest() for content in contents)
+    return f"sha256 {hashlib.sha256(digests).hexdigest()}"
 
 
 class SpecialTokens(NamedTuple):
@@ -95,7 +158,7 @@ def token_windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, 
     separator = _as_list(special.separator)
     n_missing = -(-config.n_tokens // n_body)
     stream: list[int] = []
-    for batch in _batched(documents, 1000):
+    for batch in _batched(documents):
         for ids in tokenizer(batch, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]:
             stream += ids + separator
         n = min(n_missing, len(stream) // n_body)
@@ -107,34 +170,6 @@ def token_windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, 
             return
 
 
-def text_identity(config: TextConfig) -> dict[str, Any]:
-    """What decides the documents of a text source, found without reading them as documents.
-
-    A file is known by the hash of its content, by how it is parsed, and by its column.
-    """
-    path = Path(config.source)
-    if config.source == "python-docs":
-        return {"text": f"python-docs {sys.version}"}
-    if path.is_file():
-        return {"text": f"sha256 {sha256_of(path)}", "text_format": path.suffix.lower(), "column": config.column}
-    return {"text": f"{config.source} {config.subset} {config.split}", "column": config.column}
-
-
-def tokenizer_identity(tokenizer: Any) -> str:
-    """A hash of all that decides which tokens a tokenizer makes, whatever files it was loaded from."""
-    if tokenizer.is_fast:
-        contents = [tokenizer.backend_tokenizer.to_str().encode()]
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            files = tokenizer.save_vocabulary(folder)
-            contents = [type(tokenizer).__name__.encode(), *(Path(file).read_bytes() for file in files)]
-            contents.append(json.dumps(tokenizer.get_added_vocab(), sort_keys=True).encode())
-    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "cls", "sep")}
-    contents.append(json.dumps(special | {"all": sorted(tokenizer.all_special_ids)}).encode())
-    digests = b"".join(hashlib.sha256(content).digest() for content in contents)
-    return f"sha256 {hashlib.sha256(digests).hexdigest()}"
-
-
 def python_documentation() -> Iterator[str]:
     """Python's language reference as `help()` shows it, then docstrings of the standard library.
 
@@ -143,13 +178,23 @@ def python_documentation() -> Iterator[str]:
     from pydoc_data.topics import topics
 
     yield from (topics[name] for name in sorted(topics))
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        if _NOT_DOCUMENTATION.isdisjoint(path.relative_to(root).parts):
-            yield from _docstrings(path)
+    for path in _standard_library():
+        yield from _docstrings(path)
     for name in sorted(sys.builtin_module_names):
         members = [member for _, member in inspect.getmembers(importlib.import_module(name), callable)]
         yield from filter(None, map(inspect.getdoc, members))
+
+
+def _standard_library() -> list[Path]:
+    """The files of the standard library whose docstrings are read."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return [path for path in sorted(root.rglob("*.py")) if _NOT_DOCUMENTATION.isdisjoint(path.relative_to(root).parts)]
+
+
+@functools.cache
+def _hash_of_standard_library() -> str:
+    """A hash of the files; those of one version of Python can differ, as distributions leave some out."""
+    return hashlib.sha256("".join(map(sha256_of, _standard_library())).encode()).hexdigest()
 
 
 def _docstrings(path: Path) -> Iterator[str]:
@@ -165,12 +210,35 @@ def _docstrings(path: Path) -> Iterator[str]:
                 yield docstring
 
 
-def _batched(documents: Iterable[str], size: int) -> Iterator[list[str]]:
-    iterator = iter(documents)
-    while batch := list(islice(iterator, size)):
+def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Documents a thousand at a time, and fewer of long ones."""
+    batch: list[str] = []
+    n_characters = 0
+    for document in documents:
+        batch.append(document)
+        n_characters += len(document)
+        if len(batch) == 1000 or n_characters >= _CHARACTERS_AT_A_TIME:
+            yield batch
+            batch, n_characters = [], 0
+    if batch:
         yield batch
 
 
 def _as_list(token: int | None) -> list[int]:
     """A token that may be missing as a list of one or none."""
     return [] if token is None else [token]
+
+
+def _local_file(source: str) -> Path | None:
+    """The file that a text source names, if it does not name something else."""
+    if source == _PYTHON_DOCS:
+        return None
+    path = user_path(source)
+    is_known = path.suffix.lower() in FILE_KINDS
+    if is_known and path.is_file():
+        return path
+    if path.exists():
+        raise ValueError(f"text.source must be a {', '.join(FILE_KINDS)} file or a data set, got {source!r}")
+    if is_known or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"text.source {source!r} is not a file")
+    return None
