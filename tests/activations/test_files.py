@@ -61,7 +61,7 @@ def test_a_full_disk_is_an_error_that_names_the_path(finished, tmp_path):
         with finished(tmp_path / "data"):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match=rf"{tmp_path}/data could not be written: .*No space left"):
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/data'"):
         write()
     assert names(tmp_path) == []
 

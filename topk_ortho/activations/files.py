@@ -54,8 +54,9 @@ def finished_as(path: Path) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        if isinstance(error, SafetensorError) or _lacks_name(error):
+        if isinstance(error, SafetensorError):
             raise OSError(f"{path} could not be written: {error}") from error
+        _name_in(error, unfinished, path)
         raise
 
 
@@ -77,8 +78,7 @@ def finished_folder(path: Path) -> Iterator[Path]:
             if not path.is_dir():
                 raise
     except OSError as error:
-        if _lacks_name(error):
-            raise OSError(f"{path} could not be written: {error}") from error
+        _name_in(error, unfinished, path)
         raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -113,9 +113,10 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _lacks_name(error: BaseException) -> bool:
-    """Whether an error is the system's own and says no file, as that of a full disk."""
-    return isinstance(error, OSError) and error.errno is not None and error.filename is None
+def _name_in(error: BaseException, unfinished: Path, path: Path) -> None:
+    """Name what was to be written in an error of the system that names no file, as that of a full disk, or only ours."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(unfinished)):
+        error.filename = str(path)
 
 
 def _unfinished_beside(path: Path) -> Path:

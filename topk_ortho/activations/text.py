@@ -95,8 +95,9 @@ class Text:
 
     def _rows_of_hub(self) -> Iterator[tuple[str, dict[str, Any]]]:
         source, split = self.config.source, self.config.split
+        builder = self._builder
         try:
-            for row in self._builder.as_streaming_dataset(split=split):
+            for row in builder.as_streaming_dataset(split=split):
                 yield source, row
         except Exception as error:
             raise OSError(f"split {split!r} of text.source {source!r} cannot be read: {error}") from error
