@@ -3,10 +3,10 @@ from itertools import islice
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from topk_ortho.activations.config import ModelConfig, TextConfig
-from topk_ortho.activations.text import Text, python_documentation, token_windows
+from topk_ortho.activations.text import Text, python_documentation, token_windows, tokenizer_identity
 from topk_ortho.activations.transformer import resolve_model
 
 
@@ -45,6 +45,12 @@ def test_long_texts_come_in_blocks_that_make_one_text(tokenizer):
     ids = [i for text in documents for i in [*tokenizer(text, add_special_tokens=False)["input_ids"], 102]]
     assert body == ids[: len(body)]
     assert len(ids) - len(body) < 8
+
+
+def test_tokenizers_without_a_fast_backend_are_told_apart():
+    tokenizers = [ByT5Tokenizer(extra_ids=extra_ids) for extra_ids in (125, 125, 3)]
+    first, same, other = map(tokenizer_identity, tokenizers)
+    assert first == same != other
 
 
 def test_only_as_many_documents_are_read_as_are_needed(tokenizer):

@@ -114,7 +114,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _name_in(error: BaseException, unfinished: Path, path: Path) -> None:
-    """Name what was to be written in an error of the system that names no file, as that of a full disk, or only ours."""
+    """Let an error of the system name what was to be written, where it names the unfinished file or none at all."""
     if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(unfinished)):
         error.filename = str(path)
 

@@ -12,6 +12,7 @@ import sysconfig
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,10 +109,11 @@ def tokenizer_identity(tokenizer: Any) -> str:
     if tokenizer.is_fast:
         contents = [tokenizer.backend_tokenizer.to_str().encode()]
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            files = tokenizer.save_vocabulary(folder)
-            contents = [type(tokenizer).__name__.encode(), *(Path(file).read_bytes() for file in files)]
-            contents.append(json.dumps(tokenizer.get_added_vocab(), sort_keys=True).encode())
+        settings = {name: value for name, value in tokenizer.init_kwargs.items() if isinstance(value, bool | int)}
+        described = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "settings": settings}
+        contents = [json.dumps(described, sort_keys=True).encode()]
+        with tempfile.TemporaryDirectory() as folder, suppress(NotImplementedError):  # some have nothing to save
+            contents += [Path(file).read_bytes() for file in tokenizer.save_vocabulary(folder)]
     special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "cls", "sep")}
     contents.append(json.dumps(special | {"all": sorted(tokenizer.all_special_ids)}).encode())
     digests = b"".join(hashlib.sha256(content).digest() for content in contents)
