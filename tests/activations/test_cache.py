@@ -252,7 +252,11 @@ def test_the_same_bytes_parsed_otherwise_are_another_text(tmp_path):
 def test_a_shard_of_other_content_is_named_as_damaged(tmp_path):
     open_source(tmp_path)
     (shard,) = tmp_path.glob("*/shard-*")
-    for tensors in ({"other": torch.zeros(3)}, {"activations": torch.zeros(3, 384)}):
+    for tensors in (
+        {"other": torch.zeros(3)},
+        {"activations": torch.zeros(3, 384).half()},
+        {"activations": load_file(shard)["activations"].float()},
+    ):
         save_file(tensors, shard)
         with pytest.raises(ValueError, match=rf"{shard} is damaged, delete it"):
             open_source(tmp_path)

@@ -72,6 +72,14 @@ def test_another_encoding_is_named_with_the_file(encoding, suffix, tmp_path):
         read(path)
 
 
+def test_nul_characters_are_not_text(tmp_path):
+    """UTF-16 without a mark, in which plain letters pass for UTF-8."""
+    path = tmp_path / "corpus.txt"
+    path.write_text("one\ntwo\n", encoding="utf-16-le")
+    with pytest.raises(ValueError, match=rf"{path} is not text: it holds the character NUL"):
+        read(path)
+
+
 def test_the_line_that_is_not_utf8_is_named(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(b'{"text": "one"}\n' * 5_000 + b'{"text": "caf\xe9"}\n')
@@ -131,8 +139,14 @@ def test_other_columns_may_hold_anything(suffix, tmp_path):
 def test_other_columns_of_parquet_are_not_read(tmp_path):
     path = tmp_path / "corpus.parquet"
     columns = {"meta": pa.array([{"a": [1]}, None]), "a.b": pa.array(["one", None]), "c": pa.array([1, 2])}
-    pq.write_table(pa.table(columns), path)
+    pq.write_table(pa.table(columns | {"damaged": pa.array(["x" * 50, "y" * 50])}), path, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    page = pq.ParquetFile(path).metadata.row_group(0).column(3).data_page_offset
+    content[page : page + 20] = b"\xff" * 20
+    path.write_bytes(content)
     assert read(path, "a.b") == ["one"]
+    with pytest.raises(ValueError, match=rf"{path} is not a whole .parquet file"):
+        read(path, "damaged")
     with pytest.raises(ValueError, match=rf"text.column 'c' of {path} holds int, not text"):
         read(path, "c")
 
