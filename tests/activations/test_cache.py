@@ -152,9 +152,10 @@ def test_a_manifest_that_does_not_match_is_refused_by_name(key, value, tmp_path)
 def test_a_damaged_cache_is_named(file, tmp_path):
     open_source(tmp_path)
     (folder,) = tmp_path.iterdir()
-    (folder / file).write_bytes(b"torn")
-    with pytest.raises(ValueError, match=rf"{folder}.* is damaged, delete it"):
-        open_source(tmp_path)
+    for content in (b"torn", b"", b"[]", b'{"shape": [2, 16]}', b'{"shape": "x", "special_ids": []}'):
+        (folder / file).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{folder}.* is damaged, delete it"):
+            open_source(tmp_path)
 
 
 @pytest.mark.parametrize("change", ["weights", "config"])
@@ -338,20 +339,22 @@ def test_another_commit_of_a_data_set_on_the_hub_is_another_text(tmp_path, monke
     text = dataclasses.replace(TEXT, source="owner/name")
     sources = []
     for commit in ("one", "two", "two"):
-        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *names, commit=commit: Builder(commit))
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *names, commit=commit, revision: Builder(commit))
         sources.append(open_source(tmp_path, text=text))
     assert sources[1].identity == sources[2].identity
     assert {key for key, value in sources[0].identity.items() if sources[1].identity[key] != value} == {"commit"}
     assert not torch.equal(sources[0].tokens(0), sources[1].tokens(0))
 
-    def fail(*names):
+    def fail(*names, revision):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", fail)
     assert open_source(tmp_path, text=text).identity == sources[1].identity
     assert "no network; what was made of its commit two is used" in capsys.readouterr().err
-    with pytest.raises(OSError, match="cannot be read as a data set on the hub: no network"):
-        open_source(tmp_path, text=dataclasses.replace(text, split="test"))
+    assert open_source(tmp_path, text=dataclasses.replace(text, revision="one")).identity == sources[0].identity
+    for change in ({"split": "test"}, {"revision": "three"}):
+        with pytest.raises(OSError, match="cannot be read as a data set on the hub: no network"):
+            open_source(tmp_path, text=dataclasses.replace(text, **change))
 
 
 def test_a_token_beyond_the_vocabulary_is_refused_by_name(tmp_path):

@@ -120,23 +120,23 @@ def test_hub_data_set_is_streamed(monkeypatch):
             yield {"text": "two"}
             raise ConnectionResetError("the cable was pulled")
 
-    def load_dataset_builder(*arguments):
-        asked.append(arguments)
+    def load_dataset_builder(*arguments, revision):
+        asked.append((*arguments, revision))
         return Builder()
 
     monkeypatch.setattr("topk_ortho.activations.text.datasets.load_dataset_builder", load_dataset_builder)
-    text = Text(TextConfig(source="owner/name", subset="small", split="test"))
+    text = Text(TextConfig(source="owner/name", subset="small", split="test", revision="v1"))
     assert not asked
     assert text.ask_commit() == "0123abcd"
     documents = text.documents()
     assert [next(documents), next(documents)] == ["one", "two"]
-    assert asked == [("owner/name", "small"), "test"]
+    assert asked == [("owner/name", "small", "v1"), "test"]
     with pytest.raises(OSError, match=r"split 'test' of text.source 'owner/name' cannot be read: the cable was pulled"):
         next(documents)
 
 
 def test_a_hub_that_cannot_be_reached_is_named(monkeypatch):
-    def fail(*arguments):
+    def fail(*arguments, revision):
         raise ConnectionError("no network")
 
     monkeypatch.setattr("topk_ortho.activations.text.datasets.load_dataset_builder", fail)

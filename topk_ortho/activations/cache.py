@@ -202,7 +202,10 @@ def _digest(identity: dict[str, Any]) -> str:
 
 
 def _commit_of(text: Text, identity: dict[str, Any], cache_dir: Path) -> str:
-    """The commit of a data set on the hub; if the hub does not tell, that of the newest activations of any commit."""
+    """The commit of a data set on the hub; if the hub does not tell, that of the activations that were begun last.
+
+    If the settings name a commit, none but activations of this one will do.
+    """
     try:
         return text.ask_commit()
     except OSError as error:
@@ -211,7 +214,8 @@ def _commit_of(text: Text, identity: dict[str, Any], cache_dir: Path) -> str:
                 manifest = _read_manifest(path.parent)
             except (OSError, ValueError):
                 continue
-            if all(manifest.get(key) == value for key, value in identity.items()):
+            is_alike = all(manifest.get(key) == value for key, value in identity.items())
+            if is_alike and text.config.revision in (None, manifest["commit"]):
                 commit = str(manifest["commit"])
                 tqdm.write(f"{error}; what was made of its commit {commit} is used", file=sys.stderr)
                 return commit
@@ -227,9 +231,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder, which must fit the token ids beside it."""
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        if not {"shape", "special_ids"} <= set(manifest):
+            raise ValueError("manifest.json lacks a part")
         n_bytes = 4 * int(np.prod(manifest["shape"]))
         actual = (folder / "tokens.bin").stat().st_size
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, ValueError, TypeError) as error:
         raise ValueError(f"{folder} is damaged, delete it: {error}") from error
     if actual != n_bytes:
         raise ValueError(f"{folder} is damaged, delete it: tokens.bin has {actual:,} bytes, not {n_bytes:,}")

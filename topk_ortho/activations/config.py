@@ -87,6 +87,9 @@ class TextConfig:
     """Configuration of a data set on the hub that has several."""
     split: str = "train"
     """Split of a data set on the hub."""
+    revision: str | None = None
+    """Commit, tag or branch of a data set on the hub. None takes its newest commit; a run that is resumed needs the one
+    that it began with."""
     column: str = "text"
     """Column of the file or data set that holds the text; rows where it is null are passed over."""
     context_size: int = 128

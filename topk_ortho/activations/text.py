@@ -86,9 +86,9 @@ class Text:
 
     @functools.cached_property
     def _builder(self) -> Any:
-        """The data set on the hub at its present commit."""
+        """The data set on the hub, at the commit that its revision means now."""
         try:
-            return datasets.load_dataset_builder(self.config.source, self.config.subset)
+            return datasets.load_dataset_builder(self.config.source, self.config.subset, revision=self.config.revision)
         except Exception as error:  # whatever datasets, the hub's client or the network raise
             raise OSError(
                 f"text.source {self.config.source!r} is not a file and cannot be read as a data set on the hub: {error}"
