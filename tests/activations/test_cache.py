@@ -152,7 +152,9 @@ def test_a_manifest_that_does_not_match_is_refused_by_name(key, value, tmp_path)
 def test_a_damaged_cache_is_named(file, tmp_path):
     open_source(tmp_path)
     (folder,) = tmp_path.iterdir()
-    for content in (b"torn", b"", b"[]", b'{"shape": [2, 16]}', b'{"shape": "x", "special_ids": []}'):
+    less = json.loads((folder / "manifest.json").read_text())
+    del less["special_ids"]
+    for content in (b"torn", b"", b"[]", json.dumps(less).encode(), b'{"shape": "x", "special_ids": []}'):
         (folder / file).write_bytes(content)
         with pytest.raises(ValueError, match=rf"{folder}.* is damaged, delete it"):
             open_source(tmp_path)

@@ -51,6 +51,8 @@ def test_tokenizers_without_a_fast_backend_are_told_apart():
     tokenizers = [ByT5Tokenizer(extra_ids=extra_ids) for extra_ids in (125, 125, 3)]
     first, same, other = map(tokenizer_identity, tokenizers)
     assert first == same != other
+    tokenizers[1].add_tokens(["word"])
+    assert tokenizer_identity(tokenizers[1]) != first
 
 
 def test_only_as_many_documents_are_read_as_are_needed(tokenizer):
