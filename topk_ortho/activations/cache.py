@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from topk_ortho.activations.config import CacheDtype, ModelConfig, TextConfig
-from topk_ortho.activations.files import finished_as, finished_folder, remove_abandoned, user_path
+from topk_ortho.activations.files import finished_as, finished_folder, remove_abandoned
 from topk_ortho.activations.text import Text, special_tokens_of, token_windows, tokenizer_identity
 from topk_ortho.activations.transformer import Transformer
 
@@ -53,7 +53,6 @@ class TransformerActivations:
         self.name = f"{model.hook} of {model.name}"
         self._is_kept = cache != "off"
         self._dtype: torch.dtype = getattr(torch, cache) if self._is_kept else torch.float32
-        cache_dir = user_path(cache_dir)
         remove_abandoned(cache_dir)
         tokenizer = self.transformer.load_tokenizer()
         self.special_tokens = special_tokens_of(tokenizer)

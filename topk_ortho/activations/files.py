@@ -26,11 +26,6 @@ _UNFINISHED = re.compile(r"unfinished-(?P<machine>.+)-(?P<pid>\d{1,9})-(?P<proce
 _DAY = 86_400.0
 
 
-def user_path(name: str | Path) -> Path:
-    """The path that a user's setting names; a leading ~ is the home directory."""
-    return Path(os.path.expanduser(name))
-
-
 @contextmanager
 def finished_as(path: Path) -> Iterator[Path]:
     """A path to write to, whose file is renamed to `path` when the block ends without an error.

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from topk_ortho.activations.config import TextConfig
 from topk_ortho.activations.documents import FILE_KINDS, read_documents, texts_of
-from topk_ortho.activations.files import sha256_of, user_path
+from topk_ortho.activations.files import sha256_of
 
 _PYTHON_DOCS = "python-docs"
 _NOT_DOCUMENTATION = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo"}
@@ -236,7 +236,7 @@ def _local_file(source: str) -> Path | None:
     """The file that a text source names, if it does not name something else."""
     if source == _PYTHON_DOCS:
         return None
-    path = user_path(source)
+    path = Path(source)
     is_known = path.suffix.lower() in FILE_KINDS
     if is_known and path.is_file():
         return path

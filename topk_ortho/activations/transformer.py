@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from topk_ortho.activations.config import MINILM_SHA256, ModelConfig
-from topk_ortho.activations.files import sha256_of, user_path
+from topk_ortho.activations.files import sha256_of
 
 _MODEL_FILES = ("config.json", "adapter_config.json", "*.index.json", "*.safetensors", "*.bin")
 """The files of a directory that decide what its model computes."""
@@ -273,7 +273,7 @@ def resolve_model(config: ModelConfig) -> str:
 
         directory = Path(get_model_path())
     else:
-        directory = user_path(config.name)
+        directory = Path(config.name)
         if not directory.is_dir():
             return _hub_name(config)
         if not (directory / "config.json").is_file():
