@@ -133,3 +133,12 @@ def test_the_gemma_preset():
     config = PRESETS["gemma-2-2b"]
     assert (config.model.name, config.model.hook) == ("google/gemma-2-2b", "blocks.12.hook_resid_post")
     assert config.sae.n_features == 16_384
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name.txt", "a$NOT_SET_HERE.jsonl", "${x}.parquet"])
+def test_a_path_that_exists_is_taken_literally(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"text\.source must be a path of known users and variables"):
+        TextConfig(source=name)
+    (tmp_path / name).touch()
+    assert TextConfig(source=name).source == name

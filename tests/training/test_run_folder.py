@@ -261,6 +261,12 @@ def test_checkpoints_of_other_activations_are_refused(config):
 
 
 def test_what_a_killed_process_left_unfinished_goes(config):
+    code = "import os, sys; from pathlib import Path; from topk_ortho.activations.files import finished_as\n"
+    code += "with finished_as(Path(sys.argv[1]) / 'config.json') as path: os.kill(os.getpid(), 9)\n"
+    config.out_dir.mkdir()
+    process = subprocess.run([sys.executable, "-c", code, str(config.out_dir)], cwd=ROOT, check=False)
+    assert process.returncode == -9
+    assert len(list(config.out_dir.glob("unfinished-*"))) == 1
     left = config.out_dir / "checkpoints" / ".unfinished-step-00000099"
     with open_run(config) as run:
         left.mkdir(parents=True)
@@ -269,6 +275,7 @@ def test_what_a_killed_process_left_unfinished_goes(config):
         trainer.save()
         trainer.batches.close()
     assert not left.exists()
+    assert not list(config.out_dir.glob("unfinished-*"))
 
 
 def test_the_digest_follows_what_decides_the_weights(config, tmp_path):

@@ -40,11 +40,15 @@ def require_words(config: object, prefix: str) -> None:
 def expanded(name: str, path: str) -> str:
     """A path with what its ~ and its environment variables mean, which no shell replaces in a file or between quotes.
 
+    A path that exists as it is written stays as it is.
+
     Raises
     ------
     ValueError
         If one of them means nothing here; the message names the setting.
     """
+    if os.path.lexists(path):
+        return path
     full = os.path.expandvars(os.path.expanduser(path))
     unknown = re.search(r"^~[^/]*|\$\w+|\$\{[^}]*\}", full)
     if unknown:

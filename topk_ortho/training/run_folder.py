@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from topk_ortho.activations.files import remove_abandoned
 from topk_ortho.training.checkpoint import CHECKPOINT_FILES, Checkpoint, CheckpointError, latest_checkpoint
 from topk_ortho.training.config import TrainConfig, differences, flatten
 from topk_ortho.training.report import FIGURES
@@ -71,6 +72,7 @@ def open_run(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
     except Timeout as error:
         raise ValueError(f"{out_dir} is in use by another run: wait for it, or choose another --out-dir") from error
     with lock, _without_trace(out_dir):
+        remove_abandoned(out_dir)
         successor = out_dir / _SUCCESSOR
         if (successor / "summary.json").is_file() or (out_dir / _MOVING).is_dir():  # a process was killed at that
             _move_successor(out_dir)
