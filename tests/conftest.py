@@ -3,7 +3,7 @@
 import functools
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -48,6 +48,22 @@ if launch.INTERPRETED:
                 interpreter._patch_attr(package, name, member, *arguments)
 
     interpreter._patch_builtin = _patch_builtin
+
+    def _remember(owner: Any, name: str, key: Callable[..., object]) -> None:
+        """Let a function of the interpreter make only once what it makes anew for every operation: types."""
+        function, known = getattr(owner, name), {}
+
+        def remembered(*arguments: Any) -> Any:
+            place = key(*arguments)
+            if place not in known:
+                known[place] = function(*arguments)
+            return known[place]
+
+        setattr(owner, name, remembered)
+
+    _remember(interpreter, "_get_np_dtype", lambda dtype: dtype.scalar.name)
+    _remember(interpreter.tl.block_type, "with_element_ty", lambda block, scalar: (block.name, scalar.name))
+    _remember(interpreter.InterpreterBuilder, "get_block_ty", lambda builder, dtype, shape: (dtype.name, str(shape)))
 
 
 def _triton(least_screened_features: int) -> TritonBackend:
