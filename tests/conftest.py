@@ -122,6 +122,8 @@ def on(*names: str) -> pytest.MarkDecorator:
 
 with_screen = on(*_SUITE)
 """For tests of what is selected: also through the screen of the triton backend, which nothing else goes through."""
+not_interpreted = on(*(name for name in _SUITE if name not in _WITH_KERNELS or not launch.INTERPRETED))
+"""For tests that say something about kernels on a GPU alone, or whose parts other tests show for them."""
 in_float64 = on("naive", "tiled_11x15", "sparse")
 """For tests in float64, for which there are no kernels."""
 
