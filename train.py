@@ -21,12 +21,13 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own progress b
 try:
     import tyro
 
+    from topk_ortho.activations.config import expanded
     from topk_ortho.training.build import open_source, resolve_device
     from topk_ortho.training.config import TrainConfig
     from topk_ortho.training.interrupt import Interrupted, SignalGuard
     from topk_ortho.training.metric_table import headlines
     from topk_ortho.training.presets import PRESETS
-    from topk_ortho.training.run_folder import digest_of, open_run
+    from topk_ortho.training.run_folder import digest_of, folder_to_resume, open_run
     from topk_ortho.training.settings import check_arguments, with_settings
     from topk_ortho.training.trainer import Trainer
 except ModuleNotFoundError as error:
@@ -48,8 +49,8 @@ def main() -> None:
                 summary = Trainer(config, source, run).fit()
             show(config, summary)
         except Interrupted as interruption:
-            flags = "--overwrite --resume" if mode["overwrite"] else "--resume"
-            print(f"train.py: {interruption}; {flags} goes on from there", file=sys.stderr)
+            flags = "--resume" if run.folder == config.out_dir else "--overwrite --resume"
+            print(f"train.py: {interruption}; --out-dir {config.out_dir} {flags} goes on from there", file=sys.stderr)
             sys.exit(interruption.exit_code)
         except BaseException as error:
             # a library may have made another error of it
@@ -59,6 +60,8 @@ def main() -> None:
                 sys.exit(128 + number)
             if isinstance(error, ValueError | OSError | FloatingPointError):
                 sys.exit(f"train.py: {error}")
+            if isinstance(error, MemoryError | RuntimeError) and "allocate" in str(error):  # torch's words
+                sys.exit(f"train.py: out of memory: {str(error).splitlines()[0]}")
             raise
 
 
@@ -84,8 +87,10 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, bool]]:
     config = replace(preset, out_dir=_UNNAMED)
     if chosen.config is not None:
         config = with_settings(config, chosen.config)
-    elif chosen.resume and chosen.out_dir and (own := Path(chosen.out_dir).expanduser() / "config.json").is_file():
-        config = with_settings(config, own)
+    elif chosen.resume and chosen.out_dir:
+        folder = folder_to_resume(Path(expanded("out_dir", chosen.out_dir)), overwrite=chosen.overwrite)
+        if (folder / "config.json").is_file():
+            config = with_settings(config, folder / "config.json")
     if chosen.out_dir:
         rest += ["--out-dir", chosen.out_dir]
     config = tyro.cli(TrainConfig, default=config, args=rest, description=_description(chosen.preset))

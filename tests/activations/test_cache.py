@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, BertModel
 from topk_ortho.activations import cache as cache_module
 from topk_ortho.activations.cache import TransformerActivations
 from topk_ortho.activations.config import ModelConfig, TextConfig
-from topk_ortho.activations.files import finished_as
 from topk_ortho.activations.text import Text, token_windows
 from topk_ortho.activations.transformer import Transformer, resolve_model
+from topk_ortho.files import finished_as
 
 CPU = torch.device("cpu")
 TEXT = TextConfig(context_size=16, n_tokens=14 * 150)

@@ -141,3 +141,12 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path):
     assert "step-00000009 could not be written" in process.stdout, process.stderr
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_what_else_lies_in_a_checkpoint_stays_when_its_step_is_saved_again(tmp_path):
+    path = save_checkpoint(tmp_path, checkpoint(mark=1))
+    (path / "note.txt").write_text("the best")
+    save_checkpoint(tmp_path, checkpoint(mark=2))
+    assert (path / "note.txt").read_text() == "the best"
+    assert load_checkpoint(path).values["mark"] == 2
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]

@@ -1,7 +1,11 @@
 """What a run does to the folder it is given: nobody's files are lost, and two runs never share one."""
 
 import contextlib
+import errno
 import json
+import os
+import shutil
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.activations.sources import sparse_mixtures
+from topk_ortho.activations.config import ModelConfig, TextConfig
+from topk_ortho.training.checkpoint import load_checkpoint
 from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig
 from topk_ortho.training.run_folder import digest_of, open_run
 from topk_ortho.training.trainer import Trainer
@@ -20,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """Figures take longer than these runs."""
-    monkeypatch.setattr("topk_ortho.training.results.write_report", lambda out_dir: None)
+    monkeypatch.setattr("topk_ortho.training.results.write_report", lambda *_: None)
 
 
 @pytest.fixture
@@ -41,7 +47,7 @@ def train(config, source=None, **mode):
 
 def content(folder):
     """All files of a folder by name, with their bytes."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".topk_ortho.lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -83,13 +89,14 @@ def test_what_a_checkpoint_folder_holds_besides_stays(config):
     assert not (note.parent / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("name", ["sae/cfg.json", "metrics.jsonl", "figures/training.png"])
-def test_a_file_that_would_be_replaced_is_named(name, config):
+@pytest.mark.parametrize("mode", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+@pytest.mark.parametrize("name", ["sae/cfg.json", "config.json", "figures/training.png"])
+def test_a_file_that_would_be_replaced_is_named(name, mode, config):
     path = config.out_dir / name
     path.parent.mkdir(parents=True)
     path.write_text("mine")
-    with pytest.raises(ValueError, match=f"run holds {name}, which a run would write, and no config.json of a run"):
-        train(config)
+    with pytest.raises(ValueError, match=f"run holds {name}, which a run would write, but no run: choose another"):
+        train(config, **mode)
     assert content(config.out_dir) == {name: b"mine"}
 
 
@@ -106,7 +113,7 @@ def test_a_finished_run_is_replaced_on_request_alone(config):
     }  # fmt: skip
     assert [json.loads(line)["step"] for line in after["metrics.jsonl"].splitlines()] == [2, 4, 6]
     assert json.loads(after["config.json"])["out_dir"] == str(config.out_dir)
-    assert not list(config.out_dir.glob(".[!l]*")), "no folder of the replacement is left"
+    assert not list(config.out_dir.glob(".[!t]*")), "no folder of the replacement is left"
 
 
 def test_an_unfinished_run_is_refused_too(config):
@@ -116,13 +123,73 @@ def test_an_unfinished_run_is_refused_too(config):
         train(config)
 
 
-@pytest.mark.parametrize("failure", ["diverges", "wandb"])
+def test_a_finished_run_without_checkpoints_is_not_resumed(config):
+    train(config)
+    shutil.rmtree(config.out_dir / "checkpoints")
+    before = content(config.out_dir)
+    for other in (config, replace(config, seed=1)):
+        with pytest.raises(ValueError, match="run holds a finished run without checkpoints"):
+            train(other, resume=True)
+    assert content(config.out_dir) == before
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_resumed_with_its_own_settings(config):
+    train(config)
+    shutil.rmtree(config.out_dir / "checkpoints")
+    (config.out_dir / "summary.json").unlink()
+    with pytest.raises(ValueError, match=r"run holds another unfinished run \(seed was 0, is 1\)"):
+        train(replace(config, seed=1), resume=True)
+    train(config, resume=True)
+    assert steps(config.out_dir) == 4
+
+
+def test_two_replacements_in_a_row(config):
+    """What lies in the hidden folder besides, such as the empty folders of Weights & Biases, is in nobody's way."""
+    train(config)
+    for n_steps in (6, 8):
+        longer = replace(config, steps=n_steps)
+        with open_run(longer, overwrite=True) as run, contextlib.ExitStack() as stack:
+            (run.folder / "wandb" / "run-1" / "tmp" / "code").mkdir(parents=True)
+            (run.folder / "wandb" / "run-1" / "log").write_text(str(n_steps))
+            (run.folder / ".DS_Store").touch()
+            trainer = Trainer(longer, sparse_mixtures(), run)
+            stack.callback(trainer.batches.close)
+            trainer.fit()
+        assert steps(config.out_dir) == n_steps
+        assert (config.out_dir / "wandb" / "run-1" / "log").read_text() == str(n_steps)
+        assert not (config.out_dir / ".moving").exists()
+        assert not (config.out_dir / ".successor").exists()
+
+
+def test_checkpoints_on_another_file_system(config, monkeypatch):
+    train(config)
+    replace_file = Path.replace
+
+    def replace_within(path, target):
+        if path.name == "state.safetensors" and ".moving" in path.parts:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return replace_file(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace_within)
+    train(replace(config, steps=6, checkpoint_every=0), overwrite=True)
+    (path,) = (config.out_dir / "checkpoints").iterdir()
+    assert load_checkpoint(path).step == 6
+
+
+@pytest.mark.parametrize("failure", ["diverges", "wandb", "report"])
 def test_a_run_that_fails_replaces_nothing(failure, config, monkeypatch):
     train(config)
     before = content(config.out_dir)
     if failure == "diverges":
         config = replace(config, lr=1e30, warmup_fraction=0.0, clip_norm=None, penalty=PenaltyConfig(target="none"))
         error, message = FloatingPointError, "training diverged"
+    elif failure == "report":
+
+        def full(*_):
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr("topk_ortho.training.results.write_report", full)
+        error, message = OSError, "No space left on device"
     else:
         import wandb
 
@@ -134,6 +201,8 @@ def test_a_run_that_fails_replaces_nothing(failure, config, monkeypatch):
         error, message = ValueError, "loggers: Weights & Biases refuses to start: No API key configured"
     with pytest.raises(error, match=message):
         train(config, overwrite=True)
+    with pytest.raises(ValueError, match="run holds a finished run"):
+        train(config)  # which does not complete what failed
     after = content(config.out_dir)
     assert {name: after[name] for name in before} == before
     assert all(name.startswith(".successor/") for name in after.keys() - before.keys())
@@ -260,8 +329,43 @@ def test_checkpoints_of_other_activations_are_refused(config):
     assert steps(config.out_dir) == 8
 
 
+def test_names_of_what_is_known_by_its_content_may_change(config):
+    config = replace(config, steps=8)
+    with open_run(config) as run:
+        trainer = Trainer(config, sparse_mixtures(), run)
+        trainer.train_step(trainer.next_batch())
+        trainer.save()
+        trainer.batches.close()
+    moved = replace(config, text=TextConfig(source="elsewhere.txt"), model=ModelConfig(name="a-copy", batch_size=8))
+    train(moved, resume=True)
+    assert steps(config.out_dir) == 8
+    assert digest_of(moved) != digest_of(config)
+
+
+def test_an_interrupted_replacement_of_nothing_goes_on_where_it_was_written(config):
+    config = replace(config, steps=8)
+    with open_run(config, overwrite=True) as run:
+        assert run.folder == config.out_dir
+        trainer = Trainer(config, sparse_mixtures(), run)
+        trainer.train_step(trainer.next_batch())
+        trainer.save()
+        trainer.batches.close()
+    with open_run(config, overwrite=True, resume=True) as run:
+        assert (run.folder, run.checkpoint.step) == (config.out_dir, 1)
+
+
+def test_a_colleague_can_read_what_a_run_leaves(config):
+    before = os.umask(0o027)
+    try:
+        train(config)
+    finally:
+        os.umask(before)
+    files = [path for path in config.out_dir.rglob("*") if path.is_file() and path.name != ".topk_ortho.lock"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
+
+
 def test_what_a_killed_process_left_unfinished_goes(config):
-    code = "import os, sys; from pathlib import Path; from topk_ortho.activations.files import finished_as\n"
+    code = "import os, sys; from pathlib import Path; from topk_ortho.files import finished_as\n"
     code += "with finished_as(Path(sys.argv[1]) / 'config.json') as path: os.kill(os.getpid(), 9)\n"
     config.out_dir.mkdir()
     process = subprocess.run([sys.executable, "-c", code, str(config.out_dir)], cwd=ROOT, check=False)

@@ -35,7 +35,7 @@ def source():
 def no_report(request, monkeypatch):
     """Figures take longer than these runs; one test makes them."""
     if request.function is not test_what_a_run_leaves:
-        monkeypatch.setattr("topk_ortho.training.results.write_report", lambda out_dir: None)
+        monkeypatch.setattr("topk_ortho.training.results.write_report", lambda *_: None)
 
 
 @pytest.fixture
@@ -94,7 +94,8 @@ def test_what_a_run_leaves(open_trainer, out_dir):
     trainer = open_trainer()
     summary = trainer.fit()
     assert {path.name for path in out_dir.iterdir()} == {
-        ".lock", "config.json", "metrics.jsonl", "checkpoints", "sae", "summary.json", "figures", "report.html",
+        ".topk_ortho.lock", "config.json", "metrics.jsonl", "checkpoints", "sae", "summary.json", "figures",
+        "report.html",
     }  # fmt: skip
     saved = json.loads((out_dir / "summary.json").read_text())
     assert {name: saved[name] for name in summary} == summary
@@ -468,7 +469,7 @@ def test_divergence_is_loud_and_leaves_no_result(target, what, open_trainer, out
     trainer = open_trainer(lr=1e30, penalty={"target": target}, warmup_fraction=0.0, clip_norm=None)
     with pytest.raises(FloatingPointError, match=f"training diverged by step .*{what}.* lower lr"):
         trainer.fit()
-    assert {path.name for path in out_dir.iterdir()} == {".lock", "config.json", "metrics.jsonl"}
+    assert {path.name for path in out_dir.iterdir()} == {".topk_ortho.lock", "config.json", "metrics.jsonl"}
 
 
 @pytest.mark.parametrize(

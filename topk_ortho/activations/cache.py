@@ -17,9 +17,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from topk_ortho.activations.config import CacheDtype, ModelConfig, TextConfig
-from topk_ortho.activations.files import finished_as, finished_folder, remove_abandoned
 from topk_ortho.activations.text import Text, special_tokens_of, token_windows, tokenizer_identity
 from topk_ortho.activations.transformer import Transformer
+from topk_ortho.files import finished_as, finished_folder, remove_abandoned
 
 _FORMAT = 2
 """To be raised when this package makes other tokens or activations of the same text and model."""

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from topk_ortho.activations.config import TextConfig
 from topk_ortho.activations.documents import FILE_KINDS, read_documents, texts_of
-from topk_ortho.activations.files import sha256_of
+from topk_ortho.files import sha256_of
 
 _PYTHON_DOCS = "python-docs"
 _NOT_DOCUMENTATION = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo"}

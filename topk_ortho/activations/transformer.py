@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from topk_ortho.activations.config import MINILM_SHA256, ModelConfig
-from topk_ortho.activations.files import sha256_of
+from topk_ortho.files import sha256_of
 
 _MODEL_FILES = ("config.json", "adapter_config.json", "*.index.json", "*.safetensors", "*.bin")
 """The files of a directory that decide what its model computes."""

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from topk_ortho.files import finished_as, write_whole
 from topk_ortho.sae.base import SparseAutoencoder
 from topk_ortho.sae.batchtopk import BatchTopKSAE
 from topk_ortho.sae.jumprelu import JumpReLUSAE
@@ -59,9 +59,6 @@ def save_saelens(sae: SparseAutoencoder, folder: Path, metadata: dict[str, Any])
         "metadata": {"sae_lens_version": _FORMAT_VERSION} | metadata,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "sae_weights.safetensors"
-    try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
-    (folder / "cfg.json").write_text(json.dumps(config, indent=2) + "\n")
+    with finished_as(folder / "sae_weights.safetensors") as unfinished:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, unfinished)
+    write_whole(folder / "cfg.json", json.dumps(config, indent=2) + "\n")

@@ -16,13 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from topk_ortho.activations.files import sha256_of
+from topk_ortho.files import finished_as, remove_abandoned, sha256_of
 
 _FORMAT = 3
 _NAME = "step-" + 8 * "[0-9]"
-CHECKPOINT_FILES = tuple(
-    f"{prefix}{_NAME}/{file}" for prefix in ("", ".unfinished-") for file in ("state.safetensors", "manifest.json")
-)
+_FILES = ("state.safetensors", "manifest.json")
+CHECKPOINT_FILES = tuple(f"{prefix}{_NAME}/{file}" for prefix in ("", ".unfinished-") for file in _FILES)
 """Patterns of all files in a folder of checkpoints."""
 
 
@@ -54,12 +53,14 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     unfinished = folder / f".unfinished-{path.name}"
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f".unfinished-{_NAME}"):  # by a process that was killed
+        remove_abandoned(left)
         _remove(left)
     try:
         unfinished.mkdir()
         state = unfinished / "state.safetensors"
-        # safetensors refuses tensors that are not contiguous
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}, state)
+        with finished_as(state) as file:
+            # safetensors refuses tensors that are not contiguous
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}, file)
         manifest = {
             "format": _FORMAT,
             "step": checkpoint.step,
@@ -70,8 +71,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         for file in (state, unfinished / "manifest.json", unfinished):
             _sync(file)
-        _remove(path)  # a resumed run may come to the same step again
-        unfinished.rename(path)
+        if path.is_dir():  # a resumed run comes to the same step again
+            for name in _FILES:
+                (unfinished / name).replace(path / name)
+            unfinished.rmdir()
+        else:
+            unfinished.rename(path)
         _sync(folder)
     except (OSError, SafetensorError) as error:
         _remove(unfinished)
@@ -133,7 +138,7 @@ def _name(step: int) -> str:
 
 def _remove(path: Path) -> None:
     """Remove a checkpoint; what else is in its folder stays, and the folder with it."""
-    for name in ("state.safetensors", "manifest.json"):
+    for name in _FILES:
         (path / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty, or not there
         path.rmdir()

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from topk_ortho.activations.files import write_whole
+from topk_ortho.files import write_whole
 from topk_ortho.training.config import TrainConfig
 from topk_ortho.training.metric_table import is_number
 

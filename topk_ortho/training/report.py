@@ -54,7 +54,7 @@ class _Panel(NamedTuple):
     curves: list[_Curve]
 
 
-def write_report(out_dir: Path) -> None:
+def write_report(out_dir: Path, summary: dict[str, Any] | None = None) -> None:
     """Write ``figures/*.png`` and ``report.html`` of a finished run.
 
     The page holds its figures and needs no other file and no network. What the run did not measure is left out, or
@@ -63,15 +63,17 @@ def write_report(out_dir: Path) -> None:
     Parameters
     ----------
     out_dir : Path
-        Folder of the run, with its config.json, metrics.jsonl and summary.json. Keys that are not known appear in the
-        tables.
+        Folder of the run, with its config.json and metrics.jsonl. Keys that are not known appear in the tables.
+    summary : dict, optional
+        The result of the run; without it summary.json in the folder is read.
 
     Raises
     ------
     FileNotFoundError
-        If one of the three files is missing.
+        If one of the files is missing.
     """
-    config, summary = (json.loads((out_dir / name).read_text("utf-8")) for name in ("config.json", "summary.json"))
+    config = json.loads((out_dir / "config.json").read_text("utf-8"))
+    summary = dict(summary or json.loads((out_dir / "summary.json").read_text("utf-8")))
     rows = _read_rows(out_dir / "metrics.jsonl", penalised=(config.get("penalty") or {}).get("target") != "none")
     (out_dir / "figures").mkdir(exist_ok=True)
     figures = {}

@@ -5,8 +5,10 @@ when the run that replaces theirs is whole.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +17,14 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from topk_ortho.activations.files import remove_abandoned
-from topk_ortho.training.checkpoint import CHECKPOINT_FILES, Checkpoint, CheckpointError, latest_checkpoint
+from topk_ortho.files import finished_as, remove_abandoned
+from topk_ortho.training.checkpoint import (
+    CHECKPOINT_FILES,
+    Checkpoint,
+    CheckpointError,
+    checkpoints,
+    latest_checkpoint,
+)
 from topk_ortho.training.config import TrainConfig, differences, flatten
 from topk_ortho.training.report import FIGURES
 
@@ -26,13 +34,16 @@ _FILES = (
     "tensorboard/events.out.tfevents.*", "summary.json",
 )  # fmt: skip
 """Patterns of what a run writes. What Weights & Biases writes is left to it."""
-_LOCK = ".lock"
+_LOCK = ".topk_ortho.lock"
 _SUCCESSOR, _MOVING = ".successor", ".moving"
 """Subfolder of a run that is to replace the one around it; its name once the files of that one have been removed"""
 _FREE = {
     "out_dir", "cache_dir", "device", "log_every", "eval_every", "loggers", "checkpoint_every", "keep_checkpoints",
+    "model.batch_size",
 }  # fmt: skip
 """Settings that a resumed run may change: none of them decides the weights."""
+_NAMES = {"model.name", "model.sha256", "text.source", "text.revision"}
+"""Settings that name what is known by its content: the identity of the activations tells whether it has changed."""
 
 
 class Run(NamedTuple):
@@ -65,27 +76,43 @@ def open_run(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
         checkpoints to go on from and none can be used.
     """
     out_dir = config.out_dir
-    out_dir.mkdir(parents=True, exist_ok=True)
+    is_new = not out_dir.exists()
     try:
+        out_dir.mkdir(parents=True, exist_ok=True)
         # the system gives the lock back when the process ends, however it ends; the empty file stays
         lock = FileLock(out_dir / _LOCK).acquire(timeout=0)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"--out-dir must be a folder, and {error.filename} is a file") from error
     except Timeout as error:
         raise ValueError(f"{out_dir} is in use by another run: wait for it, or choose another --out-dir") from error
-    with lock, _without_trace(out_dir):
-        remove_abandoned(out_dir)
+    with lock, _without_trace(out_dir) if is_new else contextlib.nullcontext():
         successor = out_dir / _SUCCESSOR
-        if (successor / "summary.json").is_file() or (out_dir / _MOVING).is_dir():  # a process was killed at that
+        if _is_finished(successor) or (out_dir / _MOVING).is_dir():  # a process was killed at that
             _move_successor(out_dir)
-        replaces = overwrite and bool(_written(out_dir))
-        folder = successor if replaces else out_dir
-        if replaces and not resume:
+        remove_abandoned(out_dir)
+        checkpoint = None
+        if resume:
+            folder = folder_to_resume(out_dir, overwrite=overwrite)
+            checkpoint = _checkpoint_to_go_on_from(folder, config)
+        elif overwrite and _settings_in(out_dir) is not None:
+            folder = successor
+            remove_abandoned(successor)
             _remove(successor)
-        elif not resume:
-            _refuse_to_replace(out_dir)
+        else:
+            folder = out_dir
+        if folder == out_dir and checkpoint is None:
+            _refuse_to_replace(out_dir, config if resume else None)
         folder.mkdir(exist_ok=True)
-        yield Run(folder, _checkpoint_to_go_on_from(folder, config) if resume else None)
-        if replaces and (folder / "summary.json").is_file():
+        yield Run(folder, checkpoint)
+        if folder == successor and _is_finished(successor):
             _move_successor(out_dir)
+
+
+def folder_to_resume(out_dir: Path, *, overwrite: bool) -> Path:
+    """Where the run lies that is to go on: in the folder or, if it was begun to replace a finished one, inside it."""
+    successor = out_dir / _SUCCESSOR
+    replaces = overwrite and (_is_finished(out_dir) or bool(checkpoints(successor / "checkpoints")))
+    return successor if replaces else out_dir
 
 
 @contextlib.contextmanager
@@ -95,18 +122,38 @@ def _without_trace(folder: Path) -> Iterator[None]:
         yield
     finally:
         if [path.name for path in folder.iterdir()] == [_LOCK]:
-            (folder / _LOCK).unlink()
-            folder.rmdir()
+            with contextlib.suppress(OSError):
+                (folder / _LOCK).unlink()
+                folder.rmdir()
 
 
 def digest_of(config: TrainConfig) -> str:
     """A short name for the settings that decide the weights."""
-    return hashlib.sha256(json.dumps(_deciding(config.as_json()), sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(_without(_FREE, config.as_json()), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings by their dotted names, except for those that a resumed run may change."""
-    return {name: value for name, value in flatten(settings).items() if name not in _FREE}
+def _without(names: set[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by their dotted names, except for some."""
+    return {name: value for name, value in flatten(settings).items() if name not in names}
+
+
+def _changes(before: dict[str, Any], config: TrainConfig) -> str:
+    """In words, the settings that decide the weights and differ from those of before; empty if none does."""
+    return differences(_without(_FREE | _NAMES, before), _without(_FREE | _NAMES, config.as_json()))
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / "summary.json").is_file()
+
+
+def _settings_in(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run in a folder; None if it holds no run of ours."""
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    is_ours = isinstance(settings, dict) and {"sae", "penalty", "out_dir"} <= settings.keys()
+    return settings if is_ours else None
 
 
 def _written(folder: Path) -> list[Path]:
@@ -114,26 +161,32 @@ def _written(folder: Path) -> list[Path]:
     return [path for pattern in _FILES for path in sorted(folder.glob(pattern))]
 
 
-def _refuse_to_replace(folder: Path) -> None:
-    """Refuse a folder in which this run would have to replace something."""
-    written = _written(folder)
+def _refuse_to_replace(folder: Path, resumed: TrainConfig | None) -> None:
+    """Refuse a folder in which a run that starts at the beginning would have to replace something.
+
+    A configuration that is resumed may take the place of its own run if that ended before its first checkpoint.
+    """
+    written, settings = _written(folder), _settings_in(folder)
     if not written:
         return
-    remedies = "choose another --out-dir, or replace that run with --overwrite"
-    if not (folder / "config.json").exists():
+    if settings is None:
         name = written[0].relative_to(folder)
-        raise ValueError(f"{folder} holds {name}, which a run would write, and no config.json of a run: {remedies}")
-    if (folder / "summary.json").exists():
-        raise ValueError(f"{folder} holds a finished run: {remedies}")
-    raise ValueError(f"{folder} holds an unfinished run: go on with --resume, {remedies}")
+        raise ValueError(f"{folder} holds {name}, which a run would write, but no run: choose another --out-dir")
+    remedies = "choose another --out-dir, or replace that run with --overwrite"
+    if _is_finished(folder):
+        without = " without checkpoints" if resumed else ""
+        raise ValueError(f"{folder} holds a finished run{without}: {remedies}")
+    if resumed is None:
+        raise ValueError(f"{folder} holds an unfinished run: go on with --resume, {remedies}")
+    if changes := _changes(settings, resumed):
+        raise ValueError(f"{folder} holds another unfinished run ({changes}): {remedies}")
 
 
 def _checkpoint_to_go_on_from(folder: Path, config: TrainConfig) -> Checkpoint | None:
     """The latest checkpoint that is whole and of this configuration; says what is wrong with those passed over."""
 
     def refuse_foreign(checkpoint: Checkpoint) -> None:
-        mine, other = _deciding(config.as_json()), _deciding(checkpoint.config)
-        if changes := differences(other, mine):
+        if changes := _changes(checkpoint.config, config):
             raise CheckpointError(f"the checkpoint of step {checkpoint.step} is of another run: {changes}")
 
     checkpoint, problems = latest_checkpoint(folder / "checkpoints", refuse_foreign)
@@ -150,12 +203,24 @@ def _move_successor(folder: Path) -> None:
     if not moving.exists():
         _remove(folder)
         (folder / _SUCCESSOR).rename(moving)
-    logs = [path for path in (moving / "wandb").rglob("*") if path.is_symlink() or not path.is_dir()]
-    for path in [*_written(moving), *logs]:
-        target = folder / path.relative_to(moving)
-        target.parent.mkdir(parents=True, exist_ok=True)
+    for path in list(moving.rglob("*")):
+        if path.is_symlink() or not path.is_dir():
+            target = folder / path.relative_to(moving)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _move(path, target)
+    shutil.rmtree(moving)  # folders alone are left
+
+
+def _move(path: Path, target: Path) -> None:
+    """Move a file, to another file system too."""
+    try:
         path.replace(target)
-        _remove_empty(path.parent, folder)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with finished_as(target) as unfinished:
+            shutil.copyfile(path, unfinished)
+        path.unlink()
 
 
 def _remove(folder: Path) -> None:

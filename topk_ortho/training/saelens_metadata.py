@@ -57,10 +57,9 @@ def _model(model: ModelConfig) -> dict[str, Any]:
 
 def _windows(text: TextConfig) -> dict[str, Any]:
     """Which text the model read, and in which pieces."""
-    is_file = Path(text.source).is_file()
-    path = str(Path(text.source).resolve()) if is_file else text.source
+    is_on_the_hub = text.source != "python-docs" and not Path(text.source).is_file()
     return {
-        "dataset_path": None if text.source == "python-docs" else path,  # no data set that others have
+        "dataset_path": text.source if is_on_the_hub else None,  # SAELens would look for any other on the hub too
         "dataset_trust_remote_code": False,
         "context_size": text.context_size,
         "seqpos_slice": [None],  # the whole window

@@ -20,9 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from topk_ortho.activations.batches import Batches, Stopped
-from topk_ortho.activations.files import write_whole
 from topk_ortho.activations.source import ActivationSource, generator_of, mean_and_variance, split_shards
 from topk_ortho.evaluation import evaluate, mean_max_cosine, ratio, source_metrics
+from topk_ortho.files import write_whole
 from topk_ortho.sae import ActiveFeatures, SAEOutput, SparseAutoencoder, firing_counts, keep_normalized
 from topk_ortho.training.build import build_sae, resolve_device
 from topk_ortho.training.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint

@@ -8,7 +8,7 @@ import time
 import pytest
 from safetensors import SafetensorError
 
-from topk_ortho.activations.files import finished_as, finished_folder, remove_abandoned, write_whole
+from topk_ortho.files import finished_as, finished_folder, remove_abandoned, write_whole
 
 
 @pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)
@@ -111,7 +111,7 @@ def test_files_and_folders_get_the_permissions_of_the_umask(umask, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from topk_ortho.activations.files import finished_as, finished_folder
+from topk_ortho.files import finished_as, finished_folder
 with finished_as(Path(sys.argv[1]) / "file") as file, finished_folder(Path(sys.argv[1]) / "folder") as folder:
     file.write_text("half")
     (folder / "tokens.bin").write_text("half")
