@@ -135,7 +135,7 @@ class Device(NamedTuple):
     n_multiprocessors: int
     """Multiprocessors (NVIDIA) or compute units (AMD)"""
     has_tf32: bool
-    """Whether the matrix unit takes tf32: on every NVIDIA architecture of the table it does, on AMD only on gfx942"""
+    """Whether the matrix unit multiplies tf32: that of every NVIDIA GPU of the table does, and AMD's gfx942"""
 
 
 def current_device() -> Device:

@@ -127,7 +127,7 @@ def _machine() -> str:
 
 
 def _is_written(path: Path, machine: str, pid: int, process: str) -> bool:
-    """Whether a process may still be writing to an unfinished path."""
+    """Whether an unfinished file or folder may still be completed by the process that its name tells of."""
     if machine == _machine():
         if pid == os.getpid():
             return process == _PROCESS

@@ -63,7 +63,7 @@ class TestTileConfigs:
 
     @pytest.mark.parametrize(("n", "n_tiles"), [(2, 1), (64, 1), (65, 3), (128, 3), (129, 6)])
     def test_programs(self, n, n_tiles, monkeypatch):
-        """As many programs are launched as run at once, but never more than there are tiles."""
+        """A launch has one program for each place on the device, and no more programs than tiles."""
         operand = operand_of(torch.ones(3, n))
         config = TileConfig(block=64, block_m=16, group=1, num_warps=4, num_stages=1, programs_per_sm=2)
         monkeypatch.setitem(TILE_CONFIGS, ("two multiprocessors", "ieee"), config)

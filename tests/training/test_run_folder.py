@@ -45,6 +45,16 @@ def train(config, source=None, **mode):
         return trainer.fit()
 
 
+def stop_after(n_steps, config, **mode):
+    """Train for some steps, save a checkpoint and leave the run unfinished, as a signal does."""
+    with open_run(config, **mode) as run:
+        trainer = Trainer(config, sparse_mixtures(), run)
+        for _ in range(n_steps):
+            trainer.train_step(trainer.next_batch())
+        trainer.save()
+        trainer.batches.close()
+
+
 def content(folder):
     """All files of a folder by name, with their bytes."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".topk_ortho.lock"]
@@ -232,17 +242,7 @@ def test_a_successor_is_resumed_or_made_anew(resume, config, capsys):
     train(config)
     longer = replace(config, steps=8, checkpoint_every=0)
 
-    def killed(steps):
-        with open_run(longer, overwrite=True) as run:
-            trainer = Trainer(longer, sparse_mixtures(), run)
-            for _ in range(steps):
-                trainer.train_step(trainer.next_batch())
-            trainer.save()
-            trainer.batches.close()
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        killed(3)
+    stop_after(3, longer, overwrite=True)
     assert steps(config.out_dir) == 4
     train(longer, overwrite=True, resume=resume)
     assert ("going on at step 3" in capsys.readouterr().err) == resume
@@ -315,11 +315,7 @@ def test_a_killed_run_holds_its_folder_no_longer(config):
 
 def test_checkpoints_of_other_activations_are_refused(config):
     config = replace(config, steps=8)
-    with open_run(config) as run:
-        trainer = Trainer(config, sparse_mixtures(), run)
-        trainer.train_step(trainer.next_batch())
-        trainer.save()
-        trainer.batches.close()
+    stop_after(1, config)
     other = sparse_mixtures()
     other.identity |= {"source": "elsewhere"}
     message = "cannot be resumed, as its activations have changed: source was memory, is elsewhere"
@@ -331,11 +327,7 @@ def test_checkpoints_of_other_activations_are_refused(config):
 
 def test_names_of_what_is_known_by_its_content_may_change(config):
     config = replace(config, steps=8)
-    with open_run(config) as run:
-        trainer = Trainer(config, sparse_mixtures(), run)
-        trainer.train_step(trainer.next_batch())
-        trainer.save()
-        trainer.batches.close()
+    stop_after(1, config)
     moved = replace(config, text=TextConfig(source="elsewhere.txt"), model=ModelConfig(name="a-copy", batch_size=8))
     train(moved, resume=True)
     assert steps(config.out_dir) == 8
@@ -344,12 +336,7 @@ def test_names_of_what_is_known_by_its_content_may_change(config):
 
 def test_an_interrupted_replacement_of_nothing_goes_on_where_it_was_written(config):
     config = replace(config, steps=8)
-    with open_run(config, overwrite=True) as run:
-        assert run.folder == config.out_dir
-        trainer = Trainer(config, sparse_mixtures(), run)
-        trainer.train_step(trainer.next_batch())
-        trainer.save()
-        trainer.batches.close()
+    stop_after(1, config, overwrite=True)
     with open_run(config, overwrite=True, resume=True) as run:
         assert (run.folder, run.checkpoint.step) == (config.out_dir, 1)
 

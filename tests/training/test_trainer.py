@@ -378,7 +378,7 @@ def test_a_signal_saves_and_the_previous_handler_is_back(where, open_trainer, ou
 
 
 def test_an_ignored_signal_stays_ignored(open_trainer):
-    """As under nohup."""
+    """nohup starts a program with SIGHUP ignored, so that it outlives its terminal."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         trainer = open_trainer(steps=6)

@@ -96,7 +96,7 @@ class TransformerActivations:
         return torch.from_numpy(self._windows[self._starts[number] : self._starts[number + 1]].copy())
 
     def is_special(self, tokens: Tensor) -> Tensor:
-        """Whether token ids are those of special tokens, whose activations are in no shard; bool, of the same shape."""
+        """True where a token id is that of a special token, bool in the shape of `tokens`. Shards leave these out."""
         return torch.isin(tokens, self._special)
 
     def shard(self, number: int) -> Tensor:

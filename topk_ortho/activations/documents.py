@@ -116,7 +116,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _is_json_lines(path: Path) -> bool:
-    """Whether the first line is a whole object and another one follows."""
+    """Whether a .json file has one object on each line: the first line is a whole object, and there is a second."""
     with _opened(path) as file:
         lines = (line for line in file if line.strip())
         first = next(lines, "")

@@ -46,7 +46,7 @@ class Text:
 
     @property
     def is_on_hub(self) -> bool:
-        """Whether it is a data set on the hub."""
+        """Whether the text is a data set on the hub; otherwise it is a local file or Python's documentation."""
         return self._file is None and self.config.source != _PYTHON_DOCS
 
     def documents(self) -> Iterator[str]:
@@ -130,7 +130,7 @@ class SpecialTokens(NamedTuple):
     separator: int | None
     """Stands after each document: the separator or the end of sequence."""
     opens_with_bos: bool
-    """Whether `first` is the tokenizer's beginning of sequence."""
+    """Whether the token that opens a window is the one that the tokenizer calls the beginning of a sequence (BOS)."""
     ids: list[int]
     """All special tokens of the tokenizer."""
 
