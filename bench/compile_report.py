@@ -48,8 +48,9 @@ from topk_ortho.kernels.norms import column_norms
 from topk_ortho.kernels.pair_gradient import pair_gradient
 from topk_ortho.kernels.rescore import rescore
 from topk_ortho.kernels.round_columns import round_columns
+from topk_ortho.kernels.transpose import transpose
 
-MAIN_LOOP_KERNELS = {"gram_survivors", "gram_histogram", "gram_row_ties", "max_cosine"}
+MAIN_LOOP_KERNELS = {"gram_survivors", "described_survivors", "gram_histogram", "gram_row_ties", "max_cosine"}
 """The kernels over gram tiles, where the time goes."""
 SPARSE_KERNELS = {"coactivation_products", "coactivation_sums", "coactivation_spread"}
 """The kernels over the products of sparse features."""
@@ -238,6 +239,7 @@ def _other_variants() -> Iterator[Variant]:
         yield Variant(label, partial(column_norms, x, 1e-12))
         yield Variant(label, partial(gram_sample, x, per_feature, radix, state, 256, 1024, is_abs=True))
         yield Variant(label, partial(pair_gradient, *columns, 1e-12))
+        yield Variant(label, partial(transpose, slab.T, slab))
     arguments = _empty(_N, 256), per_feature, radix, values, rows, cols
     yield from (
         Variant("fp32", partial(round_columns, _empty(_M, _N), per_feature)),

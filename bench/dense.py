@@ -20,7 +20,7 @@ _CUBLAS_N = 16384  # side of the square product whose rate is taken for that of 
 
 
 def cases(device_type: str) -> list[Case]:
-    """On a CPU in the order of N; on a GPU the goals first, then N, M, and large N."""
+    """On a CPU in the order of N; on a GPU the goals first, then N, M, large N, and the backend "tiled"."""
     planned: list[Case] = []
 
     def add(mode: str, dtype: str, m: int, ns: Iterable[int], providers: Iterable[str]) -> None:
@@ -34,15 +34,17 @@ def cases(device_type: str) -> list[Case]:
         return planned
 
     # torch.topk of 2**31 elements or more is wrong or slow (pytorch issue 173622): the naive ways end at N = 32,768
-    large = ["topk_ortho_warm", "half_gemm", "topk_ortho", "chunked", "tiled"]
+    large = ["topk_ortho_warm", "half_gemm", "topk_ortho", "chunked"]
     sweep, sweep_of_both = [*large, *naive], ["topk_ortho_warm", "chunked", *naive]
     dtypes = ["bfloat16", "float32"]
     for dtype in dtypes:
         add(_FORWARD, dtype, 4096, [_CUBLAS_N], ["cublas"])
         add(_FORWARD, dtype, 4096, [65536], large)
-        add(_BOTH, dtype, 4096, [32768], [*sweep_of_both, "naive_autograd", "topk_ortho", "tiled"])
-        add(_FORWARD, dtype, 4096, [32768, 16384, 8192], sweep)
+        add(_BOTH, dtype, 4096, [32768], [*sweep_of_both, "naive_autograd", "topk_ortho"])
+    for dtype in dtypes:
+        add(_FORWARD, dtype, 4096, [32768], sweep)
         add(_BOTH, dtype, 4096, [65536], ["topk_ortho_warm", "chunked"])
+        add(_FORWARD, dtype, 4096, [16384, 8192], sweep)
         add(_BOTH, dtype, 4096, [16384, 8192], sweep_of_both)
     for dtype, m in itertools.product(dtypes, (1024, 16384)):
         add(_FORWARD, dtype, m, [_CUBLAS_N], ["cublas"])
@@ -52,7 +54,8 @@ def cases(device_type: str) -> list[Case]:
         add(_FORWARD, dtype, 4096, [131072, 262144], ["topk_ortho_warm", "half_gemm"])
         add(_BOTH, dtype, 4096, [131072, 262144], ["topk_ortho_warm"])
     add(_FORWARD, "bfloat16", 1024, [65536, 131072, 262144], ["topk_ortho_warm", "half_gemm"])
-    add(_FORWARD, "bfloat16", 4096, [131072, 262144], ["chunked", "tiled"])
+    add(_FORWARD, "bfloat16", 4096, [131072, 262144], ["chunked"])
+    add(_FORWARD, "bfloat16", 4096, [16384], ["tiled"])
     return planned
 
 

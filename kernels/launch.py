@@ -5,16 +5,21 @@ a launch that has nothing to do ends at once, and what a program sums up does no
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether TRITON_INTERPRET=1 was set when the kernels were imported: then they run on the CPU, in NumPy."""
+
+DESCRIPTOR_BYTES = 16
+"""Lines that a tensor descriptor addresses begin at multiples of so many bytes."""
 
 Kind = Literal["half", "tf32", "ieee"]
 """What is multiplied: bf16 or fp16 numbers; float32 numbers truncated to tf32; float32 numbers as they are."""
@@ -25,7 +30,7 @@ class TileConfig:
     """Block sizes and launch options of a kernel over gram tiles."""
 
     block: int
-    """Side of the square tile of the gram."""
+    """Side of the square tile of the gram; where the tile is not square, its rows."""
     block_m: int
     """Rows of x that are multiplied at a step."""
     group: int
@@ -36,6 +41,8 @@ class TileConfig:
     """Programs that a multiprocessor is meant to hold at once; registers and shared memory must allow it."""
     max_registers: int | None = None
     """Registers that a thread may use, None to leave it to the compiler; on AMD the programs decide it."""
+    block_col: int | None = None
+    """Columns of the tile; None where it is square."""
 
     def options(self, architecture: str) -> dict[str, Any]:
         """Options of Triton at a launch."""
@@ -107,10 +114,8 @@ LEAN_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
         block=128, block_m=16, group=8, num_warps=4, num_stages=4, programs_per_sm=2, max_registers=255
     ),
     # 65,536 / (2 * 256) = 128 registers a thread. The epilogue keeps to them without a spill because it goes through
-    # the tile by quarters. A program has 96 KB of shared memory (tf32: 64).
-    ("sm_90", "half"): TileConfig(
-        block=128, block_m=64, group=8, num_warps=8, num_stages=3, programs_per_sm=2, max_registers=128
-    ),
+    # the tile by quarters. A program has 64 KB of shared memory (sm_100, half: 96). For half operands on sm_90 see
+    # `DESCRIBED_CONFIGS`.
     ("sm_90", "tf32"): TileConfig(
         block=128, block_m=16, group=8, num_warps=8, num_stages=4, programs_per_sm=2, max_registers=128
     ),
@@ -124,6 +129,15 @@ LEAN_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
     ("gfx942", "half"): TileConfig(block=128, block_m=32, group=8, num_warps=4, num_stages=2, programs_per_sm=2),
     ("gfx942", "tf32"): TileConfig(block=128, block_m=16, group=8, num_warps=4, num_stages=2, programs_per_sm=2),
     ("gfx942", "ieee"): TileConfig(block=128, block_m=16, group=8, num_warps=4, num_stages=2, programs_per_sm=2),
+}
+
+# For the same pass where a tensor memory accelerator copies the tiles: it needs no registers for addresses, so that a
+# program holds the sums of a larger tile, of which each copied number is used more often. Timed on an H200 against
+# pointers and 128 x 128, with M = 4,096: 13% less time at N = 16,384, 18% less at N = 65,536.
+DESCRIBED_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
+    ("sm_90", "half"): TileConfig(
+        block=256, block_col=128, block_m=64, group=8, num_warps=8, num_stages=4, programs_per_sm=1, max_registers=255
+    ),
 }
 
 
@@ -174,13 +188,24 @@ class Operand:
     def config(self) -> TileConfig:
         """Its entry of the tables for the current device."""
         key = current_device().architecture, self.kind
-        return (LEAN_CONFIGS.get(key) if self.is_lean else None) or TILE_CONFIGS[key]
+        if not self.is_lean:
+            return TILE_CONFIGS[key]
+        if self.is_described:
+            return DESCRIBED_CONFIGS[key]
+        return LEAN_CONFIGS.get(key) or TILE_CONFIGS[key]
+
+    @property
+    def is_described(self) -> bool:
+        """Whether a lean pass reads x by tensor descriptors, see `DESCRIBED_CONFIGS`."""
+        return (current_device().architecture, self.kind) in DESCRIBED_CONFIGS and is_describable(self.x)
 
     @property
     def n_tiles(self) -> int:
-        """Tiles in the upper triangle of the gram."""
-        n_tile_rows = -(-self.x.shape[1] // self.config.block)
-        return n_tile_rows * (n_tile_rows + 1) // 2
+        """Tiles in the upper triangle of the gram; where they are not square, all tiles of the squares there."""
+        config = self.config
+        sides = config.block, config.block_col or config.block
+        n_square_rows = -(-self.x.shape[1] // max(sides))
+        return n_square_rows * (n_square_rows + 1) // 2 * (max(sides) // min(sides))
 
     @property
     def n_resident(self) -> int:
@@ -211,3 +236,53 @@ class Operand:
             "SCALED": self.scale is not None,
             **config.options(current_device().architecture),
         }
+
+    def described_arguments(self) -> dict[str, Any]:
+        """Arguments and options of a kernel that reads x by tensor descriptors."""
+        config = self.config
+        is_feature_major = self.x.stride(1) != 1
+        lines = self.x.T if is_feature_major else self.x
+        block_col = config.block_col or config.block
+
+        def boxes(width: int) -> TensorDescriptor:
+            box = [width, config.block_m] if is_feature_major else [config.block_m, width]
+            return TensorDescriptor(lines, list(lines.shape), list(lines.stride()), box)
+
+        return {
+            "row_boxes": boxes(config.block),
+            "col_boxes": boxes(block_col),
+            "factor_ptr": self.factor,
+            "M": self.x.shape[0],
+            "N": self.x.shape[1],
+            "IS_FEATURE_MAJOR": is_feature_major,
+            "BLOCK_ROW": config.block,
+            "BLOCK_COL": block_col,
+            "BLOCK_M": config.block_m,
+            "GROUP": config.group,
+            "PARTS": 4 if block_col > 128 else 2,
+            **config.options(current_device().architecture),
+        }
+
+
+def is_describable(x: Tensor) -> bool:
+    """Whether tensor descriptors can address x [M, N]: along one axis entries are contiguous, and lines are aligned."""
+    lines = x if x.stride(1) == 1 else x.T
+    line, entry = lines.stride()
+    is_aligned = x.data_ptr() % DESCRIPTOR_BYTES == 0 and line * x.element_size() % DESCRIPTOR_BYTES == 0
+    return entry == 1 and line >= lines.shape[1] and is_aligned
+
+
+def empty_describable(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised tensor [M, N] in the layout of x that tensor descriptors can address."""
+    is_feature_major = x.stride(0) == 1 and x.stride(1) != 1
+    n_lines, n_entries = x.T.shape if is_feature_major else x.shape
+    step = DESCRIPTOR_BYTES // dtype.itemsize
+    lines = x.new_empty(n_lines, -(-n_entries // step) * step, dtype=dtype)[:, :n_entries]
+    return lines.T if is_feature_major else lines
+
+
+def described(operand: Operand) -> Operand:
+    """The operand; where a lean pass reads x by descriptors that cannot address this x, with an aligned copy."""
+    if (current_device().architecture, operand.kind) not in DESCRIBED_CONFIGS or is_describable(operand.x):
+        return operand
+    return replace(operand, x=empty_describable(operand.x, operand.x.dtype).copy_(operand.x))

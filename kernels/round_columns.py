@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topk_ortho.kernels.launch import empty_describable
+
 SCALE = tl.constexpr(2.0**15)
 _BLOCK_COL, _BLOCK_M = 32, 128
 
@@ -51,7 +53,7 @@ def _round_columns_kernel(
 def round_columns(x: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """(rounded columns, float16 [M, N] in the layout of x; deviation, float32 [1]) of a float32 x."""
     n_rows, n_features = x.shape
-    rounded = torch.empty_like(x, dtype=torch.float16)
+    rounded = empty_describable(x, torch.float16)
     deviation = x.new_zeros(1)
     _round_columns_kernel[(triton.cdiv(n_features, _BLOCK_COL),)](
         x, x.stride(0), x.stride(1), inverse, rounded, rounded.stride(0), rounded.stride(1), deviation,

@@ -103,12 +103,14 @@ def _halves(tile):
 
 
 @triton.jit
-def quarters(tile):
-    """The four quarters of the columns of a tile, left to right."""
-    left, right = _halves(tile)
-    first, second = _halves(left)
-    third, fourth = _halves(right)
-    return first, second, third, fourth
+def parts_of(tile, PARTS: tl.constexpr):
+    """The columns of a tile in 2 or 4 equal parts, left to right."""
+    parts = _halves(tile)
+    if PARTS == 4:
+        first, second = _halves(parts[0])
+        third, fourth = _halves(parts[1])
+        parts = (first, second, third, fourth)
+    return parts
 
 
 @triton.jit
@@ -126,7 +128,7 @@ def quartered_tile(
     gram = gram_tile(
         x_ptr, stride_xm, stride_xn, scale_ptr, M, N, first_row, first_col, BLOCK, BLOCK_M, PRECISION, SCALED
     )
-    return quarters(gram), first_row + tl.arange(0, BLOCK), first_col
+    return parts_of(gram, 4), first_row + tl.arange(0, BLOCK), first_col
 
 
 @triton.jit

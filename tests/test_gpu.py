@@ -247,6 +247,32 @@ class TestTheWarmPath:
             torch.cuda.set_sync_debug_mode(before)
         assert penalty.state[2] == 1
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_captured_in_a_graph(self, dtype):
+        """Replays on other numbers give what calls give, to the bit, the state among it."""
+        x = torch.randn(256, 4096, device="cuda").to(dtype).requires_grad_()
+        penalties = [TopKOrthoLoss(similarity="positive", backend="triton").cuda() for _ in range(2)]
+
+        def step(penalty):
+            loss = penalty(x)
+            return loss, *torch.autograd.grad(loss, x)
+
+        with torch.cuda.stream(torch.cuda.Stream()):  # the calls before a capture compile the kernels
+            for _ in range(2):
+                step(penalties[0])
+        torch.cuda.synchronize()
+        penalties[1].state.copy_(penalties[0].state)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step(penalties[0])
+        for seed in range(3):
+            with torch.no_grad():
+                x.copy_(torch.randn(x.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)))
+            graph.replay()
+            for actual, expected in zip(captured, step(penalties[1]), strict=True):
+                assert torch.equal(actual, expected)
+            assert torch.equal(penalties[0].state, penalties[1].state)
+
     def test_what_is_not_finite_shows_in_the_loss(self):
         x = torch.randn(64, 512, device="cuda")
         x[3, 7] = torch.nan

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import oracle
 from tests.conftest import use_case
 from tests.inputs import FLOATING, activations, normal, seeded
-from tests.tolerances import assert_gradient, assert_within, cosine_bound, float64, gradient_bound
+from tests.tolerances import assert_gradient, assert_selection, assert_within, cosine_bound, float64, gradient_bound
 from topk_ortho import custom_ops, initial_state, topk_ortho_loss, topk_pairs
 from topk_ortho.backends import device as devices
 from topk_ortho.backends import registry, triton
@@ -22,7 +22,7 @@ from topk_ortho.backends.registry import BACKENDS, resolve_backend
 from topk_ortho.backends.tiled import TiledBackend
 from topk_ortho.backends.triton import TritonBackend
 from topk_ortho.definitions import Query
-from topk_ortho.kernels import launch
+from topk_ortho.kernels import gram_survivors, launch
 
 on_the_cpu = pytest.mark.skipif(not launch.INTERPRETED, reason="it runs the kernels on the CPU, and here is a GPU")
 
@@ -236,7 +236,7 @@ class TestPieces:
     """However the work is cut, the numbers are the same."""
 
     @pytest.mark.parametrize("_small_pieces", ["triton"], indirect=True)  # the screen leaves the gradient alone
-    @pytest.mark.parametrize("m", [1, 150])
+    @pytest.mark.parametrize("m", [1, 300])
     @pytest.mark.parametrize("layout", ["row_major", "feature_major", "feature_major_with_gaps"])
     def test_slabs(self, m, layout, monkeypatch):
         # one block of rows
@@ -390,3 +390,42 @@ def test_float64_takes_the_tiled_path(dtype):
     pair = WeightedPairs(torch.tensor([0]), torch.tensor([1]), one, one)
     backend.pair_gradient(x, torch.ones(43, dtype=one.dtype), one, pair)
     assert calls == (["topk_pairs", "max_cosine", "pair_gradient"] if dtype == torch.float64 else [])
+
+
+@on_the_cpu
+@pytest.mark.usefixtures("_small_pieces")
+class TestDescribed:
+    """Where tensor descriptors read the columns of a first pass, as on Hopper."""
+
+    @pytest.fixture
+    def grids(self, monkeypatch):
+        """The grids of the launches of that kernel."""
+        config = launch.TileConfig(
+            block=32, block_col=16, block_m=32, group=2, num_warps=1, num_stages=1, programs_per_sm=2
+        )
+        monkeypatch.setitem(launch.DESCRIBED_CONFIGS, ("interpreter", "half"), config)
+        kernel, grids = gram_survivors._described_survivors_kernel, []
+
+        class Spy:
+            def __getitem__(self, grid):
+                grids.append(grid)
+                return kernel[grid]
+
+        monkeypatch.setattr(gram_survivors, "_described_survivors_kernel", Spy())
+        return grids
+
+    @pytest.mark.parametrize("layout", ["row_major", "feature_major"])
+    @pytest.mark.parametrize("n", [64, 83], ids=["aligned", "ragged"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    @pytest.mark.parametrize(
+        "arguments", [{}, {"precision": "medium"}, {"tau": "adaptive"}, {"similarity": "positive", "tau": 0.1}], ids=str
+    )
+    def test_selection(self, arguments, dtype, n, layout, grids):
+        x = normal(40, n, dtype=dtype)
+        x = x.T.contiguous().T if layout == "feature_major" else x
+        state = torch.tensor([0.3, 0.15, 1.0])
+        pairs = topk_pairs(x, k=100, backend="triton", state=state, **arguments)
+        assert_selection(pairs, x, k=100, **arguments)
+        is_screened = BACKENDS["triton"].least_screened_features <= n
+        is_half = dtype == torch.bfloat16 or is_screened or "precision" in arguments
+        assert len(grids) == int(is_half and arguments.get("tau") != "adaptive")

@@ -15,8 +15,9 @@ def test_the_goals_of_a_gpu_come_first_and_large_n_last():
     stages = [
         Case("dense", "topk_ortho_warm", "forward", "bfloat16", 4096, 65536),
         Case("dense", "topk_ortho_warm", "forward_backward", "bfloat16", 4096, 32768),
-        Case("dense", "topk_ortho_warm", "forward", "bfloat16", 4096, 16384),
         Case("dense", "topk_ortho_warm", "forward", "float32", 4096, 65536),
+        Case("dense", "topk_ortho_warm", "forward_backward", "float32", 4096, 32768),
+        Case("dense", "topk_ortho_warm", "forward", "bfloat16", 4096, 16384),
         Case("dense", "topk_ortho_warm", "forward", "bfloat16", 16384, 32768),
         Case("dense", "topk_ortho_warm", "forward", "bfloat16", 4096, 262144),
     ]

@@ -25,7 +25,16 @@ from tests.kernels.arguments import (
 )
 from tests.tolerances import assert_within, cosine_bound
 from topk_ortho.kernels.gram_survivors import gram_survivors
-from topk_ortho.kernels.launch import INTERPRETED, LEAN_CONFIGS, TILE_CONFIGS, Operand, TileConfig
+from topk_ortho.kernels.launch import (
+    DESCRIBED_CONFIGS,
+    INTERPRETED,
+    LEAN_CONFIGS,
+    TILE_CONFIGS,
+    Operand,
+    TileConfig,
+    current_device,
+    described,
+)
 from topk_ortho.kernels.radix_select import COLLECT, PASS
 
 POISON = 123456
@@ -268,6 +277,85 @@ class TestRealTiles:
         records = select(operand_of(x), 5000, bound=0.5, tie_row=70)
         assert 1000 < len(expected) < 5000
         assert records.pairs == expected
+
+
+@pytest.fixture(params=["rows", "columns"])
+def _described_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of two shapes in the interpreter; on a GPU those of its table, if it has an entry."""
+    if INTERPRETED:
+        sides = {"block": 32, "block_col": 16} if request.param == "rows" else {"block": 16, "block_col": 32}
+        config = TileConfig(block_m=32, group=2, num_warps=1, num_stages=1, programs_per_sm=3, **sides)
+        monkeypatch.setitem(DESCRIBED_CONFIGS, ("interpreter", "half"), config)
+    elif (current_device().architecture, "half") not in DESCRIBED_CONFIGS:
+        pytest.skip("this GPU has no entry in DESCRIBED_CONFIGS")
+
+
+@pytest.mark.usefixtures("_described_tiles")
+class TestDescribed:
+    """The kernel that reads x by descriptors."""
+
+    @staticmethod
+    def operand(x: Tensor, *, is_feature_major: bool = False) -> Operand:
+        operand = described(operand_of(x.T.contiguous().T if is_feature_major else x, "half"))
+        assert operand.is_described
+        return operand
+
+    @pytest.mark.parametrize("is_feature_major", [False, True], ids=["row_major", "feature_major"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize(("m", "n"), [(2, 37), (32, 64), (40, 101)], ids=str)
+    def test_products(self, m, n, dtype, is_feature_major):
+        x = normal(m, n, dtype=dtype)
+        operand = self.operand(x, is_feature_major=is_feature_major)
+        cosine, error = gram_of(x), cosine_bound(x)
+        bound = bound_in_a_gap(cosine, error)
+        expected = survivors_of(cosine, bound=bound)
+        assert 10 < len(expected) < 0.9 * n * (n - 1) / 2
+        assert_close_records(select(operand, 6000, bound=bound), expected, error)
+
+    @pytest.mark.parametrize("n", [2, 16, 33, 70])
+    def test_all_pairs(self, n):
+        """Each once, with the right number, on either side of every border of a tile."""
+        x = dyadic(8, n, seed=n, dtype=torch.bfloat16)
+        assert select(self.operand(x), 3000).pairs == survivors_of(gram_of(x))
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"bound": 0.5, "tie_row": 20},
+            {"bound": 0.5, "tie_row": -1},
+            {"bound": 0.5, "slack": 0.125},
+            {"bound": 0.0, "floor": 0.25},
+            {"bound": 0.25, "floor": 0.0, "is_abs": False},
+        ],
+        ids=str,
+    )
+    def test_bounds(self, fields):
+        x = dyadic(8, 70, seed=3, dtype=torch.bfloat16)
+        expected = survivors_of(gram_of(x), **fields)
+        assert 0 < len(expected) < 2415
+        assert select(self.operand(x), 3000, **fields).pairs == expected
+
+    def test_a_capacity_that_is_too_small(self):
+        x = dyadic(8, 70, dtype=torch.bfloat16)
+        records = select(self.operand(x), 2000)
+        assert records.n_survivors == 2415
+        assert records.pairs.items() <= survivors_of(gram_of(x)).items()
+
+    def test_what_lies_around_x_is_not_read(self):
+        x = normal(40, 37, dtype=torch.bfloat16)
+        wide = torch.full((48, 64), torch.nan, dtype=torch.bfloat16)
+        inner = wide[:40, :37].copy_(x)
+        operand = Operand(x=to_device(inner), factor=inverse_of(x), scale=None, kind="half")
+        assert operand.is_described
+        assert set(select(operand).pairs) == set(survivors_of(gram_of(x)))
+
+    @pytest.mark.parametrize("stage", [1, 2, 3, 4])
+    def test_only_in_the_first_pass(self, stage):
+        operand = self.operand(dyadic(8, 40, dtype=torch.bfloat16))
+        radix = radix_at(stage, 40)
+        values, ints = torch.empty(900, device=DEVICE), torch.empty(900, dtype=torch.int32, device=DEVICE)
+        gram_survivors(operand, radix, values, ints, ints, None, -1.0, is_abs=True, is_first=True)
+        assert int(radix.n_survivors) == 0
 
 
 class TestMoments:

@@ -101,3 +101,47 @@ def test_every_device_has_a_table_entry(target, architecture, has_tf32, monkeypa
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     assert launch.current_device() == launch.Device(architecture, 103, has_tf32)
     assert all((architecture, kind) in TILE_CONFIGS for kind in KINDS)
+
+
+class TestDescribable:
+    """What tensor descriptors can address: lines without gaps that begin at multiples of 16 bytes."""
+
+    @pytest.mark.parametrize(
+        ("make", "is_describable"),
+        [
+            (lambda: torch.empty(3, 24, dtype=torch.bfloat16), True),
+            (lambda: torch.empty(24, 3, dtype=torch.bfloat16).T, False),  # lines of 6 bytes
+            (lambda: torch.empty(3, 24, dtype=torch.bfloat16).T, True),
+            (lambda: torch.empty(3, 20, dtype=torch.bfloat16), False),
+            (lambda: torch.empty(3, 20), True),
+            (lambda: torch.empty(3, 40, dtype=torch.bfloat16)[:, 1:25], False),  # begins at 2 bytes
+            (lambda: torch.empty(3, 40, dtype=torch.bfloat16)[:, 8:25], True),
+            (lambda: torch.empty(3, 48, dtype=torch.bfloat16)[:, ::2], False),
+            (lambda: torch.empty(1, 24, dtype=torch.bfloat16).expand(3, 24), False),
+        ],
+        ids=["rows", "short_lines", "columns", "ragged", "float32", "shifted", "sliced", "gaps", "repeated"],
+    )
+    def test_is_describable(self, make, is_describable):
+        assert launch.is_describable(make()) == is_describable
+
+    @pytest.mark.parametrize("shape", [(1, 1), (3, 20), (20, 3), (7, 64)], ids=str)
+    @pytest.mark.parametrize("is_feature_major", [False, True], ids=["row_major", "feature_major"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    def test_empty_describable(self, shape, is_feature_major, dtype):
+        x = torch.empty(shape[::-1]).T if is_feature_major else torch.empty(shape)
+        empty = launch.empty_describable(x, dtype)
+        assert (empty.shape, empty.dtype) == (x.shape, dtype)
+        assert launch.is_describable(empty)
+        assert (empty.stride(0) == 1) == (x.stride(0) == 1) or 1 in shape
+
+    def test_only_what_cannot_be_described_is_copied(self, monkeypatch):
+        x = torch.randn(5, 20).bfloat16()
+        ragged, key = operand_of(x, "half"), (launch.current_device().architecture, "half")
+        config = launch.DESCRIBED_CONFIGS["sm_90", "half"]
+        monkeypatch.delitem(launch.DESCRIBED_CONFIGS, key, raising=False)
+        assert launch.described(ragged) is ragged
+        monkeypatch.setitem(launch.DESCRIBED_CONFIGS, key, config)
+        copied = launch.described(ragged)
+        assert copied.is_described
+        assert torch.equal(copied.x, ragged.x)
+        assert launch.described(copied) is copied

@@ -13,7 +13,7 @@ from tests.inputs import VIEWS, normal, seeded
 from tests.kernels.arguments import DEVICE, far_apart, to_device
 from tests.tolerances import assert_within, float64
 from topk_ortho.kernels.launch import INTERPRETED, LEAN_CONFIGS, TILE_CONFIGS
-from topk_ortho.kernels.tiles import cosines, gram_tile, quarters, round_to, triangle_tile
+from topk_ortho.kernels.tiles import cosines, gram_tile, parts_of, round_to, triangle_tile
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def _tile_kernel(
     )
     line = tl.arange(0, BLOCK)[:, None]
     tl.store(tile_ptr + line * BLOCK + tl.arange(0, BLOCK)[None, :], tile)
-    parts = quarters(tile)
+    parts = parts_of(tile, 4)
     quarter_ptrs = quarter_ptr + line * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
     for part in tl.static_range(4):
         tl.store(quarter_ptrs + part * BLOCK * (BLOCK // 4), parts[part])
