@@ -280,7 +280,7 @@ from bench.compile_report import ARCHITECTURES, AbsentDevice, compiled, variants
 device, numbers = AbsentDevice("sm_90", compiles=False), []
 for number, variant in enumerate(variants()):
     variant.launch()
-    if (device.kernel_name, variant.label) in [("gram_survivors", "half"), ("coactivation_sums", "fp32, int32 keys")]:
+    if (device.kernel_name, variant.label) in [("gram_survivors", "half"), ("coactivation_spread", "fp32")]:
         numbers.append(number)
 records = [compiled((architecture, number)) for number in numbers for architecture in ARCHITECTURES]
 print(json.dumps(records))
@@ -304,12 +304,12 @@ class TestRecords:
 
     def test_promises_are_kept(self, records):
         assert {(r.kernel, r.architecture) for r in records} == {
-            (kernel, a) for kernel in ("gram_survivors", "coactivation_sums") for a in ARCHITECTURES
+            (kernel, a) for kernel in ("gram_survivors", "coactivation_spread") for a in ARCHITECTURES
         }
         assert violations([vars(r) for r in records]) == []
 
     def test_loops(self, records):
-        """That over the rows of x is found, and that over the products of a run."""
+        """That over the rows of x is found, and that over the entries of a sample."""
         for r in records:
             least, most = (16, 1000) if r.kernel == "gram_survivors" else (1, 200)
             assert least < r.main_loop_instructions < most, r

@@ -41,7 +41,7 @@ def test_variants(launches):
     survivors = {label for kernel, label in names if kernel == "gram_survivors"}
     assert {"half", "half, fp16", "half, feature-major", "half, moments", "half, scaled", "tf32", "ieee"} <= survivors
     keyed = {f"{value}, {key} keys" for value in ("fp32", "fp64") for key in ("int32", "int64")}
-    for kernel in ("coactivation_products", "coactivation_sums"):
+    for kernel in ("coactivation_products", "coactivation_sums", "coactivation_long_sums"):
         assert {label for name, label in names if name == kernel} == keyed
     assert {label for name, label in names if name == "coactivation_spread"} == {"fp32", "fp64"}
 
