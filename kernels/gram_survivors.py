@@ -20,7 +20,7 @@ from torch import Tensor
 
 from topk_ortho.kernels.launch import Operand
 from topk_ortho.kernels.radix_select import COLLECT, PASS, RadixSelect, row_bounds, stage_of
-from topk_ortho.kernels.tiles import cosines, quartered_tile
+from topk_ortho.kernels.tiles import cosines, n_tiles_of, quartered_tile
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def _gram_survivors_kernel(
     mean = tl.zeros((), tl.float64)
     squares = tl.zeros((), tl.float64)
     n_tile_rows = tl.cdiv(N, BLOCK)
-    for tile in range(tl.program_id(0), n_tile_rows * (n_tile_rows + 1) // 2, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), n_tiles_of(n_tile_rows), tl.num_programs(0)):
         parts, offs_row, first_col = quartered_tile(
             tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, M, N, BLOCK, BLOCK_M, GROUP, PRECISION, SCALED
         )
