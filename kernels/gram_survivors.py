@@ -119,7 +119,7 @@ def gram_survivors(
     # COLLECT must repeat the very products that were counted, so it takes the same block sizes as they did
     if is_first and moments is None and operand.scale is None:
         operand = replace(operand, is_lean=True)
-    assert values.numel() < 2**31 - 2**16, "slots are int32"
+    assert values.numel() <= 2**31 - 2**16, "slots are int32"
     _gram_survivors_kernel[(operand.n_programs,)](
         plan_ptr=radix.plan, bounds_ptr=radix.bounds,
         values_ptr=values, rows_ptr=rows, cols_ptr=cols, n_survivors_ptr=radix.n_survivors,

@@ -21,6 +21,7 @@ from tests.inputs import activations, dyadic, normal, seeded
 from topk_ortho import max_cosine_loss, topk_ortho_loss, topk_pairs
 from topk_ortho.backends.registry import BACKENDS
 from topk_ortho.kernels import launch
+from topk_ortho.kernels.radix_select import DIGITS_OF_SIMILARITY
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU chooses the order of programs itself")
 
@@ -115,11 +116,13 @@ SELECTIONS = {
     "adaptive_tau": partial(selection, normal(12, N), guess=0.45, tau="adaptive", n_std=1.5),
     "guess_from_a_sample": partial(selection, normal(12, N)),
     "guess_too_high": partial(selection, normal(12, N), guess=0.99),
-    "ties_overflow": partial(selection, dyadic(6, N), k=20, guess=0.001),
+    "ties_overflow": partial(selection, dyadic(4, N), k=60, guess=0.001),
     "moments_of_a_repair": partial(selection, normal(12, N), guess=0.001, tau="adaptive"),
     "huge_norms": partial(selection, normal(12, N) * 1e25),
 }
 """Those from "guess_from_a_sample" on fail in their first pass, or have none, and are repaired."""
+PASSES_WITH_TIES = 3 + len(DIGITS_OF_SIMILARITY)
+"""The one that failed, one for each digit, one that counts ties, and one that collects."""
 
 
 @pytest.fixture
@@ -140,6 +143,7 @@ class TestDense:
         *_, state = assert_same_in_any_order(SELECTIONS[name])
         is_repaired = list(SELECTIONS).index(name) >= list(SELECTIONS).index("guess_from_a_sample")
         assert (state[2] > 1) == is_repaired, "not the passes that the case is about"
+        assert (state[2] == PASSES_WITH_TIES) == (name == "ties_overflow")
 
     def test_shuffled(self):
         assert_same_in_any_order(SELECTIONS["guess_too_high"], shuffled)

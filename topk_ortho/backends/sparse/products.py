@@ -28,6 +28,8 @@ if IMPORT_ERROR is None:
         coactivation_sums,
     )
 
+_MOST_PROGRAMS = 2**31 - 1  # of a launch
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slabs:
@@ -45,6 +47,11 @@ class Slabs:
         """Slabs that cover all pairs of an x_hat whose entries are in order, first features ascending."""
         is_cuda = x_hat.values.device.type == "cuda"
         on_kernels = is_cuda if self.on_kernels is None else self.on_kernels
+        if on_kernels and x_hat.values.numel() > _MOST_PROGRAMS:
+            raise ValueError(
+                f"a sparse x must have at most {_MOST_PROGRAMS:,} non-zeros on a GPU, where each has a program of its "
+                f"own; got {x_hat.values.numel():,}"
+            )
         most = self.most_products or (2**24 if is_cuda else 2**19)
         entries = x_hat.features.argsort(stable=True)
         totals = torch.nn.functional.pad(x_hat.n_partners()[entries].cumsum(0), (1, 0))
