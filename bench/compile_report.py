@@ -38,7 +38,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from topk_ortho.kernels import radix_select
-from topk_ortho.kernels.coactivation import coactivation_products, coactivation_spread, coactivation_sums
+from topk_ortho.kernels.coactivation import (
+    coactivation_long_sums,
+    coactivation_products,
+    coactivation_spread,
+    coactivation_sums,
+)
 from topk_ortho.kernels.gram_histogram import gram_histogram, gram_row_ties
 from topk_ortho.kernels.gram_sample import gram_sample
 from topk_ortho.kernels.gram_survivors import gram_survivors
@@ -52,7 +57,7 @@ from topk_ortho.kernels.transpose import transpose
 
 MAIN_LOOP_KERNELS = {"gram_survivors", "described_survivors", "gram_histogram", "gram_row_ties", "max_cosine"}
 """The kernels over gram tiles, where the time goes."""
-SPARSE_KERNELS = {"coactivation_products", "coactivation_sums", "coactivation_spread"}
+SPARSE_KERNELS = {"coactivation_products", "coactivation_sums", "coactivation_long_sums", "coactivation_spread"}
 """The kernels over the products of sparse features."""
 _PERSISTENT_KERNELS = MAIN_LOOP_KERNELS | {"rescore"}
 
@@ -259,13 +264,14 @@ def _sparse_variants() -> Iterator[Variant]:
     """2**18 entries of which every one meets 32 others that follow it, in float32 and float64."""
     n_entries, n_products = 2**18, 2**23
     places, starts = _empty(n_entries, dtype=torch.int64), _empty(n_entries + 1, dtype=torch.int64)
-    out = _empty(n_entries, dtype=torch.float64)
+    out, leading = (_empty(n, dtype=torch.float64) for n in (n_entries, 2**16))
     for dtype, label in ((torch.float32, "fp32"), (torch.float64, "fp64")):
         values, products = _empty(n_entries, dtype=dtype), _empty(n_products, dtype=dtype)
         for key_dtype in (torch.int32, torch.int64):
             keys, keyed = _empty(n_products, dtype=key_dtype), f"{label}, {str(key_dtype).removeprefix('torch.')} keys"
             yield Variant(keyed, partial(coactivation_products, places, starts, places, values, 7, _N, keys, products))
             yield Variant(keyed, partial(coactivation_sums, keys, products, products))
+            yield Variant(keyed, partial(coactivation_long_sums, keys, products, leading, products))
         spread = places, products, products, places, places, places, values, out
         yield Variant(label, partial(coactivation_spread, *spread))
 

@@ -7,9 +7,12 @@ product pairs an entry with one that follows it in its sample; all products of a
 the products into slabs and sorts them by pair between the first step and the second. It may also hand over a transposed
 matrix, where samples and features change places.
 
-Nothing is added atomically: every number is the sum of one program in a fixed order, in float64.
+Sorted products of a pair are a *run*. Two features that are active in every sample have a run as long as the batch, so
+the places are cut into blocks: each block sums what it has of every run, and then the sums of a run that is in several
+blocks are added up. Nothing is added atomically: every sum has a fixed order, and is float64.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -58,30 +61,83 @@ def coactivation_products(
 
 
 @triton.jit
+def _add_within_run(sum_after, key_after, product, key):
+    """A step of a scan from right to left: the sum from a place to the end of its run, and the key of the run.
+
+    Keys are sorted, so places of equal keys have no other key between them, which makes the step associative.
+    """
+    return tl.where(key_after == key, sum_after + product, product), key
+
+
+@triton.jit
 def _coactivation_sums_kernel(
     keys_ptr, products_ptr,     # [n] int32 or int64 >= 0, sorted; [n] floating
-    sums_ptr,                   # [n] floating
+    sums_ptr, leading_ptr,      # [n] floating, [n_blocks] float64
     n,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    block = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK)
+    place = block * BLOCK + offs
     mask = place < n
     key = tl.load(keys_ptr + place, mask=mask, other=-1)
-    going = mask & (key != tl.load(keys_ptr + place - 1, mask=mask & (place > 0), other=-1))
-    following = place
-    total = tl.zeros((BLOCK,), tl.float64)
+    is_first = key != tl.load(keys_ptr + place - 1, mask=mask & (place > 0), other=-1)
+    product = tl.load(products_ptr + place, mask=mask, other=0.0).to(tl.float64)
+    total, _ = tl.associative_scan((product, key), 0, _add_within_run, reverse=True)
+    tl.store(sums_ptr + place, tl.where(is_first, total, 0.0).to(sums_ptr.dtype.element_ty), mask=mask)
+    tl.store(leading_ptr + block, tl.sum(tl.where(offs == 0, total, 0.0), axis=0))
+
+
+def coactivation_sums(keys: Tensor, products: Tensor, sums: Tensor) -> Tensor:
+    """Write what each block of places has of each run of equal keys; `coactivation_long_sums` must follow.
+
+    At the first place of a run `sums` receives the sum up to the end of the run or of the block, at the others 0. What
+    each block has of the run that its first place belongs to is returned, float64 [n_blocks].
+    """
+    n_blocks = triton.cdiv(keys.numel(), _BLOCK_PRODUCT)
+    leading = torch.empty(n_blocks, dtype=torch.float64, device=keys.device)
+    _coactivation_sums_kernel[(n_blocks,)](
+        keys, products, sums, leading, keys.numel(), BLOCK=_BLOCK_PRODUCT, num_warps=4, enable_fp_fusion=True
+    )
+    return leading
+
+
+@triton.jit
+def _coactivation_long_sums_kernel(
+    keys_ptr, products_ptr,     # [n] int32 or int64 >= 0, sorted; [n] floating
+    leading_ptr, sums_ptr,      # [n_blocks] float64, [n] floating
+    n,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64)
+    end = (block + 1) * BLOCK
+    key = tl.load(keys_ptr + end - 1, mask=end < n, other=-1)
+    if tl.load(keys_ptr + end, mask=end < n, other=-2) != key:
+        return  # no run goes on beyond this block
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    in_run = tl.load(keys_ptr + place) == key
+    first = end - tl.sum(in_run.to(tl.int32), axis=0)
+    if tl.load(keys_ptr + first - 1, mask=first > 0, other=-1) == key:
+        return  # the run began in an earlier block, whose program sums it
+    total = tl.load(products_ptr + place, mask=in_run, other=0.0).to(tl.float64)
+    following = block + 1 + tl.arange(0, BLOCK)
+    begin = following * BLOCK
+    going = tl.load(keys_ptr + begin, mask=begin < n, other=-1) == key
     while tl.max(going.to(tl.int32), axis=0) > 0:
-        total += tl.load(products_ptr + following, mask=going, other=0.0).to(tl.float64)
-        following += 1
-        going = going & (tl.load(keys_ptr + following, mask=going & (following < n), other=-1) == key)
-    tl.store(sums_ptr + place, total.to(sums_ptr.dtype.element_ty), mask=mask)
+        total += tl.load(leading_ptr + following, mask=going, other=0.0)
+        following += BLOCK
+        begin = following * BLOCK
+        going = tl.load(keys_ptr + begin, mask=begin < n, other=-1) == key
+    tl.store(sums_ptr + first, tl.sum(total, axis=0).to(sums_ptr.dtype.element_ty))
 
 
-def coactivation_sums(keys: Tensor, products: Tensor, sums: Tensor) -> None:
-    """Write the sum of the products of every run of equal keys at the first place of the run, and 0 at the others."""
-    n = keys.numel()
-    _coactivation_sums_kernel[(triton.cdiv(n, _BLOCK_PRODUCT),)](
-        keys, products, sums, n, BLOCK=_BLOCK_PRODUCT, num_warps=4, enable_fp_fusion=True
+def coactivation_long_sums(keys: Tensor, products: Tensor, leading: Tensor, sums: Tensor) -> None:
+    """Write to `sums` the sum of every run that is in more than one block, at the first place of the run.
+
+    Then `sums` holds the sum of the products of every run at its first place, and 0 at the others.
+    """
+    _coactivation_long_sums_kernel[(leading.numel(),)](
+        keys, products, leading, sums, keys.numel(), BLOCK=_BLOCK_PRODUCT, num_warps=4, enable_fp_fusion=True
     )
 
 

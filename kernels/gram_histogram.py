@@ -12,7 +12,7 @@ from torch import Tensor
 from topk_ortho.kernels.gram_survivors import add_moments, store_moments
 from topk_ortho.kernels.launch import Operand
 from topk_ortho.kernels.radix_select import DIGITS, LOWEST, TIES, RadixSelect, stage_of
-from topk_ortho.kernels.tiles import cosines, quartered_tile
+from topk_ortho.kernels.tiles import cosines, n_tiles_of, quartered_tile
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def _gram_histogram_kernel(
     lowest = tl.load(plan_ptr + LOWEST).to(tl.int32)
     counts = tl.zeros((BINS,), tl.int64)
     n_tile_rows = tl.cdiv(N, BLOCK)
-    for tile in range(tl.program_id(0), n_tile_rows * (n_tile_rows + 1) // 2, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), n_tiles_of(n_tile_rows), tl.num_programs(0)):
         parts, offs_row, first_col = quartered_tile(
             tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, M, N, BLOCK, BLOCK_M, GROUP, PRECISION, SCALED
         )
@@ -68,7 +68,7 @@ def _gram_row_ties_kernel(
         return
     value = tl.load(plan_ptr + LOWEST).to(tl.int32).to(tl.float32, bitcast=True)
     n_tile_rows = tl.cdiv(N, BLOCK)
-    for tile in range(tl.program_id(0), n_tile_rows * (n_tile_rows + 1) // 2, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), n_tiles_of(n_tile_rows), tl.num_programs(0)):
         parts, offs_row, first_col = quartered_tile(
             tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, M, N, BLOCK, BLOCK_M, GROUP, PRECISION, SCALED
         )

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from topk_ortho.kernels.launch import Operand
 from topk_ortho.kernels.radix_select import COLLECT, PASS, RadixSelect, row_bounds, stage_of
-from topk_ortho.kernels.tiles import cosines, parts_of, product, quartered_tile, triangle_tile
+from topk_ortho.kernels.tiles import cosines, n_tiles_of, parts_of, product, quartered_tile, triangle_tile
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def _gram_survivors_kernel(
     mean = tl.zeros((), tl.float64)
     squares = tl.zeros((), tl.float64)
     n_tile_rows = tl.cdiv(N, BLOCK)
-    for tile in range(tl.program_id(0), n_tile_rows * (n_tile_rows + 1) // 2, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), n_tiles_of(n_tile_rows), tl.num_programs(0)):
         parts, offs_row, first_col = quartered_tile(
             tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, M, N, BLOCK, BLOCK_M, GROUP, PRECISION, SCALED
         )
@@ -127,10 +127,9 @@ def _described_survivors_kernel(
     n_across: tl.constexpr = SIDE // BLOCK_COL
     n_in_square: tl.constexpr = SIDE // BLOCK_ROW * n_across
     n_square_rows = tl.cdiv(N, SIDE)
-    n_squares = n_square_rows * (n_square_rows + 1) // 2
-    for tile in range(tl.program_id(0), n_squares * n_in_square, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), n_tiles_of(n_square_rows) * n_in_square, tl.num_programs(0)):
         square_row, square_col = triangle_tile(tile // n_in_square, n_square_rows, GROUP)
-        place = tile % n_in_square
+        place = (tile % n_in_square).to(tl.int32)
         first_row = square_row * SIDE + place // n_across * BLOCK_ROW
         first_col = square_col * SIDE + place % n_across * BLOCK_COL
         gram = tl.zeros((BLOCK_ROW, BLOCK_COL), tl.float32)
@@ -165,7 +164,7 @@ def gram_survivors(
     # COLLECT must repeat the very products that were counted, so it takes the same block sizes as they did
     if is_first and moments is None and operand.scale is None:
         operand = replace(operand, is_lean=True)
-    assert values.numel() < 2**31 - 2**16, "slots are int32"
+    assert values.numel() <= 2**31 - 2**16, "slots are int32"
     if operand.is_lean and operand.is_described:
         _described_survivors_kernel[(operand.n_programs,)](
             plan_ptr=radix.plan, bounds_ptr=radix.bounds,

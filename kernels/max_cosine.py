@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from topk_ortho.kernels.launch import Operand
-from topk_ortho.kernels.tiles import cosines, quartered_tile
+from topk_ortho.kernels.tiles import cosines, n_tiles_of, quartered_tile
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _max_cosine_kernel(
     best_ptr += first
     n_cols = tl.where(chunk < n_larger, N, N - 1)
     n_tile_rows = tl.cdiv(N, BLOCK)
-    for tile in range(tl.program_id(0), n_tile_rows * (n_tile_rows + 1) // 2, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), n_tiles_of(n_tile_rows), tl.num_programs(0)):
         # Columns are loaded up to the next chunk, which starts at a multiple of 16. Loads up to n_cols, which need not
         # be one, would be narrow.
         parts, offs_row, first_col = quartered_tile(

@@ -15,17 +15,24 @@ from topk_ortho.kernels.launch import INTERPRETED
 
 
 @triton.jit
+def n_tiles_of(n_tile_rows):
+    """Number of tiles, int64: it passes 2**31 at N = 8.4 million with tiles of 128."""
+    n_tile_rows = tl.cast(n_tile_rows, tl.int64)
+    return n_tile_rows * (n_tile_rows + 1) // 2
+
+
+@triton.jit
 def triangle_tile(tile, n_tile_rows, GROUP: tl.constexpr):
     """(row, col) of the tile with the given number, row <= col < n_tile_rows.
 
     Tiles are numbered band by band, a band being GROUP tile rows, so that the tiles in flight share columns of x in L2.
     A band is a triangle at the diagonal and a rectangle to the right of it; both are numbered column by column. Square
-    roots give the place to within one, and integer comparisons settle it: the result is exact for every tile of
-    N = 2**20, see tests/kernels/test_tiles.py.
+    roots give the place to within one, and integer comparisons settle it. The root over all tile rows is float64, so
+    that this holds for every N that int32 can hold, see tests/kernels/test_tiles.py.
     """
     tile = tl.cast(tile, tl.int64)
-    side = 2 * n_tile_rows + 1
-    root = tl.sqrt((side * side - 8 * tile).to(tl.float32))
+    side = 2 * tl.cast(n_tile_rows, tl.int64) + 1
+    root = tl.sqrt((side * side - 8 * tile).to(tl.float64))
     row = ((side - root) * 0.5).to(tl.int64)
     row = tl.where(row * n_tile_rows - row * (row - 1) // 2 > tile, row - 1, row)
     row = tl.where((row + 1) * n_tile_rows - (row + 1) * row // 2 <= tile, row + 1, row)

@@ -23,6 +23,7 @@ from topk_ortho.backends.tiled import TiledBackend
 from topk_ortho.backends.triton import TritonBackend
 from topk_ortho.definitions import Query
 from topk_ortho.kernels import gram_survivors, launch
+from topk_ortho.kernels.norms import Norms
 
 on_the_cpu = pytest.mark.skipif(not launch.INTERPRETED, reason="it runs the kernels on the CPU, and here is a GPU")
 
@@ -336,6 +337,45 @@ class TestCertificate:
         monkeypatch.setitem(BACKENDS, "triton", TritonBackend(most_records=300))
         with pytest.raises(ValueError, match=r"k must be at most about 100 on the triton backend.*; got 400"):
             topk_pairs(normal(4, 43), k=400, backend="triton")
+
+
+class TestTooLarge:
+    """What kernels cannot number is refused before anything is allocated."""
+
+    @pytest.mark.parametrize(
+        ("shape", "reason"),
+        [
+            ((2**31 - 2**10 + 1, 2), "at most 2,147,482,624 rows on the triton backend; got 2,147,482,625"),
+            ((2, 2**31), "at most 2,147,482,624 columns on the triton backend; got 2,147,483,648"),
+        ],
+        ids=["rows", "columns"],
+    )
+    def test_refused(self, shape, reason):
+        x, one = torch.ones(1).expand(shape), torch.ones(1)
+        pair = WeightedPairs(torch.tensor([0]), torch.tensor([1]), one, one)
+        for call in (
+            lambda: BACKENDS["triton"].topk_pairs(x, Query(k=1), None),
+            lambda: BACKENDS["triton"].max_cosine(x, None, "highest"),
+            lambda: BACKENDS["triton"].pair_gradient(x, one.expand(shape[1]), one, pair),
+        ):
+            with pytest.raises(ValueError, match=reason):
+                call()
+
+    def test_the_largest(self):
+        triton._refuse_too_large(torch.ones(1).expand(2**31 - 2**10, 2**31 - 2**10))
+
+
+@on_the_cpu
+def test_no_more_chunks_than_a_grid_has_lines(monkeypatch):
+    """The second axis of a grid ends at 65,535; chunks of two columns of a single row pass it."""
+    n_chunks, sizes = 2**16 + 10, []
+    zeros = torch.zeros(2 * n_chunks)
+    norms = Norms(zeros, zeros, zeros, zeros, flags=torch.zeros(1, dtype=torch.int32))
+    monkeypatch.setattr(triton, "column_norms", lambda x, eps: norms)
+    monkeypatch.setattr(triton, "_max_cosine_of_group", lambda x, norms, chunks, *_: sizes.append(len(chunks)))
+    chunks = torch.arange(2 * n_chunks).view(n_chunks, 2).unbind()
+    TritonBackend(chunk_copy_elements=2**30).max_cosine(torch.ones(1, 2 * n_chunks), chunks, "highest")
+    assert sizes == [65_535, 11]
 
 
 class TestState:

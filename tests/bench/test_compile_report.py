@@ -281,7 +281,7 @@ device, numbers = AbsentDevice("sm_90", compiles=False), []
 for number, variant in enumerate(variants()):
     variant.launch()
     name = device.kernel_name, variant.label
-    if name in [("described_survivors", "half"), ("coactivation_sums", "fp32, int32 keys")]:
+    if name in [("described_survivors", "half"), ("coactivation_spread", "fp32")]:
         numbers.append(number)
 records = [compiled((architecture, number)) for number in numbers for architecture in ARCHITECTURES]
 print(json.dumps(records))
@@ -306,19 +306,19 @@ class TestRecords:
     def test_promises_are_kept(self, records):
         first_pass = dict.fromkeys(ARCHITECTURES, "gram_survivors") | {"sm_90": "described_survivors"}
         assert {(r.kernel, r.architecture) for r in records} == {
-            (kernel, a) for a in ARCHITECTURES for kernel in (first_pass[a], "coactivation_sums")
+            (kernel, a) for a in ARCHITECTURES for kernel in (first_pass[a], "coactivation_spread")
         }
         assert violations([vars(r) for r in records]) == []
 
     def test_loops(self, records):
-        """That over the rows of x is found, and that over the products of a run."""
+        """That over the rows of x is found, and that over the entries of a sample."""
         for r in records:
             least, most = (16, 1000) if r.kind == "half" else (1, 200)
             assert least < r.main_loop_instructions < most, r
 
     def test_launches(self, records):
         """Two programs on a multiprocessor, one of which multiplies while the other records, or one of a large tile."""
-        programs = {"gram_survivors": 2, "described_survivors": 1, "coactivation_sums": None}
+        programs = {"gram_survivors": 2, "described_survivors": 1, "coactivation_spread": None}
         for r in records:
             assert r.programs_per_sm == programs[r.kernel]
         (first,) = (r for r in records if r.kernel == "described_survivors")

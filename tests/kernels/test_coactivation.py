@@ -7,9 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels.arguments import DEVICE, numbers
+from tests.tolerances import assert_within
+from topk_ortho.kernels import coactivation
 from topk_ortho.kernels.coactivation import (
     _BLOCK_ENTRY,
     _BLOCK_PRODUCT,
+    coactivation_long_sums,
     coactivation_products,
     coactivation_spread,
     coactivation_sums,
@@ -98,7 +101,8 @@ class TestSums:
         # what lies around the runs has the keys of the first and the last
         around = [keys[0], *keys, keys[-1]]
         sums = torch.full((n + 2,), float(POISON), dtype=dtype, device=DEVICE)
-        coactivation_sums(numbers(around, key_dtype)[1:-1], numbers([7.0, *products, 7.0], dtype)[1:-1], sums[1:-1])
+        runs = numbers(around, key_dtype)[1:-1], numbers([7.0, *products, 7.0], dtype)[1:-1]
+        coactivation_long_sums(*runs, coactivation_sums(*runs, sums[1:-1]), sums[1:-1])
         assert sums[[0, -1]].tolist() == [POISON] * 2, "written outside"
         return sums[1:-1].cpu().tolist()
 
@@ -119,14 +123,36 @@ class TestSums:
             ([1] * (_BLOCK_PRODUCT + 1), torch.float32),
             ([_BLOCK_PRODUCT - 1, 3], torch.float64),
             ([5, _BLOCK_PRODUCT + 2, 2], torch.float32),
+            ([_BLOCK_PRODUCT] * 2, torch.float32),
+            ([5, 3 * _BLOCK_PRODUCT - 5, 1], torch.float32),
+            ([5, 3 * _BLOCK_PRODUCT - 5], torch.float64),
+            ([_BLOCK_PRODUCT - 1, 1, 3 * _BLOCK_PRODUCT + 1], torch.float64),
         ],
-        ids=["one", "several", "more_than_a_block", "across_blocks", "a_run_longer_than_a_block"],
-    )
+        ids=[
+            "one", "several", "more_than_a_block", "across_blocks", "a_run_longer_than_a_block", "exactly_a_block",
+            "up_to_the_end_of_a_block", "up_to_the_end_of_the_last_block", "many_blocks_and_the_end",
+        ],
+    )  # fmt: skip
     def test_runs(self, lengths, dtype):
         generator = np.random.default_rng(0)
         keys = np.repeat(np.sort(generator.choice(2**41, len(lengths), replace=False)), lengths).tolist()
         products = (generator.integers(-64, 65, len(keys)) / 8).tolist()
         assert self.run(keys, products, dtype) == self.expected(keys, products)
+
+    @pytest.mark.parametrize("key_dtype", [torch.int32, torch.int64], ids=str)
+    def test_mixtures(self, key_dtype, monkeypatch):
+        """Runs of 1 to 100 in blocks of 8, so that the second kernel goes on after 8 blocks that it adds at once."""
+        monkeypatch.setattr(coactivation, "_BLOCK_PRODUCT", 8)
+        generator = np.random.default_rng(0)
+        lengths = generator.permutation([1] * 20 + [2, 3, 5, 7, 8, 9, 15, 16, 17, 64, 65, 72, 73, 100])
+        keys = np.repeat(np.arange(len(lengths)), lengths)
+        products = generator.standard_normal(len(keys))
+        actual = np.array(self.run(keys.tolist(), products.tolist(), torch.float64, key_dtype))
+        starts = np.cumsum(lengths) - lengths
+        expected = np.zeros(len(keys))
+        expected[starts] = np.add.reduceat(products, starts)
+        assert (actual[expected == 0] == 0).all()
+        assert_within(actual=actual, expected=expected, bound=100 * 2.0**-53 * np.abs(products).sum())
 
     @pytest.mark.parametrize("key_dtype", [torch.int32, torch.int64], ids=str)
     def test_key_zero(self, key_dtype):
@@ -136,10 +162,19 @@ class TestSums:
         """Float32 would lose every 1 beside 2**24."""
         assert self.run([3] * 4, [2.0**24, 1.0, 1.0, -(2.0**24)], torch.float32) == [2.0, 0, 0, 0]
 
+    def test_sums_across_blocks_are_float64(self, monkeypatch):
+        """What a block adds to a run of another one is not rounded either."""
+        monkeypatch.setattr(coactivation, "_BLOCK_PRODUCT", 2)
+        products = [1.0, 2.0**24, 1.0, 2.0**24, 1.0, -(2.0**24), 1.0, -(2.0**24)]
+        assert self.run([3] * 8, products, torch.float32) == [4.0, 0, 0, 0, 0, 0, 0, 0]
+
+    @pytest.mark.parametrize("block", [_BLOCK_PRODUCT, 4])
     @given(keys=st.lists(st.integers(0, 4), min_size=1, max_size=40).map(sorted))
-    def test_any_runs(self, keys):
+    def test_any_runs(self, keys, block):
         products = [float(i % 7 - 3) for i in range(len(keys))]
-        assert self.run(keys, products, torch.float32) == self.expected(keys, products)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(coactivation, "_BLOCK_PRODUCT", block)
+            assert self.run(keys, products, torch.float32) == self.expected(keys, products)
 
 
 class TestSpread:

@@ -37,8 +37,6 @@ class TestTileConfigs:
         assert config.block >= 64, "a quarter of a tile is too narrow for a matrix unit"
         assert config.block_m >= 16
         assert min(config.group, config.num_stages, config.programs_per_sm) >= 1
-        n_tile_rows = 2**20 // config.block
-        assert (2 * n_tile_rows + 1) ** 2 < 2**31, "triangle_tile squares it in int32"
 
     @pytest.mark.parametrize("key", [key for key in EVERY_CONFIG if "interpreter" not in key], ids="-".join)
     def test_fits(self, key):

@@ -43,7 +43,7 @@ def test_variants(launches):
     described = {label for kernel, label in names if kernel == "described_survivors"}
     assert described == {"half", "half, fp16", "half, feature-major"}
     keyed = {f"{value}, {key} keys" for value in ("fp32", "fp64") for key in ("int32", "int64")}
-    for kernel in ("coactivation_products", "coactivation_sums"):
+    for kernel in ("coactivation_products", "coactivation_sums", "coactivation_long_sums"):
         assert {label for name, label in names if name == kernel} == keyed
     assert {label for name, label in names if name == "coactivation_spread"} == {"fp32", "fp64"}
 

@@ -13,7 +13,7 @@ from tests.inputs import VIEWS, normal, seeded
 from tests.kernels.arguments import DEVICE, far_apart, to_device
 from tests.tolerances import assert_within, float64
 from topk_ortho.kernels.launch import INTERPRETED, LEAN_CONFIGS, TILE_CONFIGS
-from topk_ortho.kernels.tiles import cosines, gram_tile, parts_of, round_to, triangle_tile
+from topk_ortho.kernels.tiles import cosines, gram_tile, n_tiles_of, parts_of, round_to, triangle_tile
 
 
 @triton.jit
@@ -48,6 +48,17 @@ def band(first: int, height: int, n_tile_rows: int) -> tuple[np.ndarray, np.ndar
     return rows, np.concatenate([cols, right.repeat(height)])
 
 
+def number_of(row: int, col: int, n_tile_rows: int, group: int) -> int:
+    """The number of a tile, in Python's integers: what is in the bands above it, then what is before it in its band."""
+    first = row // group * group
+    height = min(group, n_tile_rows - first)
+    above = first * n_tile_rows - first * (first - 1) // 2
+    row, col = row - first, col - first
+    if col < height:
+        return above + col * (col + 1) // 2 + row
+    return above + height * (height + 1) // 2 + (col - height) * height + row
+
+
 def assert_tiles(actual: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray], first: int) -> None:
     for name, ours, theirs in zip(("row", "col"), actual, expected, strict=True):
         if not np.array_equal(ours, theirs):
@@ -64,7 +75,7 @@ SHIPPED = sorted({
 class _TorchAsTriton(SimpleNamespace):
     """The part of triton.language that `triangle_tile` uses, on tensors: five times faster than the interpreter."""
 
-    int32, int64, float32, constexpr = torch.int32, torch.int64, torch.float32, None
+    int32, int64, float32, float64, constexpr = torch.int32, torch.int64, torch.float32, torch.float64, None
     sqrt, where = torch.sqrt, torch.where
 
     @staticmethod
@@ -139,6 +150,41 @@ class TestTriangle:
         skewed = tiles_of(numbers, n_tile_rows, group)
         monkeypatch.undo()
         assert_tiles(skewed, tiles_of(numbers, n_tile_rows, group), 0)
+
+    @pytest.mark.parametrize(
+        "n_tile_rows", [2**31 // 64, 2**31 // 128, 4_000_000 // 128, 46_341], ids=["64", "128", "4_million", "46341"]
+    )
+    @pytest.mark.parametrize("group", sorted({1, 3} | {group for _, group in SHIPPED}))
+    def test_more_tiles_than_int32_numbers(self, n_tile_rows, group):
+        """The first and the last tile, those at both ends of a band and of a row, and others."""
+        generator = np.random.default_rng(group)
+        rows = generator.integers(0, n_tile_rows, 100)
+        rows = sorted({0, n_tile_rows - 1, *rows.tolist(), *(rows // group * group).tolist()})
+        places = {
+            (row, col) for row in rows for col in (row, n_tile_rows - 1, int(generator.integers(row, n_tile_rows)))
+        }
+        places |= {(row - 1, n_tile_rows - 1) for row in rows[1:]}  # the last tile of a band, if row begins the next
+        expected = np.array(sorted(places), dtype=np.int32).T
+        numbers = np.array([number_of(row, col, n_tile_rows, group) for row, col in sorted(places)])
+        assert numbers[0] == 0
+        assert n_tile_rows * (n_tile_rows + 1) // 2 - 1 in numbers
+        actual = tiles_of(numbers, n_tile_rows, group)
+        for ours, theirs in zip(actual, expected, strict=True):
+            wrong = np.flatnonzero(ours != theirs)
+            assert not wrong.size, f"tile {numbers[wrong[0]]} of {n_tile_rows} tile rows is at another place"
+
+
+@triton.jit
+def _n_tiles_kernel(n_tiles_ptr, n_tile_rows):
+    tl.store(n_tiles_ptr, n_tiles_of(n_tile_rows))
+
+
+@pytest.mark.parametrize("n_tile_rows", [1, 2, 46_340, 46_341, 65_536, 2**25])
+def test_number_of_tiles(n_tile_rows):
+    """Past int32: the product from 46,341 tile rows on, half of it from 65,536 on."""
+    n_tiles = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    _n_tiles_kernel[(1,)](n_tiles, n_tile_rows)
+    assert n_tiles.item() == n_tile_rows * (n_tile_rows + 1) // 2
 
 
 @triton.jit

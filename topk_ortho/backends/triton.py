@@ -73,6 +73,7 @@ class TritonBackend:
         """One pass from a guess; then a radix select, whose kernels return at once if that pass was certified."""
         if x.dtype == torch.float64:
             return self.float64.topk_pairs(x, query, state)
+        _refuse_too_large(x)
         with device_guard(x.device):
             norms = column_norms(x, EPS)
             if may_synchronize(x.device, state):
@@ -87,6 +88,7 @@ class TritonBackend:
         """Maxima of tiles for their rows and their columns, joined by atomic maxima of (cosine, partner)."""
         if x.dtype == torch.float64:
             return self.float64.max_cosine(x, chunks, precision)
+        _refuse_too_large(x)
         with device_guard(x.device):
             norms = column_norms(x, EPS)
             _refuse_not_finite(x, norms)
@@ -107,6 +109,7 @@ class TritonBackend:
         """Gather in CSR order; pairs of weight 0 are left out. The order of every sum is fixed by a stable sort."""
         if x.dtype == torch.float64:
             return self.float64.pair_gradient(x, norms, cosines, pairs)
+        _refuse_too_large(x)
         n_features = x.shape[1]
         weights = torch.cat([pairs.row_weights, pairs.col_weights])
         targets = torch.where(weights != 0, torch.cat([pairs.rows, pairs.cols]), n_features).int()
@@ -391,6 +394,14 @@ def _max_cosine_of_chunks(
     ordered = (best >> 32).int()
     cosines = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
     return cosines, 2**32 - 1 - (best & (2**32 - 1))
+
+
+def _refuse_too_large(x: Tensor) -> None:
+    """Kernels number rows and columns in int32, and go beyond the last one by less than the 2**10 of a block."""
+    most = 2**31 - 2**10
+    for name, size in zip(("rows", "columns"), x.shape, strict=True):
+        if size > most:
+            raise ValueError(f"x must have at most {most:,} {name} on the triton backend; got {size:,}")
 
 
 def _refuse_not_finite(x: Tensor, norms: "Norms") -> None:

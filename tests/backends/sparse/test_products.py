@@ -80,6 +80,13 @@ class TestSlabs:
         assert len(sizes) > 2
         assert all(a + b > 100 for a, b in itertools.pairwise(sizes))
 
+    def test_more_entries_than_programs(self):
+        """Refused before anything is made of them."""
+        entries = torch.zeros(1, dtype=torch.int64).expand(2**31)
+        x_hat = Coordinates(entries, entries, torch.ones(1).expand(2**31), 1, 2)
+        with pytest.raises(ValueError, match=r"at most 2,147,483,647 non-zeros on a GPU.*; got 2,147,483,648"):
+            next(Slabs(on_kernels=True).of(x_hat))
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     def test_dtypes(self, dtype, slabs):
         """Sums of float32 products are rounded once."""

@@ -7,7 +7,7 @@ is. Applied to a transposed matrix, the same code finds the samples that share f
 
 Products are made in slabs of consecutive first features i, so that every pair is summed within one slab: expand, sort
 by pair, sum runs of equal pairs. On a GPU the three steps that are not a sort are kernels of `topk_ortho.kernels`; here
-are their twins in plain torch. Sums are float64 and have the order of the samples: equal calls give equal bits.
+are their twins in plain torch. Sums are float64 and have a fixed order: equal calls give equal bits.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,14 @@ from topk_ortho.backends.device import IMPORT_ERROR, device_guard
 from topk_ortho.backends.sparse.coordinates import Coordinates
 
 if IMPORT_ERROR is None:
-    from topk_ortho.kernels.coactivation import coactivation_products, coactivation_spread, coactivation_sums
+    from topk_ortho.kernels.coactivation import (
+        coactivation_long_sums,
+        coactivation_products,
+        coactivation_spread,
+        coactivation_sums,
+    )
+
+_MOST_PROGRAMS = 2**31 - 1  # of a launch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +47,11 @@ class Slabs:
         """Slabs that cover all pairs of an x_hat whose entries are in order, first features ascending."""
         is_cuda = x_hat.values.device.type == "cuda"
         on_kernels = is_cuda if self.on_kernels is None else self.on_kernels
+        if on_kernels and x_hat.values.numel() > _MOST_PROGRAMS:
+            raise ValueError(
+                f"a sparse x must have at most {_MOST_PROGRAMS:,} non-zeros on a GPU, where each has a program of its "
+                f"own; got {x_hat.values.numel():,}"
+            )
         most = self.most_products or (2**24 if is_cuda else 2**19)
         entries = x_hat.features.argsort(stable=True)
         totals = torch.nn.functional.pad(x_hat.n_partners()[entries].cumsum(0), (1, 0))
@@ -86,7 +98,8 @@ class Slab(NamedTuple):
         if self.on_kernels:
             at_first = torch.empty_like(products)
             with device_guard(keys.device):
-                coactivation_sums(keys, products, at_first)
+                leading = coactivation_sums(keys, products, at_first)
+                coactivation_long_sums(keys, products, leading, at_first)
             return SlabCosines(pairs, at_first.index_select(0, firsts), order, runs)
         sums = torch.zeros(pairs.numel(), dtype=torch.float64, device=keys.device)
         sums.index_add_(0, runs, products.double())
