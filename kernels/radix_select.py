@@ -16,6 +16,9 @@ launch next, whatever the data are.
     COLLECT  A pass records what was found: enough pairs and at most `capacity`, by construction.
 
 A pair is recorded if its similarity exceeds the bound, or equals it and the row of the pair is at most `tie_row`.
+
+All threads of a program load a number, and one of them stores it. So a program that replaces a number that it has read
+has a barrier between its loads and its stores: without one, a thread could load what another has already replaced.
 """
 
 from typing import NamedTuple
@@ -52,8 +55,10 @@ class RadixSelect(NamedTuple):
     bounds: Tensor
     """float32 [2]: the bound; the slack, by which a similarity may fall short of the bound in the rounded products of
     a pass and still be recorded"""
-    histogram: Tensor
-    """int64 [4096], number of pairs by digit"""
+    sample_histogram: Tensor
+    """int64 [4096], number of pairs of the sample by digit"""
+    digit_histograms: Tensor
+    """int64 [4, 256], for every digit of a repair the number of pairs by that digit"""
     row_ties: Tensor
     """int32 [N], number of pairs equal to the k-th similarity, by row"""
     n_survivors: Tensor
@@ -61,14 +66,20 @@ class RadixSelect(NamedTuple):
     n_certified: Tensor
     """int64 [1], number of those that reach the bound in the precision asked for"""
 
+    def digit_histogram(self, shift: int) -> Tensor:
+        """The line of `digit_histograms` for the digit that begins at bit `shift`."""
+        return self.digit_histograms[[first for first, _ in DIGITS_OF_SIMILARITY].index(shift)]
+
 
 def new_radix_select(device: torch.device, n_features: int) -> RadixSelect:
     """Tensors for a new call, before its first kernel."""
-    zeros = torch.zeros(6 + 4096 + 2, dtype=torch.int64, device=device)
+    n_bins, n_digits, n_digit_bins = 2 ** SAMPLE_DIGIT[1], len(DIGITS_OF_SIMILARITY), 2 ** DIGITS_OF_SIMILARITY[0][1]
+    zeros = torch.zeros(6 + n_bins + n_digits * n_digit_bins + 2, dtype=torch.int64, device=device)
     return RadixSelect(
         plan=zeros[:6],
         bounds=torch.empty(2, dtype=torch.float32, device=device),
-        histogram=zeros[6:-2],
+        sample_histogram=zeros[6 : 6 + n_bins],
+        digit_histograms=zeros[6 + n_bins : -2].view(n_digits, n_digit_bins),
         row_ties=torch.zeros(n_features, dtype=torch.int32, device=device),
         n_survivors=zeros[-2:-1],
         n_certified=zeros[-1:],
@@ -114,10 +125,8 @@ def _begin_kernel(
 ):  # fmt: skip
     bound = -1.0
     if rank > 0:
-        bins = tl.arange(0, BINS)
-        histogram = tl.load(histogram_ptr + bins)
+        histogram = tl.load(histogram_ptr + tl.arange(0, BINS))
         found, n_from, n_beyond = _highest_bin_with(rank, histogram, 0, BINS)
-        tl.store(histogram_ptr + bins, tl.zeros((BINS,), tl.int64))
         if found >= 0:
             # the sample is taken to be spread evenly within the bin
             low = (found << SHIFT).to(tl.float32, bitcast=True)
@@ -164,6 +173,7 @@ def _certify_kernel(
         if IS_ADAPTIVE:
             floor = tl.maximum(floor, tl.load(tau_ptr))
         is_complete = (tl.load(n_certified_ptr) >= k) | (tl.load(bounds_ptr + BOUND) <= floor)
+        tl.debug_barrier()
         if is_complete & (n_survivors <= capacity):
             tl.store(plan_ptr + STAGE, tl.full((), CERTIFIED, tl.int64))
         else:
@@ -176,17 +186,17 @@ def _certify_kernel(
 
 @triton.jit
 def _next_digit_kernel(
-    plan_ptr, bounds_ptr, histogram_ptr,  # [6] int64, [2] float32, [4096] int64
+    plan_ptr, bounds_ptr, histogram_ptr,  # [6] int64, [2] float32, [BINS] int64
     k, capacity,
     SHIFT: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     if stage_of(plan_ptr) == DIGITS:
-        bins = tl.arange(0, BINS)
-        histogram = tl.load(histogram_ptr + bins)
-        tl.store(histogram_ptr + bins, tl.zeros((BINS,), tl.int64))
+        histogram = tl.load(histogram_ptr + tl.arange(0, BINS))
         found, n_from, n_beyond = _highest_bin_with(k, histogram, tl.load(plan_ptr + ABOVE), BINS)
         lowest = tl.load(plan_ptr + LOWEST) + (tl.maximum(found, 0).to(tl.int64) << SHIFT)
-        tl.store(plan_ptr + PASSES_SO_FAR, tl.load(plan_ptr + PASSES_SO_FAR) + 1)
+        n_passes = tl.load(plan_ptr + PASSES_SO_FAR) + 1
+        tl.debug_barrier()
+        tl.store(plan_ptr + PASSES_SO_FAR, n_passes)
         if found < 0:  # fewer than k pairs are above the floor: record them all
             tl.store(bounds_ptr + BOUND, -1.0)
             tl.store(plan_ptr + STAGE, tl.full((), COLLECT, tl.int64))
@@ -218,8 +228,10 @@ def _tie_row_kernel(
             up_to = n_before + tl.cumsum(ties, axis=0)
             tie_row += tl.sum(tl.where((up_to < wanted) & (offs < n_features), 1, 0), axis=0)
             n_before += tl.sum(ties, axis=0)
+        n_passes = tl.load(plan_ptr + PASSES_SO_FAR) + 1
+        tl.debug_barrier()
         tl.store(plan_ptr + TIE_ROW, tie_row)
-        tl.store(plan_ptr + PASSES_SO_FAR, tl.load(plan_ptr + PASSES_SO_FAR) + 1)
+        tl.store(plan_ptr + PASSES_SO_FAR, n_passes)
         tl.store(plan_ptr + STAGE, tl.full((), COLLECT, tl.int64))
 
 
@@ -268,7 +280,7 @@ def begin(
     """
     shift, bits = SAMPLE_DIGIT
     _begin_kernel[(1,)](
-        radix.plan, radix.bounds, radix.histogram,
+        radix.plan, radix.bounds, radix.sample_histogram,
         flags, flags if state is None else state, flags if deviation is None else deviation,
         rank, radix.row_ties.numel(), n_rows, int(can_overflow),
         HAS_STATE=state is not None, IS_ROUNDED=deviation is not None, SHIFT=shift, BINS=2**bits,
@@ -288,7 +300,7 @@ def certify(radix: RadixSelect, k: int, capacity: int, floor: float, tau: Tensor
 def next_digit(radix: RadixSelect, shift: int, bits: int, k: int, capacity: int) -> None:
     """After the pass that counted a digit: narrow the range that holds the k-th similarity, or end the stage."""
     _next_digit_kernel[(1,)](
-        radix.plan, radix.bounds, radix.histogram, k, capacity, SHIFT=shift, BINS=2**bits, num_warps=8,
+        radix.plan, radix.bounds, radix.digit_histogram(shift), k, capacity, SHIFT=shift, BINS=2**bits, num_warps=8,
         enable_fp_fusion=True,
     )  # fmt: skip
 

@@ -56,6 +56,7 @@ def _rescore_kernel(
             value = tl.minimum(tl.maximum(value, -1.0), 1.0)
             similarity = tl.abs(value) if IS_ABS else value
             n_certified += tl.sum((mask & (similarity >= bound)).to(tl.int32), axis=0)
+        tl.debug_barrier()  # several threads load a value, and one of them stores it
         tl.store(values_ptr + pair, value, mask=mask)
     if is_last > 0:
         tl.atomic_add(n_certified_ptr, n_certified.to(tl.int64))

@@ -91,7 +91,8 @@ def radix_at(
             [stage, lowest, above, n_features if tie_row is None else tie_row, n_passes, failure], torch.int64
         ),
         bounds=numbers([bound, slack], torch.float32),
-        histogram=torch.zeros(4096, dtype=torch.int64, device=DEVICE),
+        sample_histogram=torch.zeros(4096, dtype=torch.int64, device=DEVICE),
+        digit_histograms=torch.zeros(4, 256, dtype=torch.int64, device=DEVICE),
         row_ties=torch.zeros(n_features, dtype=torch.int32, device=DEVICE),
         n_survivors=torch.zeros(1, dtype=torch.int64, device=DEVICE),
         n_certified=torch.zeros(1, dtype=torch.int64, device=DEVICE),

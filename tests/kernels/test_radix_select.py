@@ -65,10 +65,11 @@ def from_the_top(histogram, wanted, counted=0):
 @pytest.mark.quick
 def test_a_new_radix_select_is_blank():
     radix = new_radix_select(DEVICE, N)
-    for name in ("plan", "histogram", "row_ties", "n_survivors", "n_certified"):
+    for name in ("plan", "sample_histogram", "digit_histograms", "row_ties", "n_survivors", "n_certified"):
         assert not getattr(radix, name).any(), name
-    assert [tuple(t.shape) for t in radix] == [(6,), (2,), (4096,), (N,), (1,), (1,)]
-    radix.histogram.fill_(1)
+    assert [tuple(t.shape) for t in radix] == [(6,), (2,), (4096,), (4, 256), (N,), (1,), (1,)]
+    radix.sample_histogram.fill_(1)
+    radix.digit_histograms.fill_(1)
     assert radix.plan.tolist() + radix.n_survivors.tolist() == [0] * 7, "they share memory"
 
 
@@ -80,7 +81,8 @@ class TestBegin:
         """(radix, plan, bound, slack) from poison."""
         radix = radix_at(77, N, bound=math.nan, slack=math.nan, lowest=7, above=7, tie_row=7, n_passes=7, failure=7)
         if histogram is not None:
-            radix.histogram.copy_(torch.from_numpy(histogram))
+            radix.sample_histogram.copy_(torch.from_numpy(histogram))
+        before = copy_of(radix)
         begin(
             radix,
             numbers([flags], torch.int32),
@@ -90,6 +92,7 @@ class TestBegin:
             m,
             can_overflow,
         )
+        assert_same(actual=radix, expected=before, but=("plan", "bounds"))
         return radix, radix.plan.tolist(), *radix.bounds.tolist()
 
     @pytest.mark.parametrize(
@@ -143,7 +146,7 @@ class TestBegin:
 
     @given(data=st.data())
     def test_sampled(self, data):
-        """The value at `rank` from the top, as if a bin were uniform; 0 in the first. The histogram is left clean."""
+        """The value at `rank` from the top, as if a bin were uniform; 0 in the first."""
         generator = np.random.default_rng(data.draw(st.integers(0, 1000)))
         histogram = np.zeros(4096, dtype=np.int64)
         n_bins = data.draw(st.sampled_from([1, 2, 30]))
@@ -153,21 +156,19 @@ class TestBegin:
         rank = data.draw(st.integers(1, int(histogram.sum())))
         found, n_from, n_beyond = from_the_top(histogram, rank)
         low, high = float_of(found << SHIFT), float_of((found + 1) << SHIFT)
-        radix, plan, bound, _ = self.begin(rank=rank, histogram=histogram)
+        _, plan, bound, _ = self.begin(rank=rank, histogram=histogram)
         expected = high - (high - low) * (rank - n_beyond) / (n_from - n_beyond) if found else 0
         assert bound == pytest.approx(expected, rel=1e-6, abs=1e-37)
         assert low <= bound < high
         assert plan == [PASS.value, 0, 0, N if found else -1, 1, NO_FAILURE.value]
-        assert not radix.histogram.any()
 
     @pytest.mark.parametrize(("rank", "stage"), [(30, "pass"), (31, "digits")], ids=["all_of_it", "one_too_few"])
     def test_the_sample_holds_too_few(self, rank, stage):
         histogram = np.zeros(4096, dtype=np.int64)
         histogram[[0, 3000, 4000]] = 10
-        radix, plan, bound, _ = self.begin(rank=rank, histogram=histogram)
+        _, plan, bound, _ = self.begin(rank=rank, histogram=histogram)
         assert plan[0] == STAGES[stage]
         assert (bound == -1.0) == (stage == "digits")
-        assert not radix.histogram.any()
 
     def test_a_state_outranks_the_sample(self):
         """Nothing was sampled then."""
@@ -314,7 +315,7 @@ class TestNextDigit:
     def test_against_a_loop(self, data):
         shift, bits = data.draw(st.sampled_from(DIGITS_OF_SIMILARITY))
         generator = np.random.default_rng(data.draw(st.integers(0, 1000)))
-        histogram = np.zeros(4096, dtype=np.int64)
+        histogram = np.zeros(256, dtype=np.int64)
         n_bins = data.draw(st.sampled_from([0, 1, 2, 2**bits * 3 // 4]))
         bins = generator.choice(2**bits, n_bins, replace=False)
         histogram[bins] = generator.integers(1, data.draw(st.sampled_from([2, 100, 2**40])), n_bins)
@@ -329,7 +330,9 @@ class TestNextDigit:
         )
 
         radix = radix_at(DIGITS.value, N, bound=0.5, lowest=lowest, above=n_above, tie_row=N - 9, n_passes=3, failure=2)
-        radix.histogram.copy_(torch.from_numpy(histogram))
+        radix.digit_histograms.fill_(2**40)
+        radix.digit_histogram(shift).copy_(torch.from_numpy(histogram))
+        before = copy_of(radix)
         next_digit(radix, shift, bits, k, capacity)
 
         if answer is None:
@@ -344,13 +347,12 @@ class TestNextDigit:
                 expected = [DIGITS.value if shift else TIES.value, lowest, n_beyond, N - 9, 4]
         assert radix.plan.tolist() == [*expected, 2]
         assert radix.bounds.tolist() == [bound, 0.0]
-        assert not radix.histogram.any()
-        assert radix.n_survivors.tolist() == [0]
+        assert_same(actual=radix, expected=before, but=("plan", "bounds"))
 
     @stages_but("digits")
     def test_only_when_digits_were_counted(self, stage):
         radix = radix_at(STAGES[stage], N)
-        radix.histogram[17] = 1000
+        radix.digit_histograms[0, 17] = 1000
         before = copy_of(radix)
         next_digit(radix, *DIGITS_OF_SIMILARITY[0], 10, 20)
         assert_same(actual=radix, expected=before)
@@ -361,7 +363,15 @@ class TestNextDigit:
         for (shift, _), (below, bits) in pairwise(DIGITS_OF_SIMILARITY):
             assert shift == below + bits
         shift, bits = DIGITS_OF_SIMILARITY[0]
-        assert ONE >> shift < 2**bits <= 4096
+        assert ONE >> shift < 2**bits == 256
+        assert all(n_bits <= bits for _, n_bits in DIGITS_OF_SIMILARITY), "the lines of the histograms are that long"
+
+    def test_every_digit_has_its_histogram(self):
+        """None is cleared, so none may be used again."""
+        radix = new_radix_select(DEVICE, N)
+        for shift, _ in DIGITS_OF_SIMILARITY:
+            radix.digit_histogram(shift).add_(1)
+        assert (radix.digit_histograms == 1).all()
 
 
 SIMILARITIES = st.one_of(
@@ -384,7 +394,7 @@ class TestChain:
             if radix.plan[0] == DIGITS.value:
                 digit = (bits.astype(np.int64) - int(radix.plan[1])) >> shift
                 counted = digit[(values > floor) & (digit >= 0) & (digit < 2**n_bits)]
-                radix.histogram.add_(torch.from_numpy(np.bincount(counted, minlength=4096)).to(DEVICE))
+                radix.digit_histogram(shift).add_(torch.from_numpy(np.bincount(counted, minlength=256)).to(DEVICE))
             next_digit(radix, shift, n_bits, k, capacity)
         if radix.plan[0] == TIES.value:
             tied = rows[bits == int(radix.plan[1])]
