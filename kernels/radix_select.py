@@ -246,7 +246,8 @@ def _next_state_kernel(
 
     The margin doubles after a shortfall (the guess was too high), is halved after an overflow (the guess was too low),
     and shrinks slowly after a success. The next guess is the similarity at rank (1 + margin) k, or what a straight line
-    through the ranks (1 - margin) k and k says of that rank if fewer pairs are known.
+    through the ranks (1 - margin) k and k says of that rank if fewer pairs are known. Where the line falls below 0, the
+    guess is 0: below it a pass would record every pair.
     """
     is_repaired = stage_of(plan_ptr) != CERTIFIED
     failure = tl.load(plan_ptr + FAILURE)
@@ -262,7 +263,9 @@ def _next_state_kernel(
     if n_ordered >= rank:
         guess = tl.load(similarity_ptr + rank - 1)
     elif n_ordered >= k:
-        guess = 2 * tl.load(similarity_ptr + k - 1) - tl.load(similarity_ptr + inner_rank - 1)
+        least = tl.load(similarity_ptr + k - 1)
+        guess = 2 * least - tl.load(similarity_ptr + inner_rank - 1)
+        guess = tl.where(least > 0, tl.maximum(guess, 0.0), guess)  # where the k-th is 0, zeros are needed
     n_passes = tl.load(plan_ptr + PASSES_SO_FAR) + tl.where(is_repaired, 1, 0)
     tl.store(next_state_ptr + GUESS, guess)
     tl.store(next_state_ptr + MARGIN, margin)

@@ -501,7 +501,7 @@ class TestNextState:
         if n_ordered >= rank:
             guess = similarity[rank - 1]
         elif n_ordered >= k:
-            guess = 2 * similarity[k - 1] - similarity[inner_rank - 1]
+            guess = max(0, 2 * similarity[k - 1] - similarity[inner_rank - 1])
         stage, n_passes = ("collect", data.draw(st.integers(1, 6))) if failure else ("certified", 1)
         actual = self.state_after(
             [0.5, margin, 2.0], similarity, n_ordered, k, stage=stage, n_passes=n_passes, failure=failure
@@ -516,6 +516,16 @@ class TestNextState:
         actual = self.state_after([0.5, 0.21, 2.0], similarity, n_ordered, 100, stage=stage, failure=failure)
         ordered = torch.from_numpy(similarity[:n_ordered])
         expected = warm_start.next_state(torch.tensor([0.5, 0.21, 2.0]), ordered, 100, 2 if failure else 1)
+        assert actual.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+
+    @pytest.mark.parametrize(("least", "guess"), [(0.125, 0.0), (0.0, -0.5), (0.3, 0.1)], ids=str)
+    def test_a_line_that_falls_below_zero(self, least, guess):
+        """The guess is 0, unless the k-th similarity itself is 0 and zeros are needed; as on the host."""
+        similarity = np.full(500, 0.5, dtype=np.float32)
+        similarity[90:] = least
+        actual = self.state_after([0.5, 0.2, 2.0], similarity, 100, 100)
+        assert actual[0] == pytest.approx(guess)
+        expected = warm_start.next_state(torch.tensor([0.5, 0.2, 2.0]), torch.from_numpy(similarity[:100]), 100, 1)
         assert actual.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
 
     @pytest.mark.parametrize(
