@@ -76,7 +76,7 @@ def _record(
 @triton.jit
 def _gram_survivors_kernel(
     x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr,  # [M, N], [N] float32 x 2
-    plan_ptr, bounds_ptr,                                # [6] int64, [2] float32
+    plan_ptr, bounds_ptr,                                # [6] int64, [3] float32
     values_ptr, rows_ptr, cols_ptr, n_survivors_ptr,     # [capacity] float32, int32, int32, [1] int64
     moments_ptr,                                         # [n_programs, 3] float64
     M, N, capacity, floor,

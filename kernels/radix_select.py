@@ -31,7 +31,7 @@ from torch import Tensor
 PASS, DIGITS, TIES, COLLECT, CERTIFIED = (tl.constexpr(stage) for stage in range(5))
 STAGE, LOWEST, ABOVE, TIE_ROW, PASSES_SO_FAR, FAILURE = (tl.constexpr(place) for place in range(6))
 """Places in `RadixSelect.plan`."""
-BOUND, SLACK = (tl.constexpr(place) for place in range(2))
+BOUND, SLACK, LEAST = (tl.constexpr(place) for place in range(3))
 """Places in `RadixSelect.bounds`."""
 GUESS, MARGIN, N_PASSES = (tl.constexpr(place) for place in range(3))
 """Places in a warm-start state: those of `topk_ortho.warm_start`, which kernels may not import."""
@@ -53,8 +53,9 @@ class RadixSelect(NamedTuple):
     to be above that digit; the last row whose ties are recorded; passes over the gram so far; the failure of the first
     pass"""
     bounds: Tensor
-    """float32 [2]: the bound; the slack, by which a similarity may fall short of the bound in the rounded products of
-    a pass and still be recorded"""
+    """float32 [3]: the bound; the slack, by which a similarity may fall short of the bound in the rounded products of
+    a pass and still be recorded; what it must exceed even so, unless the bound is below 0: 0 if a rounded product is 0
+    only where the exact one is, else -2"""
     sample_histogram: Tensor
     """int64 [4096], number of pairs of the sample by digit"""
     digit_histograms: Tensor
@@ -77,7 +78,7 @@ def new_radix_select(device: torch.device, n_features: int) -> RadixSelect:
     zeros = torch.zeros(6 + n_bins + n_digits * n_digit_bins + 2, dtype=torch.int64, device=device)
     return RadixSelect(
         plan=zeros[:6],
-        bounds=torch.empty(2, dtype=torch.float32, device=device),
+        bounds=torch.empty(3, dtype=torch.float32, device=device),
         sample_histogram=zeros[6 : 6 + n_bins],
         digit_histograms=zeros[6 + n_bins : -2].view(n_digits, n_digit_bins),
         row_ties=torch.zeros(n_features, dtype=torch.int32, device=device),
@@ -99,7 +100,9 @@ def row_bounds(bounds_ptr, plan_ptr, floor, offs_row):
     just_below = (bound.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
     just_below = tl.where(bound > 0, just_below, -1.0)
     by_row = tl.where(offs_row <= tl.load(plan_ptr + TIE_ROW), just_below, bound)
-    return tl.maximum(by_row, floor) - tl.load(bounds_ptr + SLACK)
+    by_row = tl.maximum(by_row, floor)
+    least = tl.where(by_row >= 0, tl.load(bounds_ptr + LEAST), -2.0)
+    return tl.maximum(by_row - tl.load(bounds_ptr + SLACK), least)
 
 
 @triton.jit
@@ -117,8 +120,8 @@ def _highest_bin_with(wanted, histogram, n_above, BINS: tl.constexpr):
 
 @triton.jit
 def _begin_kernel(
-    plan_ptr, bounds_ptr, histogram_ptr,  # [6] int64, [2] float32, [4096] int64
-    flags_ptr, state_ptr, deviation_ptr,  # [1] int32, [3] float32, [1] float32
+    plan_ptr, bounds_ptr, histogram_ptr,  # [6] int64, [3] float32, [4096] int64
+    flags_ptr, state_ptr, deviation_ptr,  # [1] int32, [3] float32, [2] float32
     rank, n_features, M, can_overflow,
     HAS_STATE: tl.constexpr, IS_ROUNDED: tl.constexpr,
     SHIFT: tl.constexpr, BINS: tl.constexpr,
@@ -136,7 +139,7 @@ def _begin_kernel(
     if HAS_STATE:
         guess = tl.load(state_ptr + GUESS)
         bound = tl.where(guess > -1.0, tl.minimum(guess, 1.0), bound)
-    slack = 0.0
+    slack, least = 0.0, -2.0
     flags = tl.load(flags_ptr)
     stage = tl.where(flags > 0, DIGITS, PASS)
     if IS_ROUNDED:
@@ -146,11 +149,13 @@ def _begin_kernel(
         # factor 1.01 covers the norms of rounded columns and the rounding of this formula.
         deviation = tl.load(deviation_ptr)
         slack = 1.01 * (2.0 * deviation + deviation * deviation + (M + M // 4 + 32) * 2.0**-23)
+        least = tl.where(tl.load(deviation_ptr + 1) > 0, -2.0, 0.0)
         stage = PASS
     # without a guess a pass would record every pair, which is in vain if they cannot fit
     stage = tl.where((bound <= -1.0) & (can_overflow > 0), DIGITS, stage)
     tl.store(bounds_ptr + BOUND, bound)
     tl.store(bounds_ptr + SLACK, tl.where(stage == PASS, slack, 0.0))
+    tl.store(bounds_ptr + LEAST, least)
     tl.store(plan_ptr + STAGE, stage.to(tl.int64))
     tl.store(plan_ptr + LOWEST, tl.zeros((), tl.int64))
     tl.store(plan_ptr + ABOVE, tl.zeros((), tl.int64))
@@ -163,7 +168,7 @@ def _begin_kernel(
 
 @triton.jit
 def _certify_kernel(
-    plan_ptr, bounds_ptr, n_survivors_ptr, n_certified_ptr,  # [6] int64, [2] float32, [1] int64 x 2
+    plan_ptr, bounds_ptr, n_survivors_ptr, n_certified_ptr,  # [6] int64, [3] float32, [1] int64 x 2
     tau_ptr,                                                 # [1] float32
     k, capacity, floor,
     IS_ADAPTIVE: tl.constexpr,
@@ -186,7 +191,7 @@ def _certify_kernel(
 
 @triton.jit
 def _next_digit_kernel(
-    plan_ptr, bounds_ptr, histogram_ptr,  # [6] int64, [2] float32, [BINS] int64
+    plan_ptr, bounds_ptr, histogram_ptr,  # [6] int64, [3] float32, [BINS] int64
     k, capacity,
     SHIFT: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
@@ -278,7 +283,7 @@ def begin(
 ) -> None:  # fmt: skip
     """Choose the first bound: the guess in `state`, else the similarity at `rank` in the sampled histogram, else none.
 
-    `deviation` comes with an operand from `round_columns`. Without it the operand has the columns as they are, and
+    `deviation` [2] comes with an operand from `round_columns`. Without it the operand has the columns as they are, and
     `flags` of the norms may say that they must not be multiplied: then the first pass is left out.
     """
     shift, bits = SAMPLE_DIGIT

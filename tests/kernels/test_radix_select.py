@@ -67,7 +67,7 @@ def test_a_new_radix_select_is_blank():
     radix = new_radix_select(DEVICE, N)
     for name in ("plan", "sample_histogram", "digit_histograms", "row_ties", "n_survivors", "n_certified"):
         assert not getattr(radix, name).any(), name
-    assert [tuple(t.shape) for t in radix] == [(6,), (2,), (4096,), (4, 256), (N,), (1,), (1,)]
+    assert [tuple(t.shape) for t in radix] == [(6,), (3,), (4096,), (4, 256), (N,), (1,), (1,)]
     radix.sample_histogram.fill_(1)
     radix.digit_histograms.fill_(1)
     assert radix.plan.tolist() + radix.n_survivors.tolist() == [0] * 7, "they share memory"
@@ -77,9 +77,11 @@ class TestBegin:
     """The first bound, and the stage that it leads to."""
 
     @staticmethod
-    def begin(*, state=None, flags=0, deviation=None, rank=0, histogram=None, can_overflow=True, m=12):
+    def begin(*, state=None, flags=0, deviation=None, negative=0.5, rank=0, histogram=None, can_overflow=True, m=12):
         """(radix, plan, bound, slack) from poison."""
-        radix = radix_at(77, N, bound=math.nan, slack=math.nan, lowest=7, above=7, tie_row=7, n_passes=7, failure=7)
+        radix = radix_at(
+            77, N, bound=math.nan, slack=math.nan, least=math.nan, lowest=7, above=7, tie_row=7, n_passes=7, failure=7
+        )
         if histogram is not None:
             radix.sample_histogram.copy_(torch.from_numpy(histogram))
         before = copy_of(radix)
@@ -87,13 +89,13 @@ class TestBegin:
             radix,
             numbers([flags], torch.int32),
             None if state is None else numbers([state, math.nan, math.nan], torch.float32),
-            None if deviation is None else numbers([deviation], torch.float32),
+            None if deviation is None else numbers([deviation, negative], torch.float32),
             rank,
             m,
             can_overflow,
         )
         assert_same(actual=radix, expected=before, but=("plan", "bounds"))
-        return radix, radix.plan.tolist(), *radix.bounds.tolist()
+        return radix, radix.plan.tolist(), *radix.bounds[:2].tolist()
 
     @pytest.mark.parametrize(
         ("arguments", "stage"),
@@ -191,6 +193,21 @@ class TestBegin:
         assert plan[0] == DIGITS.value
         assert slack == 0
 
+    @pytest.mark.parametrize(
+        ("arguments", "least"),
+        [
+            ({"deviation": 0.001, "negative": 0.0}, 0.0),
+            ({"deviation": 0.001, "negative": 2.0**-149}, -2.0),
+            ({"deviation": 0.001, "negative": 0.5}, -2.0),
+            ({}, -2.0),
+        ],
+        ids=str,
+    )
+    def test_least(self, arguments, least):
+        """Products are 0 only where they are so exactly, if they were rounded and no entry is negative."""
+        radix, *_ = self.begin(state=0.5, **arguments)
+        assert radix.bounds[2] == least
+
     def test_no_sampled_bound_is_above_one(self):
         histogram = np.zeros(4096, dtype=np.int64)
         histogram[ONE >> SHIFT] = 100
@@ -250,6 +267,25 @@ class TestRowBounds:
         by_row = self.row_bounds(bound=bound, floor=floor, slack=0.125)
         assert by_row == pytest.approx(max(bound, floor) - 0.125, abs=1e-7)
 
+    @pytest.mark.parametrize(
+        ("bound", "floor", "by_row"),
+        [
+            pytest.param(0.0, 0.0, 0.0, id="nothing_is_guessed_and_zeros_do_not_count"),
+            pytest.param(0.0, -1.0, 0.0, id="zeros_may_count_and_the_bound_excludes_them"),
+            pytest.param(0.1, -1.0, 0.0, id="bound_within_the_slack"),
+            pytest.param(-1.0, 0.1, 0.0, id="floor_within_the_slack"),
+            pytest.param(0.5, -1.0, 0.375, id="bound_beyond_the_slack"),
+            pytest.param(-0.25, -1.0, -1.125, id="zeros_count"),
+        ],
+    )
+    def test_what_slack_does_not_let_through(self, bound, floor, by_row):
+        """Exact zeros are never recorded for the sake of the slack alone."""
+        tie_row = -1 if bound == 0 else N
+        actual = self.row_bounds(bound=bound, floor=floor, slack=0.125, least=0.0, tie_row=tie_row)
+        assert actual == pytest.approx(by_row, abs=1e-7)
+        if by_row == 0:
+            assert (actual == 0).all()
+
 
 class TestCertify:
     """Done if enough pairs survived, or all above the floor did, and all of them fit."""
@@ -297,7 +333,9 @@ class TestCertify:
         else:
             failure = OVERFLOW if arguments["n_survivors"] > self.CAPACITY else SHORTFALL
             assert radix.plan.tolist() == [DIGITS.value, *before.plan[1:5].tolist(), failure.value]
-            assert radix.bounds.tolist() == [before.bounds[0], 0.0], "what is not rounded has no slack"
+            assert radix.bounds.tolist() == [before.bounds[0], 0.0, before.bounds[2]], (
+                "what is not rounded has no slack"
+            )
             assert radix.n_survivors.tolist() == radix.n_certified.tolist() == [0]
             assert_same(actual=radix, expected=before, but=("plan", "bounds", "n_survivors", "n_certified"))
 
@@ -346,7 +384,7 @@ class TestNextDigit:
             else:
                 expected = [DIGITS.value if shift else TIES.value, lowest, n_beyond, N - 9, 4]
         assert radix.plan.tolist() == [*expected, 2]
-        assert radix.bounds.tolist() == [bound, 0.0]
+        assert radix.bounds.tolist() == [bound, *before.bounds[1:].tolist()]
         assert_same(actual=radix, expected=before, but=("plan", "bounds"))
 
     @stages_but("digits")
@@ -449,7 +487,7 @@ class TestTieRow:
         tie_row(radix, n_above + wanted)
         expected = int(np.searchsorted(np.cumsum(ties), wanted))
         assert radix.plan.tolist() == [COLLECT.value, bits_of(0.5), n_above, expected, 5, 0]
-        assert radix.bounds.tolist() == [0.5, 0.0]
+        assert radix.bounds.tolist() == [0.5, 0.0, -2.0]
 
     def test_more_ties_than_int32(self):
         radix = radix_at(TIES.value, 4, above=5)
