@@ -37,6 +37,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from bench.races import races
 from topk_ortho.kernels import radix_select
 from topk_ortho.kernels.coactivation import (
     coactivation_long_sums,
@@ -180,6 +181,8 @@ def violations(records: Iterable[Record]) -> list[str]:
             # the programs that a persistent launch means to run at once fit on a multiprocessor
             ((r.programs_per_sm or 0) > fitting,
              f"is launched with {r.programs_per_sm} programs per multiprocessor, which holds {fitting}"),
+            # no thread loads what another one of its program has stored, see `races`
+            (len(r.races) > 0, f"loads and later stores through {', '.join(r.races)} without a barrier in between"),
         ]  # fmt: skip
         found += [f"{r.kernel} ({r.variant}) on {r.architecture} {text}" for is_broken, text in broken if is_broken]
     return found
@@ -351,6 +354,7 @@ def compiled(task: tuple[str, int]) -> Record | str:
         "tensor_memory_columns": getattr(metadata, "tmem_size", None) or 0,  # 0 but on sm_100
         "matrix_instructions": dict(Counter(opcode for opcode in code.opcodes if re.match(MATRIX, opcode))),
         "main_loop_instructions": code.main_loop and len(code.main_loop),  # None if there is no loop
+        "races": races(binary.asm["ttir"]),  # names of the arguments concerned
     }
 
 

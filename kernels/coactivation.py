@@ -169,7 +169,9 @@ def _coactivation_spread_kernel(
         mask = offs < n_after
         weight = tl.load(first_weights_ptr + start + offs, mask=mask, other=0.0)
         total += weight.to(tl.float64) * tl.load(values_ptr + entry + 1 + offs, mask=mask, other=0.0)
-    tl.store(out_ptr + entry, tl.load(out_ptr + entry) + tl.sum(total, axis=0))
+    so_far = tl.load(out_ptr + entry)
+    tl.debug_barrier()  # all threads load it, and one of them stores it
+    tl.store(out_ptr + entry, so_far + tl.sum(total, axis=0))
 
 
 def coactivation_spread(

@@ -84,9 +84,9 @@ def _gram_row_ties_kernel(
 def gram_histogram(
     operand: Operand, radix: RadixSelect, moments: Tensor | None, floor: float, shift: int, bits: int, *, is_abs: bool
 ) -> None:
-    """At stage DIGITS: add the pairs above `floor` to `radix.histogram` by digit, and fill `moments` if given."""
+    """At stage DIGITS: add the pairs above `floor` to the digit's histogram, and fill `moments` if given."""
     _gram_histogram_kernel[(operand.n_programs,)](
-        plan_ptr=radix.plan, histogram_ptr=radix.histogram,
+        plan_ptr=radix.plan, histogram_ptr=radix.digit_histogram(shift),
         moments_ptr=radix.plan if moments is None else moments,
         floor=floor, IS_ABS=is_abs, HAS_MOMENTS=moments is not None, SHIFT=shift, BINS=2**bits,
         **operand.arguments(),

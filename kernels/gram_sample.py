@@ -60,14 +60,14 @@ def _gram_sample_kernel(
 def gram_sample(
     x: Tensor, inverse: Tensor, radix: RadixSelect, state: Tensor | None, n_rows: int, n_cols: int, *, is_abs: bool
 ) -> None:
-    """Add n_rows * n_cols pairs to `radix.histogram`, unless `state` holds a guess; n_rows + n_cols <= N."""
+    """Add n_rows * n_cols pairs to `radix.sample_histogram`, unless `state` holds a guess; n_rows + n_cols <= N."""
     n_features = x.shape[1]
     step = max(1, round(n_features * (math.sqrt(5) - 1) / 2))
     while math.gcd(step, n_features) > 1:
         step += 1
     shift, _ = SAMPLE_DIGIT
     _gram_sample_kernel[(triton.cdiv(n_rows, _BLOCK), triton.cdiv(n_cols, _BLOCK))](
-        x, x.stride(0), x.stride(1), inverse, inverse if state is None else state, radix.histogram,
+        x, x.stride(0), x.stride(1), inverse, inverse if state is None else state, radix.sample_histogram,
         x.shape[0], n_features, step, n_rows, n_cols,
         HAS_STATE=state is not None, IS_ABS=is_abs, SHIFT=shift, BLOCK=_BLOCK, BLOCK_M=_BLOCK_M,
         num_warps=4, num_stages=2, enable_fp_fusion=True,

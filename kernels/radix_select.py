@@ -16,6 +16,9 @@ launch next, whatever the data are.
     COLLECT  A pass records what was found: enough pairs and at most `capacity`, by construction.
 
 A pair is recorded if its similarity exceeds the bound, or equals it and the row of the pair is at most `tie_row`.
+
+All threads of a program load a number, and one of them stores it. So a program that replaces a number that it has read
+has a barrier between its loads and its stores: without one, a thread could load what another has already replaced.
 """
 
 from typing import NamedTuple
@@ -28,7 +31,7 @@ from torch import Tensor
 PASS, DIGITS, TIES, COLLECT, CERTIFIED = (tl.constexpr(stage) for stage in range(5))
 STAGE, LOWEST, ABOVE, TIE_ROW, PASSES_SO_FAR, FAILURE = (tl.constexpr(place) for place in range(6))
 """Places in `RadixSelect.plan`."""
-BOUND, SLACK = (tl.constexpr(place) for place in range(2))
+BOUND, SLACK, LEAST = (tl.constexpr(place) for place in range(3))
 """Places in `RadixSelect.bounds`."""
 GUESS, MARGIN, N_PASSES = (tl.constexpr(place) for place in range(3))
 """Places in a warm-start state: those of `topk_ortho.warm_start`, which kernels may not import."""
@@ -50,10 +53,13 @@ class RadixSelect(NamedTuple):
     to be above that digit; the last row whose ties are recorded; passes over the gram so far; the failure of the first
     pass"""
     bounds: Tensor
-    """float32 [2]: the bound; the slack, by which a similarity may fall short of the bound in the rounded products of
-    a pass and still be recorded"""
-    histogram: Tensor
-    """int64 [4096], number of pairs by digit"""
+    """float32 [3]: the bound; the slack, by which a similarity may fall short of the bound in the rounded products of
+    a pass and still be recorded; what it must exceed even so, unless the bound is below 0: 0 if a rounded product is 0
+    only where the exact one is, else -2"""
+    sample_histogram: Tensor
+    """int64 [4096], number of pairs of the sample by digit"""
+    digit_histograms: Tensor
+    """int64 [4, 256], for every digit of a repair the number of pairs by that digit"""
     row_ties: Tensor
     """int32 [N], number of pairs equal to the k-th similarity, by row"""
     n_survivors: Tensor
@@ -61,14 +67,20 @@ class RadixSelect(NamedTuple):
     n_certified: Tensor
     """int64 [1], number of those that reach the bound in the precision asked for"""
 
+    def digit_histogram(self, shift: int) -> Tensor:
+        """The line of `digit_histograms` for the digit that begins at bit `shift`."""
+        return self.digit_histograms[[first for first, _ in DIGITS_OF_SIMILARITY].index(shift)]
+
 
 def new_radix_select(device: torch.device, n_features: int) -> RadixSelect:
     """Tensors for a new call, before its first kernel."""
-    zeros = torch.zeros(6 + 4096 + 2, dtype=torch.int64, device=device)
+    n_bins, n_digits, n_digit_bins = 2 ** SAMPLE_DIGIT[1], len(DIGITS_OF_SIMILARITY), 2 ** DIGITS_OF_SIMILARITY[0][1]
+    zeros = torch.zeros(6 + n_bins + n_digits * n_digit_bins + 2, dtype=torch.int64, device=device)
     return RadixSelect(
         plan=zeros[:6],
-        bounds=torch.empty(2, dtype=torch.float32, device=device),
-        histogram=zeros[6:-2],
+        bounds=torch.empty(3, dtype=torch.float32, device=device),
+        sample_histogram=zeros[6 : 6 + n_bins],
+        digit_histograms=zeros[6 + n_bins : -2].view(n_digits, n_digit_bins),
         row_ties=torch.zeros(n_features, dtype=torch.int32, device=device),
         n_survivors=zeros[-2:-1],
         n_certified=zeros[-1:],
@@ -88,7 +100,9 @@ def row_bounds(bounds_ptr, plan_ptr, floor, offs_row):
     just_below = (bound.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
     just_below = tl.where(bound > 0, just_below, -1.0)
     by_row = tl.where(offs_row <= tl.load(plan_ptr + TIE_ROW), just_below, bound)
-    return tl.maximum(by_row, floor) - tl.load(bounds_ptr + SLACK)
+    by_row = tl.maximum(by_row, floor)
+    least = tl.where(by_row >= 0, tl.load(bounds_ptr + LEAST), -2.0)
+    return tl.maximum(by_row - tl.load(bounds_ptr + SLACK), least)
 
 
 @triton.jit
@@ -106,18 +120,16 @@ def _highest_bin_with(wanted, histogram, n_above, BINS: tl.constexpr):
 
 @triton.jit
 def _begin_kernel(
-    plan_ptr, bounds_ptr, histogram_ptr,  # [6] int64, [2] float32, [4096] int64
-    flags_ptr, state_ptr, deviation_ptr,  # [1] int32, [3] float32, [1] float32
+    plan_ptr, bounds_ptr, histogram_ptr,  # [6] int64, [3] float32, [4096] int64
+    flags_ptr, state_ptr, deviation_ptr,  # [1] int32, [3] float32, [2] float32
     rank, n_features, M, can_overflow,
     HAS_STATE: tl.constexpr, IS_ROUNDED: tl.constexpr,
     SHIFT: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     bound = -1.0
     if rank > 0:
-        bins = tl.arange(0, BINS)
-        histogram = tl.load(histogram_ptr + bins)
+        histogram = tl.load(histogram_ptr + tl.arange(0, BINS))
         found, n_from, n_beyond = _highest_bin_with(rank, histogram, 0, BINS)
-        tl.store(histogram_ptr + bins, tl.zeros((BINS,), tl.int64))
         if found >= 0:
             # the sample is taken to be spread evenly within the bin
             low = (found << SHIFT).to(tl.float32, bitcast=True)
@@ -127,7 +139,7 @@ def _begin_kernel(
     if HAS_STATE:
         guess = tl.load(state_ptr + GUESS)
         bound = tl.where(guess > -1.0, tl.minimum(guess, 1.0), bound)
-    slack = 0.0
+    slack, least = 0.0, -2.0
     flags = tl.load(flags_ptr)
     stage = tl.where(flags > 0, DIGITS, PASS)
     if IS_ROUNDED:
@@ -137,11 +149,13 @@ def _begin_kernel(
         # factor 1.01 covers the norms of rounded columns and the rounding of this formula.
         deviation = tl.load(deviation_ptr)
         slack = 1.01 * (2.0 * deviation + deviation * deviation + (M + M // 4 + 32) * 2.0**-23)
+        least = tl.where(tl.load(deviation_ptr + 1) > 0, -2.0, 0.0)
         stage = PASS
     # without a guess a pass would record every pair, which is in vain if they cannot fit
     stage = tl.where((bound <= -1.0) & (can_overflow > 0), DIGITS, stage)
     tl.store(bounds_ptr + BOUND, bound)
     tl.store(bounds_ptr + SLACK, tl.where(stage == PASS, slack, 0.0))
+    tl.store(bounds_ptr + LEAST, least)
     tl.store(plan_ptr + STAGE, stage.to(tl.int64))
     tl.store(plan_ptr + LOWEST, tl.zeros((), tl.int64))
     tl.store(plan_ptr + ABOVE, tl.zeros((), tl.int64))
@@ -154,7 +168,7 @@ def _begin_kernel(
 
 @triton.jit
 def _certify_kernel(
-    plan_ptr, bounds_ptr, n_survivors_ptr, n_certified_ptr,  # [6] int64, [2] float32, [1] int64 x 2
+    plan_ptr, bounds_ptr, n_survivors_ptr, n_certified_ptr,  # [6] int64, [3] float32, [1] int64 x 2
     tau_ptr,                                                 # [1] float32
     k, capacity, floor,
     IS_ADAPTIVE: tl.constexpr,
@@ -164,6 +178,7 @@ def _certify_kernel(
         if IS_ADAPTIVE:
             floor = tl.maximum(floor, tl.load(tau_ptr))
         is_complete = (tl.load(n_certified_ptr) >= k) | (tl.load(bounds_ptr + BOUND) <= floor)
+        tl.debug_barrier()
         if is_complete & (n_survivors <= capacity):
             tl.store(plan_ptr + STAGE, tl.full((), CERTIFIED, tl.int64))
         else:
@@ -176,17 +191,17 @@ def _certify_kernel(
 
 @triton.jit
 def _next_digit_kernel(
-    plan_ptr, bounds_ptr, histogram_ptr,  # [6] int64, [2] float32, [4096] int64
+    plan_ptr, bounds_ptr, histogram_ptr,  # [6] int64, [3] float32, [BINS] int64
     k, capacity,
     SHIFT: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     if stage_of(plan_ptr) == DIGITS:
-        bins = tl.arange(0, BINS)
-        histogram = tl.load(histogram_ptr + bins)
-        tl.store(histogram_ptr + bins, tl.zeros((BINS,), tl.int64))
+        histogram = tl.load(histogram_ptr + tl.arange(0, BINS))
         found, n_from, n_beyond = _highest_bin_with(k, histogram, tl.load(plan_ptr + ABOVE), BINS)
         lowest = tl.load(plan_ptr + LOWEST) + (tl.maximum(found, 0).to(tl.int64) << SHIFT)
-        tl.store(plan_ptr + PASSES_SO_FAR, tl.load(plan_ptr + PASSES_SO_FAR) + 1)
+        n_passes = tl.load(plan_ptr + PASSES_SO_FAR) + 1
+        tl.debug_barrier()
+        tl.store(plan_ptr + PASSES_SO_FAR, n_passes)
         if found < 0:  # fewer than k pairs are above the floor: record them all
             tl.store(bounds_ptr + BOUND, -1.0)
             tl.store(plan_ptr + STAGE, tl.full((), COLLECT, tl.int64))
@@ -218,8 +233,10 @@ def _tie_row_kernel(
             up_to = n_before + tl.cumsum(ties, axis=0)
             tie_row += tl.sum(tl.where((up_to < wanted) & (offs < n_features), 1, 0), axis=0)
             n_before += tl.sum(ties, axis=0)
+        n_passes = tl.load(plan_ptr + PASSES_SO_FAR) + 1
+        tl.debug_barrier()
         tl.store(plan_ptr + TIE_ROW, tie_row)
-        tl.store(plan_ptr + PASSES_SO_FAR, tl.load(plan_ptr + PASSES_SO_FAR) + 1)
+        tl.store(plan_ptr + PASSES_SO_FAR, n_passes)
         tl.store(plan_ptr + STAGE, tl.full((), COLLECT, tl.int64))
 
 
@@ -234,7 +251,8 @@ def _next_state_kernel(
 
     The margin doubles after a shortfall (the guess was too high), is halved after an overflow (the guess was too low),
     and shrinks slowly after a success. The next guess is the similarity at rank (1 + margin) k, or what a straight line
-    through the ranks (1 - margin) k and k says of that rank if fewer pairs are known.
+    through the ranks (1 - margin) k and k says of that rank if fewer pairs are known. Where the line falls below 0, the
+    guess is 0: below it a pass would record every pair.
     """
     is_repaired = stage_of(plan_ptr) != CERTIFIED
     failure = tl.load(plan_ptr + FAILURE)
@@ -250,7 +268,9 @@ def _next_state_kernel(
     if n_ordered >= rank:
         guess = tl.load(similarity_ptr + rank - 1)
     elif n_ordered >= k:
-        guess = 2 * tl.load(similarity_ptr + k - 1) - tl.load(similarity_ptr + inner_rank - 1)
+        least = tl.load(similarity_ptr + k - 1)
+        guess = 2 * least - tl.load(similarity_ptr + inner_rank - 1)
+        guess = tl.where(least > 0, tl.maximum(guess, 0.0), guess)  # where the k-th is 0, zeros are needed
     n_passes = tl.load(plan_ptr + PASSES_SO_FAR) + tl.where(is_repaired, 1, 0)
     tl.store(next_state_ptr + GUESS, guess)
     tl.store(next_state_ptr + MARGIN, margin)
@@ -263,12 +283,12 @@ def begin(
 ) -> None:  # fmt: skip
     """Choose the first bound: the guess in `state`, else the similarity at `rank` in the sampled histogram, else none.
 
-    `deviation` comes with an operand from `round_columns`. Without it the operand has the columns as they are, and
+    `deviation` [2] comes with an operand from `round_columns`. Without it the operand has the columns as they are, and
     `flags` of the norms may say that they must not be multiplied: then the first pass is left out.
     """
     shift, bits = SAMPLE_DIGIT
     _begin_kernel[(1,)](
-        radix.plan, radix.bounds, radix.histogram,
+        radix.plan, radix.bounds, radix.sample_histogram,
         flags, flags if state is None else state, flags if deviation is None else deviation,
         rank, radix.row_ties.numel(), n_rows, int(can_overflow),
         HAS_STATE=state is not None, IS_ROUNDED=deviation is not None, SHIFT=shift, BINS=2**bits,
@@ -288,7 +308,7 @@ def certify(radix: RadixSelect, k: int, capacity: int, floor: float, tau: Tensor
 def next_digit(radix: RadixSelect, shift: int, bits: int, k: int, capacity: int) -> None:
     """After the pass that counted a digit: narrow the range that holds the k-th similarity, or end the stage."""
     _next_digit_kernel[(1,)](
-        radix.plan, radix.bounds, radix.histogram, k, capacity, SHIFT=shift, BINS=2**bits, num_warps=8,
+        radix.plan, radix.bounds, radix.digit_histogram(shift), k, capacity, SHIFT=shift, BINS=2**bits, num_warps=8,
         enable_fp_fusion=True,
     )  # fmt: skip
 

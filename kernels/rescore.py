@@ -22,7 +22,7 @@ _PROGRAMS_PER_SM = 6  # what the registers of sm_100 allow
 def _rescore_kernel(
     x_ptr, stride_xn, stride_xm,                          # [N, slab] float32, features in rows
     inverse_ptr,                                          # [N] float32
-    plan_ptr, bounds_ptr,                                 # [6] int64, [2] float32
+    plan_ptr, bounds_ptr,                                 # [6] int64, [3] float32
     values_ptr, rows_ptr, cols_ptr,                       # [capacity] float32, int32, int32
     n_survivors_ptr, n_certified_ptr,                     # [1] int64 x 2
     M, capacity, is_first, is_last,
@@ -32,6 +32,7 @@ def _rescore_kernel(
         return
     n_records = tl.minimum(tl.load(n_survivors_ptr), capacity).to(tl.int32)
     bound = tl.load(bounds_ptr + BOUND)
+    beyond = tl.where(bound == 0.0, 0.0, -2.0)  # a bound of 0 has not let all zeros pass, so they do not count
     offs_m = tl.arange(0, BLOCK_M)
     n_certified = tl.zeros((), tl.int32)
     for first in range(tl.program_id(0) * BLOCK_PAIR, n_records, tl.num_programs(0) * BLOCK_PAIR):
@@ -55,7 +56,9 @@ def _rescore_kernel(
         if is_last > 0:
             value = tl.minimum(tl.maximum(value, -1.0), 1.0)
             similarity = tl.abs(value) if IS_ABS else value
-            n_certified += tl.sum((mask & (similarity >= bound)).to(tl.int32), axis=0)
+            reaches = (similarity >= bound) & (similarity > beyond)
+            n_certified += tl.sum((mask & reaches).to(tl.int32), axis=0)
+        tl.debug_barrier()  # several threads load a value, and one of them stores it
         tl.store(values_ptr + pair, value, mask=mask)
     if is_last > 0:
         tl.atomic_add(n_certified_ptr, n_certified.to(tl.int64))

@@ -52,8 +52,9 @@ def next_state(state: Tensor, ordered: Tensor, k: int, n_passes: int) -> Tensor:
     There are k of them or more, if as many passed the floor, else all that did.
 
     The next guess is the similarity at rank (1 + margin) k. Where fewer pairs survived, it is extrapolated in a
-    straight line from rank (1 - margin) k through rank k; tails are convex, so that this aims low. A call that needed a
-    second pass doubles the margin, every other call lets it shrink.
+    straight line from rank (1 - margin) k through rank k, but not below 0, where the guess would exclude nothing; tails
+    are convex, so that this aims low. A call that needed a second pass doubles the margin, every other call lets it
+    shrink.
     """
     margin = state[MARGIN].item()
     if not MARGIN_LEAST <= margin <= MARGIN_MOST:  # NaN too, from a buffer that nobody initialised
@@ -63,7 +64,10 @@ def next_state(state: Tensor, ordered: Tensor, k: int, n_passes: int) -> Tensor:
     if ordered.numel() >= rank:
         guess = ordered[rank - 1].item()
     elif ordered.numel() >= k:
-        guess = 2 * ordered[k - 1].item() - ordered[max(0, math.floor((1 - margin) * k) - 1)].item()
+        least = ordered[k - 1].item()
+        guess = 2 * least - ordered[max(0, math.floor((1 - margin) * k) - 1)].item()
+        if least > 0:  # where the k-th is 0, zeros are needed
+            guess = max(guess, 0.0)
     else:
         guess = -1.0
     return torch.tensor([guess, margin, n_passes], dtype=state.dtype, device=state.device)

@@ -174,7 +174,7 @@ def record(architecture="sm_90", **fields):
     good = {
         "kernel": "gram_survivors", "variant": "half", "kind": "half", "programs_per_sm": 2, "max_registers": None,
         "stack_bytes": 0, "n_spills": 0, "shared_bytes": 32768, "tensor_memory_columns": 0,
-        "main_loop_instructions": 124,
+        "main_loop_instructions": 124, "races": [],
     }  # fmt: skip
     return good | GOOD[architecture] | fields | {"architecture": architecture}
 
@@ -227,6 +227,10 @@ class TestGates:
         assert violations([record(max_registers=127)]) == []
         (line,) = violations([record(max_registers=120)])
         assert line == "gram_survivors (half) on sm_90 has 127 registers, more than 120"
+
+    def test_races(self):
+        (line,) = violations([record(kernel="certify", kind=None, programs_per_sm=None, races=["plan_ptr", "x_ptr"])])
+        assert line.endswith(" on sm_90 loads and later stores through plan_ptr, x_ptr without a barrier in between")
 
     @pytest.mark.parametrize("architecture", GOOD)
     def test_programs(self, architecture):

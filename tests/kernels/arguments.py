@@ -79,6 +79,7 @@ def radix_at(
     *,
     bound: float = -1.0,
     slack: float = 0.0,
+    least: float = -2.0,
     lowest: int = 0,
     above: int = 0,
     tie_row: int | None = None,
@@ -90,8 +91,9 @@ def radix_at(
         plan=numbers(
             [stage, lowest, above, n_features if tie_row is None else tie_row, n_passes, failure], torch.int64
         ),
-        bounds=numbers([bound, slack], torch.float32),
-        histogram=torch.zeros(4096, dtype=torch.int64, device=DEVICE),
+        bounds=numbers([bound, slack, least], torch.float32),
+        sample_histogram=torch.zeros(4096, dtype=torch.int64, device=DEVICE),
+        digit_histograms=torch.zeros(4, 256, dtype=torch.int64, device=DEVICE),
         row_ties=torch.zeros(n_features, dtype=torch.int32, device=DEVICE),
         n_survivors=torch.zeros(1, dtype=torch.int64, device=DEVICE),
         n_certified=torch.zeros(1, dtype=torch.int64, device=DEVICE),

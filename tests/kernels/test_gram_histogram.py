@@ -45,13 +45,15 @@ def counts_of(s: np.ndarray, lowest: int, shift: int, bits: int, floor: float) -
 def count(
     operand: Operand, shift: int, bits: int, *, lowest: int = 0, floor: float = -1.0, is_abs: bool = True
 ) -> np.ndarray:
-    """Counts that were added to a histogram of ones; nothing else changes."""
+    """Counts that were added to the digit's histogram, one of ones; nothing else changes, other digits included."""
     radix = radix_at(DIGITS.value, operand.x.shape[1], lowest=lowest, above=3)
-    radix.histogram.fill_(1)
+    radix.digit_histograms.fill_(1)
     before = copy_of(radix)
     gram_histogram(operand, radix, None, floor, shift, bits, is_abs=is_abs)
-    assert_same(actual=radix, expected=before, but=("histogram",))
-    counts = (radix.histogram - 1).cpu().numpy()
+    assert_same(actual=radix, expected=before, but=("digit_histograms",))
+    of_all = (radix.digit_histograms - 1).cpu().numpy()
+    counts = of_all[DIGITS_OF_SIMILARITY.index((shift, bits))].copy()
+    assert counts.sum() == of_all.sum()
     assert not counts[2**bits :].any()
     return counts[: 2**bits]
 
@@ -214,7 +216,7 @@ def test_only_at_its_stage(stage, kernel):
     before = copy_of(radix)
     if kernel == "histogram":
         gram_histogram(operand, radix, moments, -1.0, *FIRST, is_abs=True)
-        its_turn, name = stage == DIGITS.value, "histogram"
+        its_turn, name = stage == DIGITS.value, "digit_histograms"
         assert moments.isnan().all() != its_turn
     else:
         gram_row_ties(operand, radix, is_abs=True)

@@ -38,12 +38,12 @@ def columns_of(n: int, n_rows: int, n_cols: int) -> tuple[np.ndarray, np.ndarray
 def sampled(x: Tensor, n_rows: int, n_cols: int, *, is_abs: bool = True, state: float | None = None) -> np.ndarray:
     """Histogram on the CPU, added to one of ones."""
     radix = radix_at(0, x.shape[1])
-    radix.histogram.fill_(1)
+    radix.sample_histogram.fill_(1)
     before = copy_of(radix)
     state = None if state is None else numbers([state, math.nan, math.nan], torch.float32)
     gram_sample(to_device(x), inverse_of(x), radix, state, n_rows, n_cols, is_abs=is_abs)
-    assert_same(actual=radix, expected=before, but=("histogram",))
-    return (radix.histogram - 1).cpu().numpy()
+    assert_same(actual=radix, expected=before, but=("sample_histogram",))
+    return (radix.sample_histogram - 1).cpu().numpy()
 
 
 def similarities_of(x: Tensor, n_rows: int, n_cols: int, *, is_abs: bool) -> np.ndarray:
@@ -117,7 +117,7 @@ def test_offsets_past_int32(columns, tmp_path):
     for view in (to_device(x), far_apart(x, tmp_path, columns=columns)):
         radix = radix_at(0, x.shape[1])
         gram_sample(view, inverse_of(x), radix, None, 1, 2, is_abs=True)
-        histograms.append(radix.histogram.tolist())
+        histograms.append(radix.sample_histogram.tolist())
     assert sum(histograms[0]) == 2
     assert histograms[0] == histograms[1]
 

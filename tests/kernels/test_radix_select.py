@@ -65,10 +65,11 @@ def from_the_top(histogram, wanted, counted=0):
 @pytest.mark.quick
 def test_a_new_radix_select_is_blank():
     radix = new_radix_select(DEVICE, N)
-    for name in ("plan", "histogram", "row_ties", "n_survivors", "n_certified"):
+    for name in ("plan", "sample_histogram", "digit_histograms", "row_ties", "n_survivors", "n_certified"):
         assert not getattr(radix, name).any(), name
-    assert [tuple(t.shape) for t in radix] == [(6,), (2,), (4096,), (N,), (1,), (1,)]
-    radix.histogram.fill_(1)
+    assert [tuple(t.shape) for t in radix] == [(6,), (3,), (4096,), (4, 256), (N,), (1,), (1,)]
+    radix.sample_histogram.fill_(1)
+    radix.digit_histograms.fill_(1)
     assert radix.plan.tolist() + radix.n_survivors.tolist() == [0] * 7, "they share memory"
 
 
@@ -76,21 +77,25 @@ class TestBegin:
     """The first bound, and the stage that it leads to."""
 
     @staticmethod
-    def begin(*, state=None, flags=0, deviation=None, rank=0, histogram=None, can_overflow=True, m=12):
+    def begin(*, state=None, flags=0, deviation=None, negative=0.5, rank=0, histogram=None, can_overflow=True, m=12):
         """(radix, plan, bound, slack) from poison."""
-        radix = radix_at(77, N, bound=math.nan, slack=math.nan, lowest=7, above=7, tie_row=7, n_passes=7, failure=7)
+        radix = radix_at(
+            77, N, bound=math.nan, slack=math.nan, least=math.nan, lowest=7, above=7, tie_row=7, n_passes=7, failure=7
+        )
         if histogram is not None:
-            radix.histogram.copy_(torch.from_numpy(histogram))
+            radix.sample_histogram.copy_(torch.from_numpy(histogram))
+        before = copy_of(radix)
         begin(
             radix,
             numbers([flags], torch.int32),
             None if state is None else numbers([state, math.nan, math.nan], torch.float32),
-            None if deviation is None else numbers([deviation], torch.float32),
+            None if deviation is None else numbers([deviation, negative], torch.float32),
             rank,
             m,
             can_overflow,
         )
-        return radix, radix.plan.tolist(), *radix.bounds.tolist()
+        assert_same(actual=radix, expected=before, but=("plan", "bounds"))
+        return radix, radix.plan.tolist(), *radix.bounds[:2].tolist()
 
     @pytest.mark.parametrize(
         ("arguments", "stage"),
@@ -143,7 +148,7 @@ class TestBegin:
 
     @given(data=st.data())
     def test_sampled(self, data):
-        """The value at `rank` from the top, as if a bin were uniform; 0 in the first. The histogram is left clean."""
+        """The value at `rank` from the top, as if a bin were uniform; 0 in the first."""
         generator = np.random.default_rng(data.draw(st.integers(0, 1000)))
         histogram = np.zeros(4096, dtype=np.int64)
         n_bins = data.draw(st.sampled_from([1, 2, 30]))
@@ -153,21 +158,19 @@ class TestBegin:
         rank = data.draw(st.integers(1, int(histogram.sum())))
         found, n_from, n_beyond = from_the_top(histogram, rank)
         low, high = float_of(found << SHIFT), float_of((found + 1) << SHIFT)
-        radix, plan, bound, _ = self.begin(rank=rank, histogram=histogram)
+        _, plan, bound, _ = self.begin(rank=rank, histogram=histogram)
         expected = high - (high - low) * (rank - n_beyond) / (n_from - n_beyond) if found else 0
         assert bound == pytest.approx(expected, rel=1e-6, abs=1e-37)
         assert low <= bound < high
         assert plan == [PASS.value, 0, 0, N if found else -1, 1, NO_FAILURE.value]
-        assert not radix.histogram.any()
 
     @pytest.mark.parametrize(("rank", "stage"), [(30, "pass"), (31, "digits")], ids=["all_of_it", "one_too_few"])
     def test_the_sample_holds_too_few(self, rank, stage):
         histogram = np.zeros(4096, dtype=np.int64)
         histogram[[0, 3000, 4000]] = 10
-        radix, plan, bound, _ = self.begin(rank=rank, histogram=histogram)
+        _, plan, bound, _ = self.begin(rank=rank, histogram=histogram)
         assert plan[0] == STAGES[stage]
         assert (bound == -1.0) == (stage == "digits")
-        assert not radix.histogram.any()
 
     def test_a_state_outranks_the_sample(self):
         """Nothing was sampled then."""
@@ -189,6 +192,21 @@ class TestBegin:
         _, plan, _, slack = self.begin(deviation=2.0**-8)
         assert plan[0] == DIGITS.value
         assert slack == 0
+
+    @pytest.mark.parametrize(
+        ("arguments", "least"),
+        [
+            ({"deviation": 0.001, "negative": 0.0}, 0.0),
+            ({"deviation": 0.001, "negative": 2.0**-149}, -2.0),
+            ({"deviation": 0.001, "negative": 0.5}, -2.0),
+            ({}, -2.0),
+        ],
+        ids=str,
+    )
+    def test_least(self, arguments, least):
+        """Products are 0 only where they are so exactly, if they were rounded and no entry is negative."""
+        radix, *_ = self.begin(state=0.5, **arguments)
+        assert radix.bounds[2] == least
 
     def test_no_sampled_bound_is_above_one(self):
         histogram = np.zeros(4096, dtype=np.int64)
@@ -249,6 +267,25 @@ class TestRowBounds:
         by_row = self.row_bounds(bound=bound, floor=floor, slack=0.125)
         assert by_row == pytest.approx(max(bound, floor) - 0.125, abs=1e-7)
 
+    @pytest.mark.parametrize(
+        ("bound", "floor", "by_row"),
+        [
+            pytest.param(0.0, 0.0, 0.0, id="nothing_is_guessed_and_zeros_do_not_count"),
+            pytest.param(0.0, -1.0, 0.0, id="zeros_may_count_and_the_bound_excludes_them"),
+            pytest.param(0.1, -1.0, 0.0, id="bound_within_the_slack"),
+            pytest.param(-1.0, 0.1, 0.0, id="floor_within_the_slack"),
+            pytest.param(0.5, -1.0, 0.375, id="bound_beyond_the_slack"),
+            pytest.param(-0.25, -1.0, -1.125, id="zeros_count"),
+        ],
+    )
+    def test_what_slack_does_not_let_through(self, bound, floor, by_row):
+        """Exact zeros are never recorded for the sake of the slack alone."""
+        tie_row = -1 if bound == 0 else N
+        actual = self.row_bounds(bound=bound, floor=floor, slack=0.125, least=0.0, tie_row=tie_row)
+        assert actual == pytest.approx(by_row, abs=1e-7)
+        if by_row == 0:
+            assert (actual == 0).all()
+
 
 class TestCertify:
     """Done if enough pairs survived, or all above the floor did, and all of them fit."""
@@ -296,7 +333,9 @@ class TestCertify:
         else:
             failure = OVERFLOW if arguments["n_survivors"] > self.CAPACITY else SHORTFALL
             assert radix.plan.tolist() == [DIGITS.value, *before.plan[1:5].tolist(), failure.value]
-            assert radix.bounds.tolist() == [before.bounds[0], 0.0], "what is not rounded has no slack"
+            assert radix.bounds.tolist() == [before.bounds[0], 0.0, before.bounds[2]], (
+                "what is not rounded has no slack"
+            )
             assert radix.n_survivors.tolist() == radix.n_certified.tolist() == [0]
             assert_same(actual=radix, expected=before, but=("plan", "bounds", "n_survivors", "n_certified"))
 
@@ -314,7 +353,7 @@ class TestNextDigit:
     def test_against_a_loop(self, data):
         shift, bits = data.draw(st.sampled_from(DIGITS_OF_SIMILARITY))
         generator = np.random.default_rng(data.draw(st.integers(0, 1000)))
-        histogram = np.zeros(4096, dtype=np.int64)
+        histogram = np.zeros(256, dtype=np.int64)
         n_bins = data.draw(st.sampled_from([0, 1, 2, 2**bits * 3 // 4]))
         bins = generator.choice(2**bits, n_bins, replace=False)
         histogram[bins] = generator.integers(1, data.draw(st.sampled_from([2, 100, 2**40])), n_bins)
@@ -329,7 +368,9 @@ class TestNextDigit:
         )
 
         radix = radix_at(DIGITS.value, N, bound=0.5, lowest=lowest, above=n_above, tie_row=N - 9, n_passes=3, failure=2)
-        radix.histogram.copy_(torch.from_numpy(histogram))
+        radix.digit_histograms.fill_(2**40)
+        radix.digit_histogram(shift).copy_(torch.from_numpy(histogram))
+        before = copy_of(radix)
         next_digit(radix, shift, bits, k, capacity)
 
         if answer is None:
@@ -343,14 +384,13 @@ class TestNextDigit:
             else:
                 expected = [DIGITS.value if shift else TIES.value, lowest, n_beyond, N - 9, 4]
         assert radix.plan.tolist() == [*expected, 2]
-        assert radix.bounds.tolist() == [bound, 0.0]
-        assert not radix.histogram.any()
-        assert radix.n_survivors.tolist() == [0]
+        assert radix.bounds.tolist() == [bound, *before.bounds[1:].tolist()]
+        assert_same(actual=radix, expected=before, but=("plan", "bounds"))
 
     @stages_but("digits")
     def test_only_when_digits_were_counted(self, stage):
         radix = radix_at(STAGES[stage], N)
-        radix.histogram[17] = 1000
+        radix.digit_histograms[0, 17] = 1000
         before = copy_of(radix)
         next_digit(radix, *DIGITS_OF_SIMILARITY[0], 10, 20)
         assert_same(actual=radix, expected=before)
@@ -361,7 +401,15 @@ class TestNextDigit:
         for (shift, _), (below, bits) in pairwise(DIGITS_OF_SIMILARITY):
             assert shift == below + bits
         shift, bits = DIGITS_OF_SIMILARITY[0]
-        assert ONE >> shift < 2**bits <= 4096
+        assert ONE >> shift < 2**bits == 256
+        assert all(n_bits <= bits for _, n_bits in DIGITS_OF_SIMILARITY), "the lines of the histograms are that long"
+
+    def test_every_digit_has_its_histogram(self):
+        """None is cleared, so none may be used again."""
+        radix = new_radix_select(DEVICE, N)
+        for shift, _ in DIGITS_OF_SIMILARITY:
+            radix.digit_histogram(shift).add_(1)
+        assert (radix.digit_histograms == 1).all()
 
 
 SIMILARITIES = st.one_of(
@@ -384,7 +432,7 @@ class TestChain:
             if radix.plan[0] == DIGITS.value:
                 digit = (bits.astype(np.int64) - int(radix.plan[1])) >> shift
                 counted = digit[(values > floor) & (digit >= 0) & (digit < 2**n_bits)]
-                radix.histogram.add_(torch.from_numpy(np.bincount(counted, minlength=4096)).to(DEVICE))
+                radix.digit_histogram(shift).add_(torch.from_numpy(np.bincount(counted, minlength=256)).to(DEVICE))
             next_digit(radix, shift, n_bits, k, capacity)
         if radix.plan[0] == TIES.value:
             tied = rows[bits == int(radix.plan[1])]
@@ -439,7 +487,7 @@ class TestTieRow:
         tie_row(radix, n_above + wanted)
         expected = int(np.searchsorted(np.cumsum(ties), wanted))
         assert radix.plan.tolist() == [COLLECT.value, bits_of(0.5), n_above, expected, 5, 0]
-        assert radix.bounds.tolist() == [0.5, 0.0]
+        assert radix.bounds.tolist() == [0.5, 0.0, -2.0]
 
     def test_more_ties_than_int32(self):
         radix = radix_at(TIES.value, 4, above=5)
@@ -491,7 +539,7 @@ class TestNextState:
         if n_ordered >= rank:
             guess = similarity[rank - 1]
         elif n_ordered >= k:
-            guess = 2 * similarity[k - 1] - similarity[inner_rank - 1]
+            guess = max(0, 2 * similarity[k - 1] - similarity[inner_rank - 1])
         stage, n_passes = ("collect", data.draw(st.integers(1, 6))) if failure else ("certified", 1)
         actual = self.state_after(
             [0.5, margin, 2.0], similarity, n_ordered, k, stage=stage, n_passes=n_passes, failure=failure
@@ -506,6 +554,16 @@ class TestNextState:
         actual = self.state_after([0.5, 0.21, 2.0], similarity, n_ordered, 100, stage=stage, failure=failure)
         ordered = torch.from_numpy(similarity[:n_ordered])
         expected = warm_start.next_state(torch.tensor([0.5, 0.21, 2.0]), ordered, 100, 2 if failure else 1)
+        assert actual.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+
+    @pytest.mark.parametrize(("least", "guess"), [(0.125, 0.0), (0.0, -0.5), (0.3, 0.1)], ids=str)
+    def test_a_line_that_falls_below_zero(self, least, guess):
+        """The guess is 0, unless the k-th similarity itself is 0 and zeros are needed; as on the host."""
+        similarity = np.full(500, 0.5, dtype=np.float32)
+        similarity[90:] = least
+        actual = self.state_after([0.5, 0.2, 2.0], similarity, 100, 100)
+        assert actual[0] == pytest.approx(guess)
+        expected = warm_start.next_state(torch.tensor([0.5, 0.2, 2.0]), torch.from_numpy(similarity[:100]), 100, 1)
         assert actual.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
 
     @pytest.mark.parametrize(

@@ -257,8 +257,67 @@ class TestFloors:
         assert len(pairs.rows) == 190
         if guess == 0.3:
             assert n_passes == 3
-        elif route == "plain":  # a screen cannot tell zeros from what is just above
+        elif route == "plain":  # a screen of columns with negative entries cannot tell zeros from what is just above
             assert n_passes == 1
+
+
+class TestZeros:
+    """Columns without negative entries, most pairs of which never meet: their zeros are not recorded in vain."""
+
+    @pytest.fixture
+    def x(self):
+        """55 cosines of 0.92, 10 of 0.1, and zeros."""
+        x = torch.zeros(60, N)
+        x[0, :11] = 1.0
+        x[torch.arange(1, 12), torch.arange(11)] = 0.3
+        x[torch.arange(20, 49), torch.arange(11, 40)] = 1.0
+        x[torch.arange(20, 40, 2), torch.arange(12, 32, 2)] = 0.1
+        return x
+
+    @pytest.mark.parametrize("arguments", [{"tau": 0.0}, {"similarity": "positive"}], ids=str)
+    @pytest.mark.parametrize("guess", [None, 0.0], ids=str)
+    def test_fewer_than_k_are_positive(self, x, guess, arguments):
+        pairs, n_passes = check(x, 70, guess, **arguments)
+        assert len(pairs.rows) == 65
+        assert n_passes == 1
+
+    @pytest.mark.parametrize("tau", [None, 0.0, 2.0**-12, 0.05])
+    def test_a_guess_of_zero(self, x, tau):
+        _, n_passes = check(x, 60, 0.0, tau=tau)
+        assert n_passes == 1
+
+    @pytest.mark.parametrize("entry", [2.0**-25, 2.0**-45, 2.0**-60], ids=str)
+    def test_what_is_almost_zero_counts(self, x, entry):
+        """Columns that meet in entries that fp16 cannot tell from 0 are selected for all that."""
+        x[31, 39] = entry
+        pairs, n_passes = check(x, 70, None, tau=0.0)
+        assert len(pairs.rows) == 66
+        assert (pairs.rows[-1], pairs.cols[-1]) == (22, 39)
+        assert pairs.values[-1] == pytest.approx(entry, rel=0.01)
+        assert n_passes == 1
+
+    def test_zeros_that_are_needed(self, x):
+        """Without a floor the first of the zeros belong to the selection."""
+        pairs, n_passes = check(x, 70, 0.0)
+        assert (pairs.values == 0).sum() == 5
+        assert n_passes in AFTER_A_PASS or n_passes == OF_TIES
+
+    def test_products_that_vanish_are_zeros_too(self, x):
+        """A pair that meets, but in entries whose product is 0 in float32, has no precedence over the other zeros."""
+        x[57, [37, 38]] = 1e-30
+        pairs, _ = check(x, 66, 0.0)
+        assert (pairs.rows[-1], pairs.cols[-1]) == (0, 11)
+
+    def test_a_line_that_falls_below_zero(self, x):
+        """The similarities at the ranks (1 - margin) k and k give no guess above 0: one of 0 is certified at once."""
+        state = torch.tensor([0.5, 0.15, 0.0])
+        passes = []
+        for _ in range(4):
+            assert_selection(topk_pairs(x, k=60, backend="triton", state=state), x, k=60)
+            assert state[0] == 0
+            passes.append(int(state[2]))
+        assert passes[0] in AFTER_A_PASS
+        assert passes[1:] == [1, 1, 1]
 
 
 class TestWarmStart:

@@ -63,8 +63,13 @@ def check(x: Tensor, n_records: int, capacity: int | None = None, **options) -> 
     values, expected, n_certified, _ = rescored(x, n_records, capacity, **options)
     assert_within(actual=values, expected=expected, bound=cosine_bound(x))
     s = np.abs(values) if options.get("is_abs", True) else values
-    assert n_certified == (s >= np.float32(options.get("bound", 0.0))).sum()
+    assert n_certified == n_reaching(s, options.get("bound", 0.0))
     return n_certified
+
+
+def n_reaching(similarity: np.ndarray, bound: float) -> int:
+    """Those that reach the bound; a bound of 0 does not let all zeros pass, so none of them counts."""
+    return int((similarity > 0).sum() if bound == 0 else (similarity >= np.float32(bound)).sum())
 
 
 @pytest.mark.parametrize("m", [1, 64, 65])
@@ -101,7 +106,9 @@ def test_pairs_at_the_bound_are_certified(bound, is_abs):
     """Cosines are multiples of 1/4: to the bit."""
     values, expected, n_certified, _ = rescored(dyadic(6, 40), 200, 200, bound=bound, is_abs=is_abs, slabs=(2, 4))
     assert values.tolist() == expected.tolist()
-    assert n_certified == ((np.abs(expected) if is_abs else expected) >= bound).sum()
+    similarity = np.abs(expected) if is_abs else expected
+    assert (similarity == 0).any()
+    assert n_certified == n_reaching(similarity, bound)
 
 
 def test_a_sum_is_clamped_at_the_end_only():

@@ -217,7 +217,8 @@ class _Operands(NamedTuple):
     flags: Tensor
     """int32 [1], not 0 if the first pass cannot be used"""
     deviation: Tensor | None
-    """float32 [1], how far the first operand is from the precision asked for; None if it has that precision"""
+    """float32 [2] of `round_columns`: how far the first operand is from the precision asked for, and whether it has
+    negative entries; None if it has that precision"""
 
 
 class _Call(NamedTuple):
