@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
-# Every check that needs a GPU, in one command: bash bench/gpu_check.sh [arguments of python -m bench, such as --smoke]
+# Every check that needs a GPU, in one command of less than 8 minutes, or those that are named:
 #
-#   tests       pytest -m gpu
-#   memcheck    compute-sanitizer over pytest -m gpu -k sanitizer: accesses out of bounds
-#   racecheck   the same: races in shared memory
-#   ncu         a profile of one gram_survivors launch
-#   bench       python -m bench --device cuda
+#   bash bench/gpu_check.sh [STEP ...] [options of python -m bench, such as --smoke]
 #
-# A step goes on if one before it failed; the exit status is 1 if any failed. A step whose tool is missing is skipped.
-# PYTHON chooses the interpreter, LOG_DIR where logs go, STEP_LIMIT_S how long a step may take.
+# STEP        seconds  what it is
+#   tests         250  pytest -m gpu, with pytest-xdist (where it is installed) on up to 14 cores: most is compilation
+#   memcheck       40  compute-sanitizer over the test named sanitizer: accesses out of bounds
+#   racecheck      40  the same: races in shared memory
+#   ncu            40  a profile of one gram_survivors launch
+#   bench          85  python -m bench --device cuda, which begins no case after 55 seconds
+#
+# The seconds are the longest that a step may take, 455 together; a step that reaches them is interrupted, and fails with
+# status 124, or 137 if it would not end. A step goes on if one before it failed; the exit status is 1 if any failed. A
+# step whose tool is missing is skipped. Output goes into the log of its step as it comes, results into summary.txt.
+# PYTHON chooses the interpreter, LOG_DIR where logs go, STEP_LIMIT_S another limit for every step.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
@@ -16,43 +21,57 @@ python=${PYTHON:-.venv/bin/python}
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python3
 logs=${LOG_DIR:-runs/gpu_check}
 export PATH="$PATH:/usr/local/cuda/bin"
-export CUBLAS_WORKSPACE_CONFIG=:4096:8  # the tests ask for deterministic algorithms
-unset TRITON_INTERPRET                  # it would run the kernels on the CPU
+export PYTHONUNBUFFERED=1  # a log is complete whenever its step is stopped
+unset TRITON_INTERPRET     # it would run the kernels on the CPU
 
+chosen=()
+while [[ $# -gt 0 && $1 != -* ]]; do
+    case $1 in
+        tests | memcheck | racecheck | ncu | bench) chosen+=("$1") ;;
+        *) echo "error: there is no step $1, only tests, memcheck, racecheck, ncu and bench" >&2 && exit 2 ;;
+    esac
+    shift
+done
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "error: torch of $python sees no CUDA or ROCm device" >&2
     exit 2
 fi
-mkdir -p "$logs" || exit 1
+mkdir -p "$logs" && : >"$logs/summary.txt" || exit 1
 
-summary=()
 status=0
 
-# step NAME TOOL COMMAND...: run a command that needs a tool, its output to the terminal and a log
+# step NAME SECONDS TOOL COMMAND...: run a command that needs a tool, its output to the terminal and a log
 step() {
-    local name=$1 tool=$2 result=passed
-    shift 2
+    local name=$1 limit=${STEP_LIMIT_S:-$2} tool=$3 result=passed start=$SECONDS
+    shift 3
+    [[ ${#chosen[@]} -eq 0 || " ${chosen[*]} " == *" $name "* ]] || return
     if ! command -v "$tool" >/dev/null; then
-        summary+=("$name: skipped, there is no $tool")
+        echo "$name: skipped, there is no $tool" >>"$logs/summary.txt"
         return
     fi
     echo "== $name: $*"
-    timeout "${STEP_LIMIT_S:-1200}" "$@" 2>&1 | tee "$logs/$name.log"
-    local code=${PIPESTATUS[0]}  # 124: the time was up
+    # interrupted, pytest still shows what failed
+    timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee "$logs/$name.log"
+    local code=${PIPESTATUS[0]}
     [ "$code" -eq 0 ] || { status=1 && result="FAILED with status $code"; }
-    summary+=("$name: $result, $logs/$name.log")
+    echo "$name: $result, $((SECONDS - start)) s, $logs/$name.log" >>"$logs/summary.txt"
 }
 
-step tests "$python" "$python" -m pytest -m gpu
+processes=()
+if "$python" -c 'import xdist' 2>/dev/null; then
+    cores=$(nproc)
+    processes=(-n $((cores < 14 ? cores : 14)))
+fi
+step tests 250 "$python" "$python" -m pytest -m gpu -q --tb=short --durations=15 "${processes[@]}"
 
 # without torch's cache of allocations, so that every tensor has its own bounds
 for tool in memcheck racecheck; do
-    step $tool compute-sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    step $tool 40 compute-sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer --tool $tool --error-exitcode 99 --target-processes all \
-        "$python" -m pytest -m gpu -k sanitizer
+        "$python" -m pytest -q --tb=short tests/test_gpu.py -k sanitizer
 done
 
-step ncu ncu ncu --kernel-name regex:gram_survivors --launch-count 1 --set full \
+step ncu 40 ncu ncu --kernel-name regex:gram_survivors --launch-count 1 --set full \
     --force-overwrite --export "$logs/gram_survivors" \
     "$python" -c '
 import torch
@@ -60,8 +79,8 @@ from topk_ortho import topk_pairs
 topk_pairs(torch.randn(4096, 16384, device="cuda", dtype=torch.bfloat16), backend="triton")
 torch.cuda.synchronize()'
 
-step bench "$python" "$python" -m bench --device cuda "$@"
+step bench 85 "$python" "$python" -m bench --device cuda --time-budget 55 "$@"
 
 echo "== summary"
-printf '%s\n' "${summary[@]}"
+cat "$logs/summary.txt"
 exit $status

@@ -105,7 +105,7 @@ def use_case(name: str, patch: pytest.MonkeyPatch) -> str:
     """Put a backend of `BACKEND_CASES` in the place of the one that its name means."""
     backend_name, backend = BACKEND_CASES[name]
     if name in _WITH_KERNELS and not launch.INTERPRETED:
-        backend = OnDevice(backend, "cuda")
+        backend = OnDevice(backend, "cuda:0")
     elif backend_name == "triton":
         block = 64 if name == "triton_screened" else 32
         config = launch.TileConfig(block=block, block_m=32, group=2, num_warps=1, num_stages=1, programs_per_sm=2)

@@ -107,6 +107,7 @@ except ValueError as error:
     @classmethod
     def run(cls, *, cwd, path=()):
         environment = {"PYTHONPATH": os.pathsep.join(map(str, path)), "TRITON_INTERPRET": "1"}
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # interpreted kernels are for the CPU
         result = run_python(cls.CODE, cwd=cwd, environment=environment)
         assert result.returncode == 0, result.stderr
         package, kernels, is_available, *error = result.stdout.splitlines()

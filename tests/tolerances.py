@@ -35,8 +35,8 @@ PRODUCT_ROUNDING = {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-7}
 
 
 def float64(x: Tensor) -> np.ndarray:
-    """The same numbers, for the oracle."""
-    return x.detach().double().numpy()
+    """The same numbers on the CPU, for the oracle."""
+    return x.detach().double().cpu().numpy()
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -2,7 +2,6 @@
 
 import re
 import sys
-from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -12,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import oracle
 from tests.conftest import use_case
 from tests.inputs import FLOATING, activations, normal, seeded
+from tests.kernels.arguments import DEVICE, numbers
+from tests.on_device import with_fields
 from tests.tolerances import assert_gradient, assert_selection, assert_within, cosine_bound, float64, gradient_bound
 from topk_ortho import custom_ops, initial_state, topk_ortho_loss, topk_pairs
 from topk_ortho.backends import device as devices
@@ -241,7 +242,7 @@ class TestPieces:
     @pytest.mark.parametrize("layout", ["row_major", "feature_major", "feature_major_with_gaps"])
     def test_slabs(self, m, layout, monkeypatch):
         # one block of rows
-        monkeypatch.setitem(BACKENDS, "triton", replace(BACKENDS["triton"], slab_bytes=1))
+        monkeypatch.setitem(BACKENDS, "triton", with_fields(BACKENDS["triton"], slab_bytes=1))
         x = normal(m, 43)
         if layout != "row_major":
             wide = torch.full((43, 2 * m), torch.nan)[:, :m] if "gaps" in layout else torch.empty(43, m)
@@ -265,7 +266,7 @@ class TestPieces:
     def test_groups_of_chunks(self, elements, precision):
         x = normal(12, 43, seed=3)
         chunks = torch.randperm(43, generator=seeded(4)).tensor_split(3)  # of 15, 14 and 14
-        result = replace(BACKENDS["triton"], chunk_copy_elements=elements).max_cosine(x, chunks, precision)
+        result = with_fields(BACKENDS["triton"], chunk_copy_elements=elements).max_cosine(x, chunks, precision)
         values, _ = oracle.max_cosines(float64(x), [chunk.tolist() for chunk in chunks])
         assert_within(actual=result.cosines, expected=values, bound=cosine_bound(x, precision))
         for chunk in chunks:
@@ -302,7 +303,8 @@ class TestCertificate:
         monkeypatch.setattr(triton, "gram_survivors", lossy)
 
     @pytest.mark.usefixtures("_small_pieces", "_lost")
-    def test_lost_pairs_raise(self):
+    def test_lost_pairs_raise(self, monkeypatch):
+        monkeypatch.setattr(triton, "may_synchronize", lambda device, state: True)
         with pytest.raises(RuntimeError, match="lost pairs; please report this"):
             topk_pairs(normal(24, 43), k=60, backend="triton", state=torch.tensor([0.999, 0.15, 1.0]))
 
@@ -333,8 +335,9 @@ class TestCertificate:
         assert torch.equal(pairs.rows, expected.rows)
         assert torch.equal(pairs.cols, expected.cols)
 
+    @pytest.mark.usefixtures("_small_pieces")
     def test_more_records_than_int32_numbers(self, monkeypatch):
-        monkeypatch.setitem(BACKENDS, "triton", TritonBackend(most_records=300))
+        monkeypatch.setitem(BACKENDS, "triton", with_fields(BACKENDS["triton"], most_records=300))
         with pytest.raises(ValueError, match=r"k must be at most about 100 on the triton backend.*; got 400"):
             topk_pairs(normal(4, 43), k=400, backend="triton")
 
@@ -399,6 +402,7 @@ class TestState:
         assert state[1] == pytest.approx(margin)
         assert state[2] > 1
 
+    @pytest.mark.usefixtures("_small_pieces")
     def test_default_dtype_does_not_matter(self):
         try:
             torch.set_default_dtype(torch.float64)
@@ -423,12 +427,12 @@ def test_float64_takes_the_tiled_path(dtype):
             calls.append("pair_gradient")
 
     backend = TritonBackend(float64=Recorder())
-    x = activations(12, 43, dtype=dtype)
-    one = torch.ones(1, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    x = activations(12, 43, dtype=dtype).to(DEVICE)
+    one = torch.ones(1, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=DEVICE)
     backend.topk_pairs(x, Query(k=3), None)
     backend.max_cosine(x, None, "highest")
-    pair = WeightedPairs(torch.tensor([0]), torch.tensor([1]), one, one)
-    backend.pair_gradient(x, torch.ones(43, dtype=one.dtype), one, pair)
+    pair = WeightedPairs(numbers([0], torch.int64), numbers([1], torch.int64), one, one)
+    backend.pair_gradient(x, torch.ones(43, dtype=one.dtype, device=DEVICE), one, pair)
     assert calls == (["topk_pairs", "max_cosine", "pair_gradient"] if dtype == torch.float64 else [])
 
 

@@ -1,7 +1,5 @@
 """Arguments of the kernels, made without the kernels that make them in earnest."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from hypothesis import settings
@@ -33,9 +31,9 @@ def numbers(values: object, dtype: torch.dtype) -> Tensor:
 
 def norms_of(x: Tensor) -> np.ndarray:
     """Column norms in float64."""
-    largest = np.abs(float64(x.cpu())).max(axis=0)
+    largest = np.abs(float64(x)).max(axis=0)
     safe = np.where(largest > 0, largest, 1)
-    return safe * np.sqrt(((float64(x.cpu()) / safe) ** 2).sum(axis=0))
+    return safe * np.sqrt(((float64(x) / safe) ** 2).sum(axis=0))
 
 
 def inverse_of(x: Tensor) -> Tensor:
@@ -109,24 +107,3 @@ def assert_same(*, actual: RadixSelect, expected: RadixSelect, but: tuple[str, .
     """All fields are equal, to the bit, except those in `but`."""
     for name in set(RadixSelect._fields) - set(but):
         assert torch.equal(getattr(actual, name).view(torch.int32), getattr(expected, name).view(torch.int32)), name
-
-
-def far_apart(x: Tensor, folder: Path, *, columns: bool = False) -> Tensor:
-    """X with rows (or columns) 2**30 elements apart, in a file that is a hole but for them.
-
-    An offset that wraps in int32 lands in front of x, where the hole reads as 0.
-    """
-    gap = 2**30
-    strides = (1, gap) if columns else (gap, 1)
-    n_far = x.shape[int(columns)]
-    assert n_far == 3, "the last of them is 2**31 elements away"
-    n_elements = 2**31 + n_far * gap
-    if INTERPRETED:
-        path = folder / "hole"
-        with path.open("wb") as file:
-            file.truncate(n_elements * x.element_size())
-        storage = torch.from_file(str(path), shared=True, size=n_elements, dtype=x.dtype)
-    else:
-        storage = torch.zeros(n_elements, dtype=x.dtype, device=DEVICE)
-    view = storage.as_strided(x.shape, strides, 2**31)
-    return view.copy_(x)

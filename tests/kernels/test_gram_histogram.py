@@ -13,7 +13,6 @@ from tests.kernels.arguments import (
     assert_same,
     copy_of,
     exact_products,
-    far_apart,
     gram_of,
     inverse_of,
     operand_of,
@@ -126,9 +125,9 @@ class TestHistogram:
         assert count(operand_of(x, is_scaled=True), *FIRST).tolist() == expected.tolist()
 
     @pytest.mark.parametrize("columns", [False, True], ids=["rows_far_apart", "columns_far_apart"])
-    def test_offsets_past_int32(self, columns, tmp_path):
+    def test_offsets_past_int32(self, columns, far_apart):
         x = dyadic(7, 3) if columns else normal(3, 7)
-        far = Operand(x=far_apart(x, tmp_path, columns=columns), factor=inverse_of(x), scale=None, kind="ieee")
+        far = Operand(x=far_apart(x, columns=columns), factor=inverse_of(x), scale=None, kind="ieee")
         assert count(far, *FIRST).tolist() == count(operand_of(x), *FIRST).tolist()
 
 

@@ -11,7 +11,6 @@ from tests.inputs import VIEWS, activations, dyadic, normal
 from tests.kernels.arguments import (
     assert_same,
     copy_of,
-    far_apart,
     gram_of,
     inverse_of,
     numbers,
@@ -111,10 +110,10 @@ def test_huge_and_dead_columns():
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["rows_far_apart", "columns_far_apart"])
-def test_offsets_past_int32(columns, tmp_path):
+def test_offsets_past_int32(columns, far_apart):
     x = dyadic(7, 3) if columns else normal(3, 7)
     histograms = []
-    for view in (to_device(x), far_apart(x, tmp_path, columns=columns)):
+    for view in (to_device(x), far_apart(x, columns=columns)):
         radix = radix_at(0, x.shape[1])
         gram_sample(view, inverse_of(x), radix, None, 1, 2, is_abs=True)
         histograms.append(radix.sample_histogram.tolist())

@@ -16,7 +16,6 @@ from tests.kernels.arguments import (
     assert_same,
     copy_of,
     exact_products,
-    far_apart,
     gram_of,
     inverse_of,
     operand_of,
@@ -24,6 +23,7 @@ from tests.kernels.arguments import (
     to_device,
 )
 from tests.tolerances import assert_within, cosine_bound
+from topk_ortho.kernels import launch
 from topk_ortho.kernels.gram_survivors import gram_survivors
 from topk_ortho.kernels.launch import (
     DESCRIBED_CONFIGS,
@@ -253,9 +253,9 @@ class TestProducts:
         assert select(operand_of(x), bound=0.0, floor=0.0, is_abs=False).n_survivors == 1
 
     @pytest.mark.parametrize("columns", [False, True], ids=["rows_far_apart", "columns_far_apart"])
-    def test_offsets_past_int32(self, columns, tmp_path):
+    def test_offsets_past_int32(self, columns, far_apart):
         x = dyadic(7, 3) if columns else normal(3, 7)
-        operand = Operand(x=far_apart(x, tmp_path, columns=columns), factor=inverse_of(x), scale=None, kind="ieee")
+        operand = Operand(x=far_apart(x, columns=columns), factor=inverse_of(x), scale=None, kind="ieee")
         assert_close_records(select(operand), survivors_of(gram_of(x)), cosine_bound(x))
 
     def test_clamped(self):
@@ -453,6 +453,7 @@ def test_only_a_plain_first_pass_is_lean(is_first, has_moments, is_scaled, is_le
             return lambda **arguments: launches.append((grid, arguments["BLOCK"]))
 
     monkeypatch.setattr("topk_ortho.kernels.gram_survivors._gram_survivors_kernel", Kernel())
+    monkeypatch.setattr(launch, "current_device", lambda: launch.Device("interpreter", 1, True))
     operand = operand_of(torch.ones(3, 200), is_scaled=is_scaled)
     moments = torch.empty(operand.n_programs, 3, dtype=torch.float64, device=DEVICE) if has_moments else None
     values, ints = torch.empty(9, device=DEVICE), torch.empty(9, dtype=torch.int32, device=DEVICE)

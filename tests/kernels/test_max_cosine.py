@@ -13,7 +13,6 @@ from tests.kernels.arguments import (
     DEVICE,
     FEW,
     exact_products,
-    far_apart,
     gram_of,
     inverse_of,
     numbers,
@@ -152,9 +151,9 @@ class TestWhole:
         assert set(values.tolist()) == {1.0}
 
     @pytest.mark.parametrize("columns", [False, True], ids=["rows_far_apart", "columns_far_apart"])
-    def test_offsets_past_int32(self, columns, tmp_path):
+    def test_offsets_past_int32(self, columns, far_apart):
         x = dyadic(7, 3) if columns else normal(3, 7)
-        far = Operand(x=far_apart(x, tmp_path, columns=columns), factor=inverse_of(x), scale=None, kind="ieee")
+        far = Operand(x=far_apart(x, columns=columns), factor=inverse_of(x), scale=None, kind="ieee")
         assert_close(whole(far), x)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.inputs import EDGES, VIEWS, normal
-from tests.kernels.arguments import far_apart, norms_of, to_device
+from tests.kernels.arguments import norms_of, to_device
 from tests.tolerances import assert_within, float64
 from topk_ortho.kernels.norms import NOT_FINITE, OUT_OF_RANGE, Norms, column_norms
 
@@ -63,9 +63,9 @@ def test_edges(name, x):
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["rows_far_apart", "columns_far_apart"])
-def test_offsets_past_int32(columns, tmp_path):
+def test_offsets_past_int32(columns, far_apart):
     x = normal(7, 3) if columns else normal(3, 7)
-    actual = column_norms(far_apart(x, tmp_path, columns=columns), oracle.EPS)
+    actual = column_norms(far_apart(x, columns=columns), oracle.EPS)
     assert_within(actual=actual.norms.cpu(), expected=norms_of(x), bound=6 * U * norms_of(x))
 
 

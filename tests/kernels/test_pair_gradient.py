@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.inputs import EDGES, normal
-from tests.kernels.arguments import DEVICE, FEW, far_apart, inverse_of, norms_of, to_device
+from tests.kernels.arguments import DEVICE, FEW, inverse_of, norms_of, to_device
 from tests.tolerances import assert_within, cosine_bound, float64, unit_roundoff
 from topk_ortho.kernels.pair_gradient import pair_gradient
 
@@ -123,10 +123,10 @@ def test_layouts(view):
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["entries_far_apart", "lines_far_apart"])
-def test_offsets_past_int32(columns, tmp_path):
+def test_offsets_past_int32(columns, far_apart):
     x = normal(7, 3) if columns else normal(3, 7)
     n = x.shape[1]
-    check(x, *csr_of(n, [4] * n), lines=far_apart(x, tmp_path, columns=columns).T)
+    check(x, *csr_of(n, [4] * n), lines=far_apart(x, columns=columns).T)
 
 
 @pytest.mark.parametrize("name", ["one_row", "all_columns_huge", "huge_beside_tiny", "tiny_column_1e-15_below_eps"])

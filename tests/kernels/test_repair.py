@@ -1,7 +1,6 @@
 """The kernels in order: whatever the guess, the selection is exact, and it takes the passes that it should."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +13,11 @@ from tests import oracle
 from tests.conftest import use_case
 from tests.inputs import EDGES, activations, dyadic, normal, seeded
 from tests.kernels.arguments import FEW
+from tests.on_device import with_fields
 from tests.tolerances import assert_selection, float64
 from topk_ortho import TopKPairs, topk_pairs
 from topk_ortho.backends.registry import BACKENDS
+from topk_ortho.backends.triton import TritonBackend
 from topk_ortho.kernels.radix_select import DIGITS_OF_SIMILARITY
 from topk_ortho.warm_start import MARGIN_LEAST, SampleSizes
 
@@ -41,7 +42,7 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
 def sample_from(least_features: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sample a matrix of so many features or more."""
-    backend = replace(BACKENDS["triton"], sample=SampleSizes(least_features=least_features))
+    backend = with_fields(BACKENDS["triton"], sample=SampleSizes(least_features=least_features))
     monkeypatch.setitem(BACKENDS, "triton", backend)
 
 
@@ -54,7 +55,7 @@ def check(x: Tensor, k: int, guess: float | None, **arguments) -> tuple[TopKPair
     state = torch.tensor([-1.0 if guess is None else guess, 0.15, 0.0])
     pairs = topk_pairs(x, k=k, backend="triton", state=state, **arguments)
     assert_selection(pairs, x, k=k, **arguments)
-    assert MARGIN_LEAST <= state[1] <= BACKENDS["triton"].most_margin
+    assert MARGIN_LEAST <= state[1] <= TritonBackend.most_margin
     assert state[2] == int(state[2])
     if len(pairs.rows) == k:
         assert state[0] <= pairs.threshold

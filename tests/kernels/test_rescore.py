@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from tests.inputs import EDGES, dyadic, normal
-from tests.kernels import arguments
 from tests.kernels.arguments import DEVICE, assert_same, copy_of, gram_of, inverse_of, numbers, radix_at, to_device
 from tests.tolerances import assert_within, cosine_bound
 from topk_ortho.kernels.radix_select import PASS, RadixSelect
@@ -147,14 +146,14 @@ def test_a_view_of_contiguous_columns():
     assert_within(actual=values, expected=expected, bound=cosine_bound(x))
 
 
-def test_offsets_past_int32(tmp_path):
+def test_offsets_past_int32(far_apart):
     """Lines are far apart, their entries are not."""
     x = normal(7, 3)
     radix = radix_at(PASS.value, 3)
     radix.n_survivors.fill_(3)
     rows, cols = numbers([0, 0, 1], torch.int32), numbers([1, 2, 2], torch.int32)
     values = torch.full((3,), POISON, device=DEVICE)
-    lines = arguments.far_apart(x, tmp_path, columns=True).T
+    lines = far_apart(x, columns=True).T
     rescore(lines, inverse_of(x), radix, values, rows, cols, is_first=True, is_last=True, is_abs=True)
     assert_within(actual=values, expected=gram_of(x)[[0, 0, 1], [1, 2, 2]], bound=cosine_bound(x))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.inputs import EDGES, VIEWS, activations, normal
-from tests.kernels.arguments import far_apart, gram_of, inverse_of, to_device
+from tests.kernels.arguments import gram_of, inverse_of, to_device
 from tests.tolerances import float64
 from topk_ortho.kernels.round_columns import SCALE, round_columns
 
@@ -93,9 +93,9 @@ def test_layouts(view):
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["rows_far_apart", "columns_far_apart"])
-def test_offsets_past_int32(columns, tmp_path):
+def test_offsets_past_int32(columns, far_apart):
     x = normal(7, 3) if columns else normal(3, 7)
-    rounded, _ = round_columns(far_apart(x, tmp_path, columns=columns), inverse_of(x))
+    rounded, _ = round_columns(far_apart(x, columns=columns), inverse_of(x))
     assert torch.equal(rounded.cpu().double() / SCALE.value, rounded_on_cpu(x)[0])
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tests.inputs import VIEWS, normal, seeded
-from tests.kernels.arguments import DEVICE, far_apart, to_device
+from tests.kernels.arguments import DEVICE, to_device
 from tests.tolerances import assert_within, float64
 from topk_ortho.kernels.launch import INTERPRETED, LEAN_CONFIGS, TILE_CONFIGS
 from topk_ortho.kernels.tiles import cosines, gram_tile, n_tiles_of, parts_of, round_to, triangle_tile
@@ -265,9 +265,9 @@ class TestGramTile:
         assert_tile(tile, x * scale, 0, 0)
 
     @pytest.mark.parametrize("columns", [False, True], ids=["rows_far_apart", "columns_far_apart"])
-    def test_offsets_past_int32(self, columns, tmp_path):
+    def test_offsets_past_int32(self, columns, far_apart):
         x = normal(7, 3) if columns else normal(3, 7)
-        tile, _ = tile_at(far_apart(x, tmp_path, columns=columns), 0, 0)
+        tile, _ = tile_at(far_apart(x, columns=columns), 0, 0)
         assert_tile(tile, x, 0, 0)
 
     def test_quarters_go_left_to_right(self):
