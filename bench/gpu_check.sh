@@ -7,7 +7,7 @@
 #   tests         250  pytest -m gpu, with pytest-xdist (where it is installed) on up to 14 cores: most is compilation
 #   memcheck       40  compute-sanitizer over the test named sanitizer: accesses out of bounds
 #   racecheck      40  the same: races in shared memory
-#   ncu            40  a profile of one gram_survivors launch
+#   ncu            40  a profile of one first pass
 #   bench          85  python -m bench --device cuda, which begins no case after 55 seconds
 #
 # The seconds are the longest that a step may take, 455 together; a step that reaches them is interrupted, and fails with
@@ -71,8 +71,8 @@ for tool in memcheck racecheck; do
         "$python" -m pytest -q --tb=short tests/test_gpu.py -k sanitizer
 done
 
-step ncu 40 ncu ncu --kernel-name regex:gram_survivors --launch-count 1 --set full \
-    --force-overwrite --export "$logs/gram_survivors" \
+step ncu 40 ncu ncu --kernel-name regex:survivors --launch-count 1 --set full \
+    --force-overwrite --export "$logs/first_pass" \
     "$python" -c '
 import torch
 from topk_ortho import topk_pairs
