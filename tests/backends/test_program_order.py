@@ -116,7 +116,7 @@ SELECTIONS = {
     "adaptive_tau": partial(selection, normal(12, N), guess=0.45, tau="adaptive", n_std=1.5),
     "guess_from_a_sample": partial(selection, normal(12, N)),
     "guess_too_high": partial(selection, normal(12, N), guess=0.99),
-    "ties_overflow": partial(selection, dyadic(4, N), k=60, guess=0.001),
+    "ties_overflow": partial(selection, dyadic(4, N), k=150, guess=0.001),
     "moments_of_a_repair": partial(selection, normal(12, N), guess=0.001, tau="adaptive"),
     "huge_norms": partial(selection, normal(12, N) * 1e25),
 }
