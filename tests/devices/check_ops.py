@@ -15,7 +15,8 @@ from topk_ortho import (
     topk_pairs,
 )
 
-N = 90
+N = 140
+"""So many that a first guess is made from a sample."""
 QUERIES = [{}, {"tau": "adaptive"}, {"tau": 0.3, "reduction": "sum"}, {"similarity": "positive", "precision": "medium"}]
 FORMS = {
     "dense": lambda x: x,
@@ -27,7 +28,7 @@ TOLERANCE = {"rtol": 1e-3, "atol": 1e-6}
 
 
 def inputs(where):
-    return (activations(14, N, seed=3) * (activations(14, N, seed=4) > 0.1)).to(where).requires_grad_()
+    return (activations(14, N, seed=3) * (activations(14, N, seed=4) > 0.2)).to(where).requires_grad_()
 
 
 def seeded():

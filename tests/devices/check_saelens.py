@@ -23,12 +23,11 @@ PENALTIES = [
 def test_a_training_step(name, penalty, device):
     sae_class, config_class, settings = CLASSES[name]
     x = torch.randn(30, 12, generator=torch.Generator().manual_seed(1))
-    losses = []
+    weights, losses = None, []
     for where in ("cpu", device):
-        torch.manual_seed(0)
-        sae = sae_class(config_class(d_in=12, d_sae=32, ortho_fraction=0.1, **settings, **penalty))
-        sae.cfg.device = where  # where SAELens makes what it needs on the way
-        sae.to(where)
+        sae = sae_class(config_class(d_in=12, d_sae=32, device=where, ortho_fraction=0.1, **settings, **penalty))
+        weights = weights or sae.state_dict()
+        sae.load_state_dict(weights)
         coefficients = {"l1": 0.1, "l0": 0.01, "topk_ortho": 0.5}
         step = TrainStepInput(
             sae_in=x.to(where), coefficients=coefficients, dead_neuron_mask=None, n_training_steps=1,
