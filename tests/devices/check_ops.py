@@ -17,7 +17,7 @@ from topk_ortho import (
 
 N = 140
 """So many that a first guess is made from a sample."""
-QUERIES = [{}, {"tau": "adaptive"}, {"tau": 0.3, "reduction": "sum"}, {"similarity": "positive", "precision": "medium"}]
+QUERIES = [{}, {"tau": "adaptive"}, {"tau": 0.3, "reduction": "sum"}, {"similarity": "positive"}]
 FORMS = {
     "dense": lambda x: x,
     "sparse_features": SparseFeatures.from_dense,
@@ -62,6 +62,12 @@ def test_dense_x(backend, query, device):
         return loss.detach(), *torch.autograd.grad(loss + values.sum(), x)
 
     assert_same_on_both(device, measure)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_lower_precision(precision, device):
+    values = [topk_pairs(inputs(where), 0.01, backend="tiled", precision=precision).values for where in ("cpu", device)]
+    torch.testing.assert_close(values[1].cpu(), values[0], rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("n_chunks", [1, 4])
