@@ -114,7 +114,7 @@ def test_modules_move_with_their_state(form, device):
         penalty.reset_state()
         loaded = TopKOrthoLoss(0.01).to(x.device)
         loaded.load_state_dict({"state": initial_state()})
-        return loss.detach(), penalty.state, loaded.state
+        return loss.detach(), *torch.autograd.grad(loss, x), penalty.state, loaded.state
 
     assert_same_on_both(device, measure)
 
