@@ -34,7 +34,7 @@ class ActivationSource(Protocol):
         """Speed at which the transformer made activations; None if it did not run."""
 
     def shard(self, number: int) -> Tensor:
-        """Activations [n_tokens, d_in] of a shard, in float16, bfloat16 or float32, on the CPU."""
+        """Activations [n_tokens, d_in] of a shard, in float16, bfloat16 or float32, on any device."""
 
 
 def generator_of(purpose: str, *numbers: int) -> torch.Generator:

@@ -12,7 +12,7 @@ from topk_ortho.activations.hierarchy import HierarchicalFeatures
 def ground_truth_metrics(
     W_dec: Tensor, features: Tensor, truth: HierarchicalFeatures, coefficients: Tensor, *, min_samples: int = 10
 ) -> dict[str, float | None]:
-    """Agreement of a dictionary with the true features, and absorption.
+    """Agreement of a dictionary with the true features, and absorption; all tensors are on one device.
 
     Features are matched to true ones one to one, so that the sum of the cosines of their directions is largest. A true
     feature that is left without one has cosine 0 and a feature that never fires.
@@ -46,8 +46,9 @@ def ground_truth_metrics(
     """
     on = coefficients > 0
     cosine = normalize(truth.directions, dim=1) @ normalize(W_dec.float(), dim=1).T
-    matched, own = (torch.from_numpy(numbers) for numbers in linear_sum_assignment(cosine.numpy(), maximize=True))
-    matched_cosine = torch.zeros(on.shape[1]).index_copy(0, matched, cosine[matched, own])
+    assignment = linear_sum_assignment(cosine.cpu().numpy(), maximize=True)
+    matched, own = (torch.from_numpy(numbers).to(cosine.device) for numbers in assignment)
+    matched_cosine = cosine.new_zeros(on.shape[1]).index_copy(0, matched, cosine[matched, own])
     fires = torch.zeros_like(on).index_copy(1, matched, features[:, own] > 0)
 
     n_on, n_both = on.sum(dim=0), (fires & on).sum(dim=0)
@@ -56,7 +57,7 @@ def ground_truth_metrics(
 
     children = truth.is_child.nonzero().squeeze(1)
     parents = truth.parent[children]
-    has_child = torch.zeros(on.shape, dtype=torch.int32).index_add(1, parents, on[:, children].int()) > 0
+    has_child = on.new_zeros(on.shape, dtype=torch.int32).index_add(1, parents, on[:, children].int()) > 0
     alone = (on & ~has_child)[:, parents]
     child_on, silent = on[:, children], ~fires[:, parents]
     n_child_on, n_alone = child_on.sum(dim=0), alone.sum(dim=0)

@@ -19,18 +19,19 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device):
-        self._is_cuda = device.type == "cuda"
+        self._device = device
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Count the time of a block."""
-        if self._is_cuda:
+        if self._device.type == "cuda":
             first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            first.record()
+            stream = torch.cuda.current_stream(self._device)  # that of the current GPU, which may be another, is idle
+            first.record(stream)
             yield
-            last.record()
+            last.record(stream)
             self._events.append((name, first, last))
         else:
             started = time.perf_counter()
