@@ -129,7 +129,7 @@ def _described_survivors_kernel(
     n_square_rows = tl.cdiv(N, SIDE)
     for tile in range(tl.program_id(0), n_tiles_of(n_square_rows) * n_in_square, tl.num_programs(0)):
         square_row, square_col = triangle_tile(tile // n_in_square, n_square_rows, GROUP)
-        place = (tile % n_in_square).to(tl.int32)
+        place = tl.cast(tile % n_in_square, tl.int32)
         first_row = square_row * SIDE + place // n_across * BLOCK_ROW
         first_col = square_col * SIDE + place % n_across * BLOCK_COL
         gram = tl.zeros((BLOCK_ROW, BLOCK_COL), tl.float32)

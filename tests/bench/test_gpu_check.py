@@ -44,7 +44,7 @@ def test_a_failed_step_shows_and_the_others_run(run_script, tmp_path):
     for tool, call in zip(("memcheck", "racecheck"), calls[1:3], strict=True):
         assert f"--tool {tool}" in call
         assert call.endswith("-m pytest -q --tb=short tests/test_gpu.py -k sanitizer")
-    assert calls[3].startswith("ncu --kernel-name regex:gram_survivors --launch-count 1")
+    assert calls[3].startswith("ncu --kernel-name regex:survivors --launch-count 1")
     assert calls[4:] == ["python -m bench --device cuda --time-budget 55 --smoke --out x"]
     summary = summary_of(result)
     assert list(summary) == STEPS
