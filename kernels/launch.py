@@ -132,11 +132,11 @@ LEAN_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
 }
 
 # For the same pass where a tensor memory accelerator copies the tiles: it needs no registers for addresses, so that a
-# program holds the sums of a larger tile, of which each copied number is used more often. Timed on an H200 against
-# pointers and 128 x 128, with M = 4,096: 13% less time at N = 16,384, 18% less at N = 65,536.
+# program holds the sums of a larger tile, of which each copied number is used more often. Of 256 x 128 and 128 x 256 in
+# bands of 4, 8 and 16 this was the fastest on an H200, see bench/results/h200.md.
 DESCRIBED_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
     ("sm_90", "half"): TileConfig(
-        block=256, block_col=128, block_m=64, group=8, num_warps=8, num_stages=4, programs_per_sm=1, max_registers=255
+        block=256, block_col=128, block_m=64, group=4, num_warps=8, num_stages=4, programs_per_sm=1, max_registers=255
     ),
 }
 

@@ -125,5 +125,5 @@ def test_negative_entries(entry, row, column):
     x = normal(137, 53).abs()
     x[row, column] = entry
     _, numbers = round_columns(to_device(x), inverse_of(x))
-    assert numbers[1] == pytest.approx(-entry * float(inverse_of(x)[column]))
+    assert float(numbers[1]) == pytest.approx(-entry * float(inverse_of(x)[column]))
     assert (numbers[1] > 0) == (entry < 0)
