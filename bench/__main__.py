@@ -95,12 +95,11 @@ def run(benchmarks: dict[str, Benchmark], device: torch.device, out: Path, *, sm
                 n_left += len(group)
                 continue
             for case, measurement in measure(benchmark, group, device).items():
-                print(case, measurement.get("note") or f"{1e3 * measurement['time_s']:.3f} ms", sep=": ", flush=True)
-                result = {"case": case, "measurement": measurement, "setting": benchmark.setting}
-                result |= {"environment": environment, "utc": datetime.now(UTC).strftime("%Y-%m-%d %H:%M")}
-                results.append(out, result)
-                known.append(result)
-                has_failed |= measurement["status"] == "error"
+                time_s, utc = measurement.time_s, datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
+                print(case, measurement.note if time_s is None else f"{1e3 * time_s:.3f} ms", sep=": ", flush=True)
+                known.append(results.Result(case, measurement, benchmark.setting, environment, utc))
+                results.append(out, known[-1])
+                has_failed |= measurement.status == "error"
     tables = tables_of(known)
     print(*(f"\n{tables[name]}" for name in dict.fromkeys(name.split("_")[0] for name in benchmarks)))
     if n_left:

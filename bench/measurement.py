@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,18 +27,27 @@ _LONG_S = 10.0  # a call that takes longer is timed once: neither noise nor the 
 _OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "ALLOC_FAILED")  # Python and CUDA; torch on a CPU; cuBLAS
 
 
-Measurement = dict[str, Any]
-"""What `measure` says of a case."""
+class Measurement(NamedTuple):
+    """What was seen of a case; all that could not be seen is None."""
+
+    status: str
+    """"ok", "out of memory" or "error"; where it is not "ok" there is a note, and there are no numbers"""
+    note: str | None = None
+    """What went wrong"""
+    time_s: float | None = None
+    """The median of the rounds"""
+    time_q1_s: float | None = None
+    """Their first quartile"""
+    time_q3_s: float | None = None
+    """Their third quartile"""
+    rounds: int | None = None
+    """How often the case was timed"""
+    peak_extra_bytes: int | None = None
+    """The highest memory during a call beyond what was held before it; a gradient that the call returns counts"""
 
 
 def measure(benchmark: Benchmark, cases: list[Case], device: torch.device) -> dict[Case, Measurement]:
-    """Measurements of cases of one benchmark that take turns. A case that cannot run does not stop the others.
-
-    Each has a "status", which is "ok", "out of memory" or "error". Where that is not "ok" it has a "note" of what went
-    wrong, otherwise "time_s", the median of so many "rounds", its quartiles "time_q1_s" and "time_q3_s", and
-    "peak_extra_bytes": the highest memory during a call beyond what was held before it. A gradient that the call
-    returns counts. It is None where memory is not measured.
-    """
+    """Measurements of cases of one benchmark that take turns. A case that cannot run does not stop the others."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -57,8 +66,9 @@ def measure(benchmark: Benchmark, cases: list[Case], device: torch.device) -> di
                 times[case].append(timed(call, device))
     for case, (_, peak) in ready.items():
         low, median, high = np.quantile([read() for read in times[case]], (0.25, 0.5, 0.75)).tolist()
-        times_s = {"time_s": median, "time_q1_s": low, "time_q3_s": high, "rounds": rounds[case]}
-        done[case] = {"status": "ok", **times_s, "peak_extra_bytes": peak}
+        done[case] = Measurement(
+            "ok", time_s=median, time_q1_s=low, time_q3_s=high, rounds=rounds[case], peak_extra_bytes=peak
+        )
     return {case: done[case] for case in cases}
 
 
@@ -109,7 +119,7 @@ def failure(error: Exception) -> Measurement:
     """The measurement of a case that could not run."""
     text = f"{type(error).__name__}: {error}"
     is_memory = any(words in text for words in _OUT_OF_MEMORY)
-    return {"status": "out of memory" if is_memory else "error", "note": repr(error)[-500:]}
+    return Measurement("out of memory" if is_memory else "error", note=repr(error)[-500:])
 
 
 def _peak_in_own_process(case: Case) -> int:

@@ -96,7 +96,7 @@ def write_report(results: list[Result], out: Path, readme: Path | None) -> None:
 
 def _families(results: list[Result]) -> dict[str, pd.DataFrame]:
     """What was measured last of each case, a row each with the oldest first, by the family of its benchmark."""
-    rows = [{**r, **r["case"]._asdict(), **r["measurement"], "cell": _cell(r)} for r in latest(results)]
+    rows = [r._asdict() | r.case._asdict() | r.measurement._asdict() | {"cell": _cell(r)} for r in latest(results)]
     numbers = ["time_s", "peak_extra_bytes", "rounds"]  # NaN where there is none
     frame = pd.DataFrame(rows, columns=[*Case._fields, *numbers, "status", "cell", "setting", "environment", "utc"])
     frame = frame.astype(dict.fromkeys(["L0", *numbers], float)).sort_values("utc", kind="stable")
@@ -105,13 +105,13 @@ def _families(results: list[Result]) -> dict[str, pd.DataFrame]:
 
 def _cell(result: Result) -> str:
     """Time and memory, or why there is neither."""
-    measurement = result["measurement"]
-    if measurement.get("peak_extra_bytes") is None:
-        return str(measurement["status"])
-    is_gpu = bool(result["environment"].get("gpu"))
-    time = measurement["time_s"] * (1e3 if is_gpu else 1)
+    time_s, n_bytes = result.measurement.time_s, result.measurement.peak_extra_bytes
+    if time_s is None or n_bytes is None:
+        return result.measurement.status
+    is_gpu = bool(result.environment.get("gpu"))
+    time = time_s * (1e3 if is_gpu else 1)
     digits = 3 if time < 0.1 else 2 if time < 10 else 1
-    return f"{time:.{digits}f} {'ms' if is_gpu else 's'}, {measurement['peak_extra_bytes'] / 1e6:,.0f} MB"
+    return f"{time:.{digits}f} {'ms' if is_gpu else 's'}, {n_bytes / 1e6:,.0f} MB"
 
 
 def dense_table(measured: pd.DataFrame) -> str:

@@ -2,12 +2,6 @@
 
 A file only grows. A line is written as soon as its case is finished, so that the same command goes on where it was
 stopped. What counts as finished are the lines of the same machine, versions and sources; older ones stay in the file.
-A line has
-
-- "case" and "measurement": a `Case`, and what `bench.measurement.measure` says of it;
-- "setting": what the benchmark holds constant, such as the share of pairs that are selected;
-- "environment": machine, versions, and a digest of all code that is timed;
-- "utc": when it was written.
 """
 
 import hashlib
@@ -17,30 +11,46 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from bench.cases import Case
+from bench.measurement import Measurement
 
 _ROOT = Path(__file__).resolve().parent.parent
 Environment = dict[str, Any]
-Result = dict[str, Any]
-"""A line of a results file."""
+
+
+class Result(NamedTuple):
+    """A line of a results file."""
+
+    case: Case
+    measurement: Measurement
+    setting: dict[str, Any]
+    """What the benchmark holds constant, such as the share of pairs that are selected"""
+    environment: Environment
+    """Machine, versions, and a digest of all code that is timed"""
+    utc: str
+    """When it was written"""
 
 
 def append(path: Path, result: Result) -> None:
     """Add a line; half a line, left by a run that was killed, is cut off first."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    line = result._asdict() | {"case": result.case._asdict(), "measurement": result.measurement._asdict()}
     with path.open("ab") as file:
         file.truncate(len(_whole_lines(path)))
-        file.write(json.dumps(result | {"case": result["case"]._asdict()}).encode() + b"\n")
+        file.write(json.dumps(line).encode() + b"\n")
 
 
 def read(path: Path) -> list[Result]:
     """All results of a file, none if there is no file."""
-    results = [json.loads(line) for line in _whole_lines(path).splitlines()]
-    return [result | {"case": Case(**result["case"])} for result in results]
+    lines = [json.loads(line) for line in _whole_lines(path).splitlines()]
+    return [
+        Result(**line | {"case": Case(**line["case"]), "measurement": Measurement(**line["measurement"])})
+        for line in lines
+    ]
 
 
 def _whole_lines(path: Path) -> bytes:
@@ -50,15 +60,15 @@ def _whole_lines(path: Path) -> bytes:
 
 def latest(results: list[Result]) -> list[Result]:
     """For each benchmark the results of the environment that its last one was measured in, the last of each case."""
-    environments = {r["case"].benchmark: r["environment"] for r in results}
-    same = [r for r in results if is_same(r["environment"], environments[r["case"].benchmark])]
-    return list({r["case"]: r for r in same}.values())
+    environments = {r.case.benchmark: r.environment for r in results}
+    same = [r for r in results if is_same(r.environment, environments[r.case.benchmark])]
+    return list({r.case: r for r in same}.values())
 
 
 def finished(results: list[Result], environment: Environment) -> set[Case]:
     """Cases that need not be measured again; those that failed for other reasons than memory are tried again."""
-    same = [r for r in results if is_same(r["environment"], environment)]
-    return {r["case"] for r in same if r["measurement"]["status"] != "error"}
+    same = [r for r in results if is_same(r.environment, environment)]
+    return {r.case for r in same if r.measurement.status != "error"}
 
 
 def is_same(one: Environment, other: Environment) -> bool:

@@ -36,10 +36,10 @@ class TestResume:
         benchmarks = benchmark_of(make_call)
         with pytest.raises(KeyboardInterrupt):
             run(benchmarks, CPU, out, smoke=True, deadline=math.inf)
-        assert [result["case"] for result in read(out)] == CASES[:1]
+        assert [result.case for result in read(out)] == CASES[:1]
         for _ in range(2):  # the second time there is nothing left to do
             assert run(benchmarks, CPU, out, smoke=True, deadline=math.inf) == 0
-            assert [result["case"] for result in read(out)] == CASES
+            assert [result.case for result in read(out)] == CASES
         assert prepared == [CASES[0], CASES[1], CASES[1], CASES[2]]
 
     def test_no_case_begins_after_the_deadline(self, out, capsys):

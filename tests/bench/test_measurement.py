@@ -3,7 +3,7 @@ import torch
 
 from bench import measurement
 from bench.cases import Benchmark, Case
-from bench.measurement import failure, groups_of, measure, peak_extra_bytes, rounds_of
+from bench.measurement import Measurement, failure, groups_of, measure, peak_extra_bytes, rounds_of
 
 CPU = torch.device("cpu")
 CASES = [Case("toy", provider, "step", "float32", 8, 64) for provider in ("a", "b", "c")]
@@ -19,8 +19,8 @@ def test_cases_take_turns():
     measured = measure(benchmark, CASES, CPU)
     assert "".join(called) == "aabbcc" + 3 * "abc"  # two warm-up calls, then the rounds
     for m in measured.values():
-        assert (m["status"], m["rounds"]) == ("ok", 3)
-        assert 0 < m["time_q1_s"] <= m["time_s"] <= m["time_q3_s"]
+        assert (m.status, m.rounds) == ("ok", 3)
+        assert 0 < m.time_q1_s <= m.time_s <= m.time_q3_s
 
 
 def test_the_first_round_decides_how_many_a_case_has(monkeypatch):
@@ -28,7 +28,7 @@ def test_the_first_round_decides_how_many_a_case_has(monkeypatch):
     monkeypatch.setattr(measurement, "rounds_of", lambda seconds: next(rounds))
     measured = measure(benchmark_of(lambda case, device: lambda: called.append(case.provider)), CASES, CPU)
     assert "".join(called) == "abc" + "abc" + "ac" + "a"
-    assert [m["rounds"] for m in measured.values()] == [3, 1, 2]
+    assert [m.rounds for m in measured.values()] == [3, 1, 2]
 
 
 def test_a_case_that_fails_does_not_stop_the_others():
@@ -38,8 +38,8 @@ def test_a_case_that_fails_does_not_stop_the_others():
         return lambda: torch.empty(2**60) if case.provider == "b" else None
 
     measured = measure(benchmark_of(make_call), CASES, CPU)
-    assert [m["status"] for m in measured.values()] == ["error", "out of memory", "ok"]
-    assert measured[CASES[0]]["note"] == "ValueError('boom')"
+    assert [m.status for m in measured.values()] == ["error", "out of memory", "ok"]
+    assert measured[CASES[0]].note == "ValueError('boom')"
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_case_that_fails_does_not_stop_the_others():
     ],
 )
 def test_failures_are_told_apart(error, status):
-    assert failure(error) == {"status": status, "note": repr(error)}
+    assert failure(error) == Measurement(status, note=repr(error))
 
 
 def test_what_is_long_is_timed_once():

@@ -2,7 +2,9 @@ import pytest
 from matplotlib.axes import Axes
 
 from bench.dense import DENSE
+from bench.measurement import Measurement
 from bench.report import tables_of, write_report
+from bench.results import Result
 from bench.sparse import SPARSE_DENSITY, SPARSE_L0, SPARSE_N
 from bench.training import TRAINING
 
@@ -17,15 +19,10 @@ def results_of(benchmark, measure, environment=CPU):
     """Results of every case, measured by a function of the case that returns seconds, or None if memory ran out."""
     results = []
     for case in benchmark.cases("cuda" if environment is GPU else "cpu"):
-        measurement = {"status": "ok", "time_s": measure(case), "rounds": 5, "peak_extra_bytes": 3_000_000}
-        if measurement["time_s"] is None:
-            measurement = {"status": "out of memory"}
-        results.append(
-            {
-                "case": case, "measurement": measurement, "setting": benchmark.setting, "environment": environment,
-                "utc": "2026-01-02 03:04",
-            }
-        )  # fmt: skip
+        measurement = Measurement("ok", time_s=measure(case), rounds=5, peak_extra_bytes=3_000_000)
+        if measurement.time_s is None:
+            measurement = Measurement("out of memory")
+        results.append(Result(case, measurement, benchmark.setting, environment, "2026-01-02 03:04"))
     return results
 
 
@@ -50,11 +47,11 @@ class TestDense:
 
     def test_a_provider_that_was_not_measured_has_no_column(self):
         results = results_of(DENSE, lambda case: 0.5)
-        results = [r for r in results if r["case"].provider != "naive_compiled"]
+        results = [r for r in results if r.case.provider != "naive_compiled"]
         assert "torch.compile" not in tables_of(results)["dense"]
 
     def test_no_ratio_without_its_two_times(self):
-        results = [r for r in results_of(DENSE, lambda case: 0.5) if r["case"].provider in ("topk_ortho", "chunked")]
+        results = [r for r in results_of(DENSE, lambda case: 0.5) if r.case.provider in ("topk_ortho", "chunked")]
         assert "| 2,048 | forward | 0.50 s, 3 MB | 0.50 s, 3 MB |  |  |  |" in tables_of(results)["dense"]
 
 
@@ -82,7 +79,7 @@ class TestGpu:
         assert row.startswith("| bfloat16 | 4,096 | 65,536 | forward | 32.3 ms, 3 MB |")
 
     def test_another_card_has_no_share_of_a_model(self, measured):
-        other = [result | {"environment": GPU | {"gpu": "some card"}} for result in measured]
+        other = [result._replace(environment=GPU | {"gpu": "some card"}) for result in measured]
         assert "| 545.5 |  | 1.10 |" in tables_of(other)["dense"]
 
 
@@ -96,8 +93,8 @@ class TestSparse:
         assert "density of 1.0% at N = 4,096, 1.0% at N = 16,384" in lines[-1]
 
     def test_no_crossover_between_equal_times_or_without_a_sweep(self):
-        never = [result | {"measurement": {"status": "ok", "time_s": 0.5}} for result in sparse_results()]
-        without = [result for result in sparse_results() if result["case"].benchmark == "sparse_n"]
+        never = [result._replace(measurement=Measurement("ok", time_s=0.5)) for result in sparse_results()]
+        without = [result for result in sparse_results() if result.case.benchmark == "sparse_n"]
         for results in (never, without):
             assert "equal time at a density" not in tables_of(results)["sparse"]
 

@@ -2,19 +2,16 @@ import pytest
 import torch
 
 from bench.cases import Case
-from bench.results import append, environment_of, finished, latest, read
+from bench.measurement import Measurement
+from bench.results import Result, append, environment_of, finished, latest, read
 
 CASES = [Case("dense", provider, "forward", "float32", 8, 64) for provider in ("a", "b", "c")]
 ENVIRONMENT = {"cpu": "one", "torch": "2.13.0", "source": "0123", "commit": "abc"}
 
 
 def result_of(case, environment=ENVIRONMENT, **fields):
-    measurement = {"status": "ok", "time_s": 0.2, "rounds": 5} | fields
-    setting = {"fraction": 1e-3}
-    return {
-        "case": case, "measurement": measurement, "setting": setting, "environment": environment,
-        "utc": "2026-01-02 03:04",
-    }  # fmt: skip
+    measurement = Measurement("ok", time_s=0.2, rounds=5)._replace(**fields)
+    return Result(case, measurement, {"fraction": 1e-3}, environment, "2026-01-02 03:04")
 
 
 @pytest.fixture
@@ -38,9 +35,9 @@ def test_a_torn_line_does_not_count_and_is_replaced(path, n_bytes):
     for case in CASES[:2]:
         append(path, result_of(case))
     path.write_bytes(path.read_bytes()[:-n_bytes])
-    assert [result["case"] for result in read(path)] == CASES[:1]
+    assert [result.case for result in read(path)] == CASES[:1]
     append(path, result_of(CASES[2]))
-    assert [result["case"] for result in read(path)] == [CASES[0], CASES[2]]
+    assert [result.case for result in read(path)] == [CASES[0], CASES[2]]
 
 
 def test_finished_is_what_ran_in_the_same_environment():

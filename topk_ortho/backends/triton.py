@@ -2,7 +2,8 @@
 
 The kernels are `topk_ortho.kernels`; here they are put in order. Nothing is read on the host once a warm-start state is
 given: every call enqueues the same kernels, and those of a repair return at once unless the first pass failed (see
-`topk_ortho.kernels.radix_select`). float32 columns in "highest" precision are first screened in fp16, whose rounding is
+`topk_ortho.kernels.radix_select`). Without a state the host looks whether it failed, and compiles and launches a repair
+only then. float32 columns in "highest" precision are first screened in fp16, whose rounding is
 bounded, and what may be selected is computed again in float32. float64 has no kernels: it goes to `tiled`.
 
 Extra memory: O(k) records, for row-major x a slab of its transpose, for float32 columns in "highest" or "medium"
@@ -38,6 +39,12 @@ if IMPORT_ERROR is None:
     from topk_ortho.kernels.rescore import rescore
     from topk_ortho.kernels.round_columns import SCALE, round_columns
     from topk_ortho.kernels.transpose import transpose
+
+
+BITS_OF_ONE = 0x3F800000
+"""Those of 1.0 in float32, as an integer"""
+MOST_FEATURES_OF_ONE_KEY = 2**17
+"""Features up to which one key of 64 bits holds a similarity and the number of a pair, so that one sort orders both"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +88,8 @@ class TritonBackend:
             call = self._begin(x, norms, query, state)
             self._first_pass(call)
             _certify(call)
-            _repair(call)
+            if not (may_synchronize(x.device, state) and _is_certified(call)):
+                _repair(call)
             return _finish(call, self.most_margin)
 
     def max_cosine(self, x: Tensor, chunks: tuple[Tensor, ...] | None, precision: Precision) -> MaxCosine:
@@ -268,6 +276,11 @@ def _certify(call: _Call) -> None:
     radix_select.certify(radix, call.query.k, call.capacity, floor_of(call.query), call.adaptive_tau())
 
 
+def _is_certified(call: _Call) -> bool:
+    """Whether the first pass needs no repair; waits for the device."""
+    return bool(call.radix.plan[radix_select.STAGE.value] == radix_select.CERTIFIED.value)
+
+
 def _repair(call: _Call) -> None:
     """Find the k-th similarity digit by digit, and record what is above it.
 
@@ -314,15 +327,23 @@ def _finish(call: _Call, most_margin: float) -> Selection:
 def _in_order(call: _Call, n_records: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(similarity, cosine, row * N + col) of the records in the total order; places without a record come last.
 
-    There the similarity is -2 and the cosine NaN.
+    There the similarity is -2 and the cosine NaN. Records of a similarity below 0, which are never selected, come with
+    those of 0.
     """
+    n_features = call.x.shape[1]
     is_record = torch.arange(call.capacity, device=call.x.device) < n_records
     cosines = torch.where(is_record, call.cosines, torch.nan)
     similarity = torch.where(is_record, similarity_of(cosines, call.query.similarity), -2.0)
-    index = torch.where(is_record, call.rows.long() * call.x.shape[1] + call.cols, 2**63 - 1)
-    index, by_index = index.sort()
-    similarity, order = similarity[by_index].sort(descending=True, stable=True)
-    return similarity, cosines[by_index[order]], index[order]
+    index = torch.where(is_record, call.rows.long() * n_features + call.cols, 2**63 - 1)
+    if n_features <= MOST_FEATURES_OF_ONE_KEY:
+        # floats from 0 to 1 order as their bits, of which there are 30; -0.0 would be the exception
+        from_one = BITS_OF_ONE - similarity.clamp_min(0.0).abs().view(torch.int32).long()
+        order = torch.where(is_record, (from_one << 34) | index, index).argsort()
+    else:
+        index, by_index = index.sort()
+        similarity, cosines = similarity[by_index], cosines[by_index]
+        order = similarity.argsort(descending=True, stable=True)
+    return similarity[order], cosines[order], index[order]
 
 
 def _as_kernels_read(state: Tensor) -> Tensor:
