@@ -59,7 +59,8 @@ class TileConfig:
 
 
 # The entries were chosen by the registers and shared memory that `python -m bench.compile_report` shows (Triton 3.9);
-# of these only `DESCRIBED_CONFIGS` was timed against others on its hardware. Tiles of 128 x 128 are the largest that leave room for more than their sums.
+# of these only `DESCRIBED_CONFIGS` was timed against others on its hardware. Tiles of 128 x 128 are the largest that
+# leave room for more than their sums.
 TILE_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
     # A multiprocessor holds one program of 8 warps, because scaling, moments and maxima take up to 255 registers a
     # thread. The limit is named because ptxas, left alone, spills on sm_100 rather than exceed 128. The entries of

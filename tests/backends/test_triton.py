@@ -2,7 +2,7 @@
 
 import re
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -473,3 +473,32 @@ class TestDescribed:
         is_screened = BACKENDS["triton"].least_screened_features <= n
         is_half = dtype == torch.bfloat16 or is_screened or "precision" in arguments
         assert len(grids) == int(is_half and arguments.get("tau") != "adaptive")
+
+
+@pytest.mark.parametrize("similarity", ["abs", "positive"])
+@pytest.mark.parametrize("n", [50, 2**17, 2**17 + 1], ids=["small", "the_largest_of_one_key", "two_sorts"])
+def test_records_in_order(n, similarity):
+    """By similarity, then by row and column, up to the last pair; what holds no record comes last."""
+    generator = seeded(0)
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 2.0**-149, 1 - 2**-24])
+    cosines = values[torch.randint(len(values), (300,), generator=generator)]
+    rows = torch.randint(n - 1, (300,), generator=generator)
+    rows[:100] = n - 2
+    cols = rows + 1 + (torch.rand(300, generator=generator, dtype=torch.float64) * (n - 1 - rows)).long()
+    call = SimpleNamespace(
+        x=torch.empty(1, n), capacity=300, cosines=cosines, rows=rows.int(), cols=cols.int(),
+        query=Query(k=1, similarity=similarity),
+    )  # fmt: skip
+    ordered, signed, index = triton._in_order(call, torch.tensor([250]))
+    pairs = list(zip(ordered.tolist(), index.tolist(), strict=True))
+    records = [
+        (abs(cosine) if similarity == "abs" else cosine, row * n + col)
+        for cosine, row, col in zip(cosines.tolist(), rows.tolist(), cols.tolist(), strict=True)
+    ][:250]
+    expected = sorted(records, key=lambda record: (-record[0], record[1]))
+    n_expected = sum(value > 0 or similarity == "abs" for value, _ in expected)  # no other is selected
+    assert n_expected > 100
+    assert pairs[:n_expected] == expected[:n_expected]
+    assert sorted(pairs[:250]) == sorted(records)
+    assert (ordered[250:] == -2).all()
+    assert signed[250:].isnan().all()

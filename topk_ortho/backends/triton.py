@@ -41,8 +41,6 @@ if IMPORT_ERROR is None:
     from topk_ortho.kernels.transpose import transpose
 
 
-BITS_OF_ONE = 0x3F800000
-"""Those of 1.0 in float32, as an integer"""
 MOST_FEATURES_OF_ONE_KEY = 2**17
 """Features up to which one key of 64 bits holds a similarity and the number of a pair, so that one sort orders both"""
 
@@ -336,9 +334,10 @@ def _in_order(call: _Call, n_records: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     similarity = torch.where(is_record, similarity_of(cosines, call.query.similarity), -2.0)
     index = torch.where(is_record, call.rows.long() * n_features + call.cols, 2**63 - 1)
     if n_features <= MOST_FEATURES_OF_ONE_KEY:
-        # floats from 0 to 1 order as their bits, of which there are 30; -0.0 would be the exception
-        from_one = BITS_OF_ONE - similarity.clamp_min(0.0).abs().view(torch.int32).long()
-        order = torch.where(is_record, (from_one << 34) | index, index).argsort()
+        # Floats from 0 to 1 order as their bits, but for -0.0. They have 30 bits; less 2**29 they are signed, so that
+        # they fit above the 34 bits of the index.
+        descending = 2**29 - 1 - similarity.clamp_min(0.0).abs().view(torch.int32).long()
+        order = torch.where(is_record, (descending << 34) | index, index).argsort()
     else:
         index, by_index = index.sort()
         similarity, cosines = similarity[by_index], cosines[by_index]
