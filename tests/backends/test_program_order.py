@@ -154,6 +154,14 @@ class TestDense:
         *_, state = assert_same_in_any_order(partial(selection, normal(12, N), k=20, guess=guess))
         assert (state[2] > 1) == (guess < 0.5)
 
+    @pytest.mark.parametrize("guess", [0.3, 0.001], ids=["certified", "records_overflow"])
+    def test_tiles_read_by_descriptors(self, guess, monkeypatch):
+        config = replace(launch.TILE_CONFIGS["interpreter", "half"], block_col=8)
+        monkeypatch.setitem(launch.DESCRIBED_CONFIGS, ("interpreter", "half"), config)
+        x = normal(12, N, dtype=torch.bfloat16)
+        *_, state = assert_same_in_any_order(partial(selection, x, guess=guess, similarity="positive"))
+        assert (state[2] > 1) == (guess < 0.3)
+
     def test_loss(self):
         loss = partial(with_gradient, topk_ortho_loss, k=K, backend="triton")
         assert_same_in_any_order(partial(loss, normal(12, N), priority=torch.arange(N).flip(0)))
