@@ -48,6 +48,7 @@ try:
         radix_select,
         rescore,
         round_columns,
+        transpose,
     )
     from topk_ortho.kernels.launch import INTERPRETED, TRITON_VERSION
 
