@@ -51,7 +51,7 @@ from topk_ortho.kernels.gram_survivors import gram_survivors
 from topk_ortho.kernels.launch import INTERPRETED, Kind, Operand
 from topk_ortho.kernels.max_cosine import max_cosine
 from topk_ortho.kernels.norms import column_norms
-from topk_ortho.kernels.pair_gradient import pair_gradient
+from topk_ortho.kernels.pair_gradient import LINE_BYTES, SEGMENT, SegmentSums, pair_gradient, segment_sums
 from topk_ortho.kernels.rescore import rescore
 from topk_ortho.kernels.round_columns import round_columns
 from topk_ortho.kernels.transpose import transpose
@@ -60,6 +60,8 @@ MAIN_LOOP_KERNELS = {"gram_survivors", "described_survivors", "gram_histogram", 
 """The kernels over gram tiles, where the time goes."""
 SPARSE_KERNELS = {"coactivation_products", "coactivation_sums", "coactivation_long_sums", "coactivation_spread"}
 """The kernels over the products of sparse features."""
+GATHER_KERNELS = {"pair_gradient", "segment_sums", "rescore"}
+"""The kernels that gather the columns of selected pairs."""
 _PERSISTENT_KERNELS = MAIN_LOOP_KERNELS | {"rescore"}
 
 _M, _N, _CAPACITY = 4096, 65536, 3_286_826  # a capacity that 16 does not divide, as most
@@ -168,8 +170,8 @@ def violations(records: Iterable[Record]) -> list[str]:
         is_sparse, fitting = r.kernel in SPARSE_KERNELS, max_programs(record)
         has_matrix = any(name.startswith(limits.matrix_instruction) for name in r.matrix_instructions)
         broken = [
-            # the kernels over gram tiles and over sparse features neither have a stack nor spill
-            ((is_sparse or r.kernel in MAIN_LOOP_KERNELS) and r.stack_bytes + r.n_spills > 0,
+            # the kernels over gram tiles, over sparse features and over selected pairs neither have a stack nor spill
+            ((is_sparse or r.kernel in MAIN_LOOP_KERNELS | GATHER_KERNELS) and r.stack_bytes + r.n_spills > 0,
              f"has {r.stack_bytes} bytes of stack, {r.n_spills} spills"),
             # few registers let many programs run, which hide each other's waits
             (is_sparse and r.registers > 64, f"has {r.registers} registers, more than 64"),
@@ -242,11 +244,14 @@ def _other_variants() -> Iterator[Variant]:
     offsets, partners = _empty(_N + 1, dtype=torch.int64), _empty(2 * _CAPACITY, dtype=torch.int32)
     weights = _empty(2 * _CAPACITY)
     for dtype, label in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        x, slab = _empty(_M, _N, dtype=dtype), _empty(_N, 256, dtype=dtype)
-        columns = slab, per_feature, per_feature, offsets, partners, weights, weights, slab
+        block_m = LINE_BYTES // dtype.itemsize
+        x, slab = _empty(_M, _N, dtype=dtype), _empty(_N, block_m, dtype=dtype)
+        pairs, n_segments = (partners, weights, weights), 2 * _CAPACITY // SEGMENT
+        sums = SegmentSums(_empty(1, n_segments, block_m), _empty(1, n_segments))
         yield Variant(label, partial(column_norms, x, 1e-12))
         yield Variant(label, partial(gram_sample, x, per_feature, radix, state, 256, 1024, is_abs=True))
-        yield Variant(label, partial(pair_gradient, *columns, 1e-12))
+        yield Variant(label, partial(segment_sums, slab, per_feature, partners, *pairs))
+        yield Variant(label, partial(pair_gradient, slab, per_feature, per_feature, offsets, *pairs, sums, slab, 1e-12))
         yield Variant(label, partial(transpose, slab.T, slab))
     arguments = _empty(_N, 256), per_feature, radix, values, rows, cols
     yield from (

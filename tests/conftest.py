@@ -17,7 +17,7 @@ from topk_ortho.backends.sparse.backend import SparseBackend
 from topk_ortho.backends.sparse.products import Slabs
 from topk_ortho.backends.tiled import TiledBackend, TileShape
 from topk_ortho.backends.triton import TritonBackend
-from topk_ortho.kernels import launch
+from topk_ortho.kernels import launch, pair_gradient
 from topk_ortho.warm_start import SampleSizes
 
 _COMMON = {
@@ -104,6 +104,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def use_case(name: str, patch: pytest.MonkeyPatch) -> str:
     """Put a backend of `BACKEND_CASES` in the place of the one that its name means."""
     backend_name, backend = BACKEND_CASES[name]
+    if backend_name == "triton":
+        patch.setattr(pair_gradient, "SEGMENT", 64)
     if name in _WITH_KERNELS and not launch.INTERPRETED:
         backend = OnDevice(backend, "cuda:0")
     elif backend_name == "triton":

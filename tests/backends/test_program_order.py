@@ -20,7 +20,7 @@ from tests.conftest import use_case
 from tests.inputs import activations, dyadic, normal, seeded
 from topk_ortho import max_cosine_loss, topk_ortho_loss, topk_pairs
 from topk_ortho.backends.registry import BACKENDS
-from topk_ortho.kernels import launch
+from topk_ortho.kernels import launch, pair_gradient
 from topk_ortho.kernels.radix_select import DIGITS_OF_SIMILARITY
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU chooses the order of programs itself")
@@ -162,7 +162,9 @@ class TestDense:
         *_, state = assert_same_in_any_order(partial(selection, x, guess=guess, similarity="positive"))
         assert (state[2] > 1) == (guess < 0.3)
 
-    def test_loss(self):
+    @pytest.mark.parametrize("segment", [1, 256], ids=["columns_are_shared", "columns_are_whole"])
+    def test_loss(self, segment, monkeypatch):
+        monkeypatch.setattr(pair_gradient, "SEGMENT", segment)
         loss = partial(with_gradient, topk_ortho_loss, k=K, backend="triton")
         assert_same_in_any_order(partial(loss, normal(12, N), priority=torch.arange(N).flip(0)))
 

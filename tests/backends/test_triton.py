@@ -23,7 +23,7 @@ from topk_ortho.backends.registry import BACKENDS, resolve_backend
 from topk_ortho.backends.tiled import TiledBackend
 from topk_ortho.backends.triton import TritonBackend
 from topk_ortho.definitions import Query
-from topk_ortho.kernels import gram_survivors, launch
+from topk_ortho.kernels import gram_survivors, launch, pair_gradient
 from topk_ortho.kernels.norms import Norms
 
 on_the_cpu = pytest.mark.skipif(not launch.INTERPRETED, reason="it runs the kernels on the CPU, and here is a GPU")
@@ -242,7 +242,7 @@ class TestPieces:
     @pytest.mark.parametrize("layout", ["row_major", "feature_major", "feature_major_with_gaps"])
     def test_slabs(self, m, layout, monkeypatch):
         # one block of rows
-        monkeypatch.setitem(BACKENDS, "triton", with_fields(BACKENDS["triton"], slab_bytes=1))
+        monkeypatch.setitem(BACKENDS, "triton", with_fields(BACKENDS["triton"], slab_bytes=1, sums_bytes=1))
         x = normal(m, 43)
         if layout != "row_major":
             wide = torch.full((43, 2 * m), torch.nan)[:, :m] if "gaps" in layout else torch.empty(43, m)
@@ -286,6 +286,60 @@ class TestPieces:
         topk_ortho_loss(x, k=50, priority=torch.arange(43), backend="triton").backward()
         assert seen == [50]
         assert not x.grad[:, 42].any()
+
+
+class TestRowsOfASlab:
+    """On the meta device, where tensors have no memory."""
+
+    @staticmethod
+    def feature_major(n_rows, n_features, dtype=torch.float32):
+        return torch.empty(n_features, n_rows, dtype=dtype, device="meta").T
+
+    @pytest.fixture
+    def grids(self, monkeypatch):
+        """The grids of the launches of the gradient; none of them runs."""
+        grids = []
+
+        class Recorder:
+            def __getitem__(self, grid):
+                return lambda *_, **__: grids.append(grid)
+
+        monkeypatch.setattr(pair_gradient, "_pair_gradient_kernel", Recorder())
+        monkeypatch.setattr(pair_gradient, "_segment_sums_kernel", Recorder())
+        return grids
+
+    @staticmethod
+    def launch_gradient(x, n_pairs):
+        numbers, index = torch.empty(n_pairs, device="meta"), torch.empty(n_pairs, dtype=torch.int64, device="meta")
+        norms = torch.empty(x.shape[1], device="meta")
+        TritonBackend().pair_gradient(x, norms, numbers, WeightedPairs(index, index, numbers, numbers))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("n_beyond", [0, 1], ids=["all_in_one", "one_row_too_many"])
+    def test_no_more_blocks_than_a_grid_has_lines(self, n_beyond, dtype, grids):
+        """The second axis of a grid ends at 65,535."""
+        x = self.feature_major(65_535 * (512 // dtype.itemsize) + n_beyond, 3, dtype)
+        self.launch_gradient(x, 2)
+        assert grids == [(3, 65_535), (3, 1)][: 1 + n_beyond]
+
+    @pytest.mark.parametrize(
+        ("n_pairs", "n_blocks"),
+        [(100, [16]), (2**21, [4, 4, 4, 4]), (2**21 + 128, [3, 3, 3, 3, 3, 1]), (2**25, [1] * 16)],
+        ids=["few", "as_fit", "one_segment_more", "very_many"],
+    )
+    def test_sums_of_segments_stay_small(self, n_pairs, n_blocks, grids, monkeypatch):
+        """No more than 64 MiB, but of one block at least."""
+        sizes, segment_sums = [], triton.segment_sums
+
+        def spy(*arguments):
+            sums = segment_sums(*arguments)
+            sizes.append(sums.lines.nbytes)
+            return sums
+
+        monkeypatch.setattr(triton, "segment_sums", spy)
+        self.launch_gradient(self.feature_major(4096, 2**16, torch.bfloat16), n_pairs)
+        assert [grid[1] for grid in grids if len(grid) == 2] == n_blocks
+        assert max(sizes) <= max(2**26, 8 * n_pairs)
 
 
 class TestCertificate:

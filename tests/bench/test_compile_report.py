@@ -14,6 +14,7 @@ from bench import compile_report
 from bench.compile_report import (
     AMDGCN,
     ARCHITECTURES,
+    GATHER_KERNELS,
     LOCAL_MEMORY,
     MAIN_LOOP_KERNELS,
     MATRIX,
@@ -190,7 +191,7 @@ class TestGates:
         assert violations([record(a) for a in GOOD]) == []
         assert violations([record(architecture, kind="ieee", matrix_instructions={})]) == []
 
-    @pytest.mark.parametrize("kernel", sorted(MAIN_LOOP_KERNELS | SPARSE_KERNELS))
+    @pytest.mark.parametrize("kernel", sorted(MAIN_LOOP_KERNELS | SPARSE_KERNELS | GATHER_KERNELS))
     @pytest.mark.parametrize("fields", [{"stack_bytes": 8}, {"n_spills": 1}])
     def test_spill(self, kernel, fields):
         (line,) = violations([record(kernel=kernel, registers=64, **fields)])
@@ -203,7 +204,7 @@ class TestGates:
         assert line == "coactivation_sums (half) on sm_90 has 65 registers, more than 64"
 
     def test_spill_elsewhere(self):
-        """A kernel without gram tiles may."""
+        """A kernel that neither multiplies tiles nor gathers may."""
         assert violations([record(kernel="begin", kind=None, stack_bytes=8, n_spills=4)]) == []
 
     @pytest.mark.parametrize("kind", ["half", "tf32"])

@@ -13,7 +13,8 @@ from tests import oracle
 from tests.inputs import EDGES, normal
 from tests.kernels.arguments import DEVICE, FEW, inverse_of, norms_of, to_device
 from tests.tolerances import assert_within, cosine_bound, float64, unit_roundoff
-from topk_ortho.kernels.pair_gradient import pair_gradient
+from topk_ortho.kernels import pair_gradient as kernels
+from topk_ortho.kernels.pair_gradient import LINE_BYTES, SEGMENT, SegmentSums, pair_gradient, segment_sums
 
 POISON = 12345.0
 
@@ -49,22 +50,39 @@ def bound_of(x: Tensor, offsets: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return 3 * cosine_bound(x) * total / np.maximum(norms_of(x), oracle.EPS)
 
 
-def gradient(x: Tensor, offsets, partners, weights, values, *, lines: Tensor | None = None) -> Tensor:
-    """[M, N] on the CPU, through a poisoned slab between guards; behind all pairs is poison that no column owns."""
+N_BEHIND = 64
+"""Pairs behind all others, which no column owns."""
+
+
+def pairs_on_device(n: int, offsets, partners, weights, values) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(targets, partners, weights, values); the pairs behind all others are poison."""
+    targets, behind = np.repeat(np.arange(n), np.diff(offsets)), np.ones(N_BEHIND)
+    integers = [np.concatenate(both).astype(np.int32) for both in ((targets, n * behind), (partners, 0 * behind))]
+    floats = [np.concatenate([part, np.nan * behind]).astype(np.float32) for part in (weights, values)]
+    return tuple(torch.from_numpy(part).to(DEVICE) for part in (*integers, *floats))
+
+
+@pytest.fixture
+def short_segments(monkeypatch):
+    """Segments of 8 pairs: the columns of these tests have many of them."""
+    monkeypatch.setattr(kernels, "SEGMENT", 8)
+
+
+def gradient(
+    x: Tensor, offsets, partners, weights, values, *, lines: Tensor | None = None, has_sums: bool = True
+) -> Tensor:
+    """[M, N] on the CPU, through a poisoned slab between guards; without `has_sums`, those of segments are set to 0."""
     m, n = x.shape
     lines = to_device(x).T.contiguous() if lines is None else lines
     holder = torch.full((n + 2, m + 70), POISON, dtype=x.dtype, device=DEVICE)
     slab = holder[1:-1, 3 : 3 + m]
-    norms = torch.from_numpy(norms_of(x)).float().to(DEVICE)
-    behind = np.full(64, np.nan)
-    pair_gradient(
-        lines, norms, inverse_of(x),
-        torch.from_numpy(np.asarray(offsets, dtype=np.int64)).to(DEVICE),
-        torch.from_numpy(np.concatenate([partners, np.zeros(64)]).astype(np.int32)).to(DEVICE),
-        torch.from_numpy(np.concatenate([weights, behind]).astype(np.float32)).to(DEVICE),
-        torch.from_numpy(np.concatenate([values, behind]).astype(np.float32)).to(DEVICE),
-        slab, oracle.EPS,
-    )  # fmt: skip
+    norms, inverse = torch.from_numpy(norms_of(x)).float().to(DEVICE), inverse_of(x)
+    targets, *pairs = pairs_on_device(n, offsets, partners, weights, values)
+    sums = segment_sums(lines, inverse, targets, *pairs)
+    if not has_sums:
+        sums = SegmentSums(*map(torch.zeros_like, sums))
+    offsets = torch.from_numpy(np.asarray(offsets, dtype=np.int64)).to(DEVICE)
+    pair_gradient(lines, norms, inverse, offsets, *pairs, sums, slab, oracle.EPS)
     result = slab.T.cpu().clone()
     slab.fill_(POISON)
     assert (holder == torch.tensor(POISON, dtype=x.dtype)).all(), "written outside the slab"
@@ -91,6 +109,7 @@ HUB = [0, 100, 0, 3, 32, 33, 31, 64, 65, 1, 0]
     [(1, torch.float32), (64, torch.float32), (130, torch.float32), (63, torch.bfloat16), (65, torch.float16)],
     ids=str,
 )
+@pytest.mark.usefixtures("short_segments")
 def test_hubs_and_empty_columns(m, dtype):
     actual = check(normal(m, len(HUB), seed=m, dtype=dtype), *csr_of(len(HUB), HUB))
     assert not actual[:, [0, 2, 10]].any()
@@ -101,7 +120,49 @@ def test_hubs_and_empty_columns(m, dtype):
 @given(data=st.data())
 def test_any_counts(data):
     counts = data.draw(st.lists(st.integers(0, 70), min_size=2, max_size=6))
-    check(normal(data.draw(st.integers(1, 70)), len(counts)), *csr_of(len(counts), counts))
+    x = normal(data.draw(st.integers(1, 70)), len(counts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "SEGMENT", data.draw(st.sampled_from([1, 4, 10, 32])))
+        check(x, *csr_of(len(counts), counts))
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [[SEGMENT, 2 * SEGMENT, 1], [1, 3 * SEGMENT - 1, 0], [7, 3 * SEGMENT - 7, 7], [255, 2 * SEGMENT - 1, 0]],
+    ids=["segments_are_columns", "begins_behind_one", "ends_with_one", "none_lies_within"],
+)
+def test_segments_of_the_real_size(counts):
+    check(normal(3, 3), *csr_of(3, counts))
+
+
+def test_segment_sums(short_segments):
+    """Only the segments that lie within one column have sums, in each block of entries."""
+    x, counts = normal(130, 5), [10, 0, 30, 4, 4]
+    offsets, partners, weights, values = csr_of(5, counts)
+    pairs = pairs_on_device(5, offsets, partners, weights, values)
+    # what no column owns is left out because of its target
+    sums = segment_sums(to_device(x).T, inverse_of(x), *(part.nan_to_num(1.0) for part in pairs))
+    x_hat = oracle.normalized(float64(x))
+    is_within = [True, False, True, True, True, False] + [False] * 8
+    assert sums.lines.shape == (2, len(is_within), LINE_BYTES // 4)
+    assert (sums.own.isfinite().cpu() == torch.tensor(is_within)).all()
+    lines = sums.lines.transpose(0, 1).flatten(1).cpu()
+    assert (lines.isfinite().all(dim=1) == torch.tensor(is_within)).all()
+    for segment in np.flatnonzero(is_within):
+        part = slice(8 * segment, 8 * segment + 8)
+        expected = x_hat[:, partners[part]] @ weights[part]
+        bound = cosine_bound(x) * np.abs(weights[part]).sum()
+        assert_within(actual=lines[segment, :130], expected=expected, bound=bound)
+        assert_within(actual=sums.own[:, segment], expected=np.full(2, weights[part] @ values[part]), bound=bound)
+
+
+def test_a_column_with_many_pairs_is_shared():
+    """Its own programs gather fewer than two segments of it, at its ends."""
+    x, (offsets, partners, weights, values) = normal(3, 3), csr_of(3, [5, 4 * SEGMENT, 5])
+    actual = gradient(x, offsets, partners, weights, values, has_sums=False)
+    is_within = np.arange(len(weights)) // SEGMENT % 4 > 0
+    expected = expected_gradient(x, offsets, partners, np.where(is_within, 0, weights), values)
+    assert_within(actual=actual, expected=expected, bound=bound_of(x, offsets, weights))
 
 
 def test_no_pair_at_all():
@@ -109,6 +170,7 @@ def test_no_pair_at_all():
 
 
 @pytest.mark.parametrize("view", ["transposed", "strided", "sliced"])
+@pytest.mark.usefixtures("short_segments")
 def test_layouts(view):
     """Features in rows, any strides."""
     x = normal(70, 9)
@@ -119,14 +181,15 @@ def test_layouts(view):
         "sliced": lambda: holder[1:10, 5:75].copy_(x.T),
     }[view]()
     assert lines.stride(1) == {"transposed": 9, "strided": 3, "sliced": 1}[view]
-    check(x, *csr_of(9, [5] * 9), lines=to_device(lines))
+    check(x, *csr_of(9, [25] * 9), lines=to_device(lines))
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["entries_far_apart", "lines_far_apart"])
+@pytest.mark.usefixtures("short_segments")
 def test_offsets_past_int32(columns, far_apart):
     x = normal(7, 3) if columns else normal(3, 7)
     n = x.shape[1]
-    check(x, *csr_of(n, [4] * n), lines=far_apart(x, columns=columns).T)
+    check(x, *csr_of(n, [12] * n), lines=far_apart(x, columns=columns).T)
 
 
 @pytest.mark.parametrize("name", ["one_row", "all_columns_huge", "huge_beside_tiny", "tiny_column_1e-15_below_eps"])
@@ -163,6 +226,7 @@ def test_a_dead_column_gets_no_gradient_and_gives_none():
     assert not actual.any()
 
 
+@pytest.mark.usefixtures("short_segments")
 def test_two_runs_are_equal():
     x, csr = normal(130, len(HUB)), csr_of(len(HUB), HUB)
     assert torch.equal(gradient(x, *csr), gradient(x, *csr))

@@ -7,7 +7,8 @@ only then. float32 columns in "highest" precision are first screened in fp16, wh
 bounded, and what may be selected is computed again in float32. float64 has no kernels: it goes to `tiled`.
 
 Extra memory: O(k) records, for row-major x a slab of its transpose, for float32 columns in "highest" or "medium"
-precision an fp16 copy, and on Hopper a copy of a bf16 or fp16 x whose lines do not begin at multiples of 16 bytes.
+precision an fp16 copy, and on Hopper a copy of a bf16 or fp16 x whose lines do not begin at multiples of 16 bytes. A
+gradient has sums of columns with many partners, see `TritonBackend.sums_bytes`.
 """
 
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ if IMPORT_ERROR is None:
     from topk_ortho.kernels.launch import Kind, Operand, current_device, described
     from topk_ortho.kernels.max_cosine import max_cosine
     from topk_ortho.kernels.norms import NOT_FINITE, Norms, column_norms
-    from topk_ortho.kernels.pair_gradient import BLOCK_M, MOST_ROWS
+    from topk_ortho.kernels.pair_gradient import LINE_BYTES, MOST_BLOCKS, SEGMENT, segment_sums
     from topk_ortho.kernels.pair_gradient import pair_gradient as gather_gradient
     from topk_ortho.kernels.rescore import rescore
     from topk_ortho.kernels.round_columns import SCALE, round_columns
@@ -62,7 +63,12 @@ class TritonBackend:
     """Most rows of x for which float32 columns are screened: the bound on the rounding of longer sums lets more pairs
     pass than the records hold."""
     slab_bytes: int = 2**25
-    """Size of a transposed slab of x: it stays in the L2 cache of an A100 (40 MB) and of what came after."""
+    """Size of a slab of x that stays in L2 while lines of it are gathered: an A100 has 40 MB, an H200 has 50 MB. Both
+    have it in two halves, but on an H200 the gradient gathers as fast from 2**25 bytes, more than a half, as from
+    2**24, at 8 TB/s. An A100 was not measured."""
+    sums_bytes: int = 2**26
+    """Size of the sums that a gradient makes of columns with many partners. Where a single block of entries has more of
+    them, which begins at 8 million pairs, they have 8 bytes a pair, 4 for float32."""
     chunk_copy_elements: int = 2**26
     """Elements of x that `max_cosine` copies at once, if columns are compared within chunks."""
     most_margin: float = 0.4
@@ -122,14 +128,17 @@ class TritonBackend:
         targets, order = targets.sort(stable=True)
         offsets = torch.searchsorted(targets, torch.arange(n_features + 1, dtype=torch.int32, device=x.device))
         partners = torch.cat([pairs.cols, pairs.rows])[order].int()
-        weights, cosines = weights[order], torch.cat([cosines, cosines])[order]
+        ordered = partners, weights[order], torch.cat([cosines, cosines])[order]
         inverse = inverse_norms(norms)
         grad = torch.empty_like(x)
+        n_rows = self._gradient_rows(x, targets.numel())
         with device_guard(x.device):
-            for x_slab, grad_slab in zip(self._feature_major(x), grad.split(self._slab_rows(x)), strict=True):
+            for x_slab, grad_slab in zip(_feature_major(x, n_rows), grad.split(n_rows), strict=True):
                 is_direct = grad_slab.stride(0) == 1
                 lines = grad_slab.T if is_direct else torch.empty_like(x_slab, memory_format=torch.contiguous_format)
-                gather_gradient(x_slab, norms, inverse, offsets, partners, weights, cosines, lines, EPS)
+                sums = segment_sums(x_slab, inverse, targets, *ordered)
+                gather_gradient(x_slab, norms, inverse, offsets, *ordered, sums, lines, EPS)
+                del sums  # before the next slab has its own
                 if not is_direct:
                     transpose(lines, grad_slab)
         return grad
@@ -178,8 +187,9 @@ class TritonBackend:
         floor = floor_of(call.query)
         gram_survivors(operands.first, call.radix, *records, call.moments, floor, is_abs=call.is_abs, is_first=True)
         if operands.deviation is not None:
-            n_slabs = -(-call.x.shape[0] // self._slab_rows(call.x))
-            for i, x_slab in enumerate(self._feature_major(call.x)):
+            n_rows = call.x.shape[0] if call.x.stride(0) == 1 else self._rows_in_l2(call.x, LINE_BYTES)
+            n_slabs = -(-call.x.shape[0] // n_rows)
+            for i, x_slab in enumerate(_feature_major(call.x, n_rows)):
                 rescore(
                     x_slab, call.norms.inverse, call.radix, *records,
                     is_first=i == 0, is_last=i == n_slabs - 1, is_abs=call.is_abs,
@@ -197,21 +207,20 @@ class TritonBackend:
             return _Operands(rounded, rounded, torch.zeros_like(norms.flags), None)
         return _Operands(rounded, _plain_and_scaled(x, norms, "ieee").repair, norms.flags, deviation)
 
-    def _slab_rows(self, x: Tensor) -> int:
-        """Rows of a slab of x: all that a kernel takes if its columns are contiguous, else as many as stay in L2."""
-        n_blocks = MOST_ROWS // BLOCK_M
-        if x.stride(0) != 1:
-            n_blocks = max(1, self.slab_bytes // (x.shape[1] * x.element_size() * BLOCK_M))
-        return int(n_blocks * BLOCK_M)
+    def _rows_in_l2(self, x: Tensor, line_bytes: int) -> int:
+        """Rows of a slab of x that stays in L2; in each column it has one line of so many bytes, or several."""
+        n_lines = max(1, self.slab_bytes // (x.shape[1] * line_bytes))
+        return n_lines * (line_bytes // x.element_size())
 
-    def _feature_major(self, x: Tensor) -> Iterator[Tensor]:
-        """Slabs [N, rows] of x, each line contiguous."""
-        for slab in x.split(self._slab_rows(x)):
-            lines = slab.T
-            if slab.stride(0) != 1:
-                lines = torch.empty_like(lines, memory_format=torch.contiguous_format)
-                transpose(slab, lines)
-            yield lines
+    def _gradient_rows(self, x: Tensor, n_pairs: int) -> int:
+        """Rows of a slab of x for the gradient of so many pairs, each counted for both of its columns.
+
+        The kernels go through a slab by blocks that stay in L2, so that only slabs which are copies need to be small.
+        """
+        block = LINE_BYTES // x.element_size()
+        bytes_of_block = 4 * block * max(1, n_pairs // SEGMENT)
+        n_rows: int = block * max(1, min(MOST_BLOCKS, self.sums_bytes // bytes_of_block))
+        return n_rows if x.stride(0) == 1 else min(n_rows, self._rows_in_l2(x, LINE_BYTES))
 
 
 class _Operands(NamedTuple):
@@ -370,6 +379,16 @@ def _plain_and_scaled(x: Tensor, norms: "Norms", kind: "Kind") -> _Operands:
         flags=norms.flags,
         deviation=None,
     )
+
+
+def _feature_major(x: Tensor, n_rows: int) -> Iterator[Tensor]:
+    """Slabs [N, n_rows] of x, the last one of the rest, whose lines are contiguous: views if those of x are."""
+    for slab in x.split(n_rows):
+        lines = slab.T
+        if slab.stride(0) != 1:
+            lines = torch.empty_like(lines, memory_format=torch.contiguous_format)
+            transpose(slab, lines)
+        yield lines
 
 
 def _max_cosine_of_group(
