@@ -261,6 +261,29 @@ class TestPieces:
             dtype=x.dtype,
         )
 
+    @pytest.mark.parametrize("_small_pieces", ["triton_screened"], indirect=True)
+    @pytest.mark.parametrize("layout", ["row_major", "feature_major"])
+    def test_slabs_of_a_screen(self, layout, monkeypatch):
+        """What it leaves undecided is computed again by slabs, which are views of x if its columns are contiguous."""
+        monkeypatch.setitem(BACKENDS, "triton", with_fields(BACKENDS["triton"], slab_bytes=1))
+        slabs, rescore = [], triton.rescore
+
+        def spy(x_slab, *arguments, **options):
+            slabs.append(x_slab)
+            rescore(x_slab, *arguments, **options)
+
+        monkeypatch.setattr(triton, "rescore", spy)
+        x = normal(150, 43)
+        x = x.T.contiguous().T if layout == "feature_major" else x
+        state = torch.tensor([0.1, 0.15, 1.0])
+        assert_selection(topk_pairs(x, k=80, backend="triton", state=state), x, k=80)
+        assert state[2] == 1, "they were not certified after the last slab"
+        assert [slab.shape for slab in slabs] == [(43, 64), (43, 64), (43, 22)]
+        assert all(slab.stride(1) == 1 for slab in slabs)
+        if launch.INTERPRETED:
+            is_view = [slab.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for slab in slabs]
+            assert is_view == [layout == "feature_major"] * 3
+
     @pytest.mark.parametrize("elements", [1, 12 * 14, 12 * 32, 2**26], ids=["one_by_one", "one", "two", "all"])
     @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
     def test_groups_of_chunks(self, elements, precision):
@@ -294,6 +317,13 @@ class TestRowsOfASlab:
     @staticmethod
     def feature_major(n_rows, n_features, dtype=torch.float32):
         return torch.empty(n_features, n_rows, dtype=dtype, device="meta").T
+
+    @pytest.mark.parametrize(
+        ("n_features", "n_rows"), [(2**15, 256), (2**16 - 1, 128), (2**16, 128), (2**16 + 1, 64), (2**20, 64)]
+    )
+    def test_rescored_lines(self, n_features, n_rows):
+        """A slab has at most 2**25 bytes, but lines of at least 256 bytes."""
+        assert TritonBackend()._rows_in_l2(self.feature_major(4096, n_features), 256) == n_rows
 
     @pytest.fixture
     def grids(self, monkeypatch):

@@ -37,6 +37,7 @@ if IMPORT_ERROR is None:
     from topk_ortho.kernels.norms import NOT_FINITE, Norms, column_norms
     from topk_ortho.kernels.pair_gradient import LINE_BYTES, MOST_BLOCKS, SEGMENT, segment_sums
     from topk_ortho.kernels.pair_gradient import pair_gradient as gather_gradient
+    from topk_ortho.kernels.rescore import LINE_BYTES as RESCORE_LINE_BYTES
     from topk_ortho.kernels.rescore import rescore
     from topk_ortho.kernels.round_columns import SCALE, round_columns
     from topk_ortho.kernels.transpose import transpose
@@ -187,7 +188,7 @@ class TritonBackend:
         floor = floor_of(call.query)
         gram_survivors(operands.first, call.radix, *records, call.moments, floor, is_abs=call.is_abs, is_first=True)
         if operands.deviation is not None:
-            n_rows = call.x.shape[0] if call.x.stride(0) == 1 else self._rows_in_l2(call.x, LINE_BYTES)
+            n_rows = self._rows_in_l2(call.x, RESCORE_LINE_BYTES)
             n_slabs = -(-call.x.shape[0] // n_rows)
             for i, x_slab in enumerate(_feature_major(call.x, n_rows)):
                 rescore(
