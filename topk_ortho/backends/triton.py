@@ -64,7 +64,7 @@ class TritonBackend:
     """Most rows of x for which float32 columns are screened: the bound on the rounding of longer sums lets more pairs
     pass than the records hold."""
     slab_bytes: int = 2**25
-    """Size of a slab of x that stays in L2 while lines of it are gathered: an A100 has 40 MB, an H200 has 50 MB. Both
+    """Size of a slab of x that stays in L2 while lines of it are gathered: an A100 has 40 MB, an H200 has 60 MB. Both
     have it in two halves, but on an H200 the gradient gathers as fast from 2**25 bytes, more than a half, as from
     2**24, at 8 TB/s. An A100 was not measured."""
     sums_bytes: int = 2**26
