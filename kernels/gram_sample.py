@@ -46,7 +46,7 @@ def _gram_sample_kernel(
         mask_m = offs_m[:, None] < M - m
         a = tl.load(row_ptrs, mask=mask_m & mask_row[None, :], other=0.0).to(tl.float32) * inverse_row[None, :]
         b = tl.load(col_ptrs, mask=mask_m & mask_col[None, :], other=0.0).to(tl.float32) * inverse_col[None, :]
-        accumulator = product(a.to(tl.bfloat16), b.to(tl.bfloat16), accumulator, "ieee")
+        accumulator = product(tl.trans(a.to(tl.bfloat16)), b.to(tl.bfloat16), accumulator, "ieee")
         row_ptrs += tl.cast(BLOCK_M, tl.int64) * stride_xm
         col_ptrs += tl.cast(BLOCK_M, tl.int64) * stride_xm
     cosine = tl.minimum(tl.maximum(accumulator, -1.0), 1.0)

@@ -84,10 +84,10 @@ def _gram_survivors_kernel(
     plan_ptr, bounds_ptr,                                # [6] int64, [3] float32
     values_ptr, rows_ptr, cols_ptr, n_survivors_ptr,     # [capacity] float32, int32, int32, [1] int64
     moments_ptr,                                         # [n_programs, 3] float64
-    M, N, capacity, floor,
+    M, N, n_loaded, capacity, floor,
     STAGE: tl.constexpr, IS_ABS: tl.constexpr, HAS_MOMENTS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
-    PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     if stage_of(plan_ptr) != STAGE:
         return
@@ -97,8 +97,9 @@ def _gram_survivors_kernel(
     n_tile_rows = tl.cdiv(N, BLOCK)
     for tile in range(tl.program_id(0), n_tiles_of(n_tile_rows), tl.num_programs(0)):
         parts, offs_row, first_col = quartered_tile(
-            tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, M, N, BLOCK, BLOCK_M, GROUP, PRECISION, SCALED
-        )
+            tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, M, N, n_loaded,
+            BLOCK, BLOCK_M, GROUP, PRECISION, SCALED, TRANSPOSED,
+        )  # fmt: skip
         bound = row_bounds(bounds_ptr, plan_ptr, floor, offs_row)
         for part in tl.static_range(4):
             offs_col = first_col + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
@@ -134,12 +135,13 @@ def _described_survivors_kernel(
         first_col = square_col * SIDE + place % n_across * BLOCK_COL
         gram = tl.zeros((BLOCK_ROW, BLOCK_COL), tl.float32)
         for m in range(0, M, BLOCK_M):  # the boxes are 0 beyond the last row and column
+            # what is transposed is loaded last: a transpose between the loads costs a barrier
             if IS_FEATURE_MAJOR:
-                a = tl.trans(row_boxes.load([first_row, m]))
+                a = row_boxes.load([first_row, m])
                 b = tl.trans(col_boxes.load([first_col, m]))
             else:
-                a = row_boxes.load([m, first_row])
                 b = col_boxes.load([m, first_col])
+                a = tl.trans(row_boxes.load([m, first_row]))
             gram = product(a, b, gram, "ieee")
         offs_row = first_row + tl.arange(0, BLOCK_ROW)
         bound = row_bounds(bounds_ptr, plan_ptr, floor, offs_row)

@@ -5,7 +5,7 @@ a launch that has nothing to do ends at once, and what a program sums up does no
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +20,10 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 DESCRIPTOR_BYTES = 16
 """Lines that a tensor descriptor addresses begin at multiples of so many bytes."""
+
+LINE_STEP = 16
+"""Through pointers, kernels load several entries at once if lines begin and masks end at multiples of so many: Triton
+knows of an integer argument whether 16 divides it."""
 
 Kind = Literal["half", "tf32", "ieee"]
 """What is multiplied: bf16 or fp16 numbers; float32 numbers truncated to tf32; float32 numbers as they are."""
@@ -141,6 +145,18 @@ DESCRIBED_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
     ),
 }
 
+# A tile of rows is multiplied transposed. For a row-major x its addresses are transposed; for the entries below, of
+# (architecture, kind, whether it is scaled), what was loaded from them is. To transpose addresses lets half operands of
+# sm_80 be copied into shared memory without registers, and saves instructions on sm_90 and gfx942. But tf32 would spill
+# on sm_80, and scaled half operands would take more instructions there and on sm_100, where each warp would scale all
+# that it multiplies. That is what the compiled code says (`python -m bench.compile_report`); none of it was timed.
+LOADED_AS_THEY_LIE: set[tuple[str, Kind, bool]] = {
+    ("sm_80", "half", True),
+    ("sm_80", "tf32", False),
+    ("sm_80", "tf32", True),
+    ("sm_100", "half", True),
+}
+
 
 class Device(NamedTuple):
     """What a launch depends on."""
@@ -219,6 +235,12 @@ class Operand:
         """Programs of a launch."""
         return min(self.n_tiles, self.n_resident)
 
+    @property
+    def transposes_addresses(self) -> bool:
+        """Whether the addresses of a tile of rows are transposed, not what is loaded, see `LOADED_AS_THEY_LIE`."""
+        key = current_device().architecture, self.kind, self.scale is not None
+        return self.x.stride(1) == 1 and key not in LOADED_AS_THEY_LIE
+
     def arguments(self) -> dict[str, Any]:
         """Arguments and options that every kernel over gram tiles takes."""
         config = self.config
@@ -230,11 +252,13 @@ class Operand:
             "scale_ptr": self.scale if self.scale is not None else self.factor,
             "M": self.x.shape[0],
             "N": self.x.shape[1],
+            "n_loaded": n_loaded(self.x),
             "BLOCK": config.block,
             "BLOCK_M": config.block_m,
             "GROUP": config.group,
             "PRECISION": "tf32" if self.kind == "tf32" else "ieee",
             "SCALED": self.scale is not None,
+            "TRANSPOSED": self.transposes_addresses,
             **config.options(current_device().architecture),
         }
 
@@ -273,17 +297,51 @@ def is_describable(x: Tensor) -> bool:
     return entry == 1 and line >= lines.shape[1] and is_aligned
 
 
-def empty_describable(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised tensor [M, N] in the layout of x that tensor descriptors can address."""
-    is_feature_major = x.stride(0) == 1 and x.stride(1) != 1
+def n_loaded(x: Tensor) -> int:
+    """Columns of x [M, N] that kernels load: N, rounded up to a multiple of 16 if a row-major x has room for that.
+
+    A mask that ends at such a multiple leaves loads wide. What is in the columns beyond N reaches no result, see
+    `tiles.gram_tile`.
+    """
+    n_features = x.shape[1]
+    rounded_up = _rounded_up(n_features)
+    end = x.storage_offset() + (x.shape[0] - 1) * x.stride(0) + rounded_up
+    has_room = x.stride(1) == 1 and end * x.element_size() <= x.untyped_storage().nbytes()
+    return rounded_up if has_room else n_features
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether kernels load several entries of x [M, N] at once through pointers."""
+    is_row_major = x.stride(1) == 1
+    line, entry = x.stride() if is_row_major else x.T.stride()
+    length = n_loaded(x) if is_row_major else x.shape[0]
+    is_multiple = line % LINE_STEP == 0 and length % LINE_STEP == 0
+    return entry == 1 and is_multiple and x.data_ptr() % DESCRIPTOR_BYTES == 0
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x [M, N], or a copy that is aligned. A copy of a feature-major x ends with rows of zeros, which add nothing."""
+    if is_aligned(x):
+        return x
+    is_feature_major = _is_feature_major(x)
+    lines = x.T if is_feature_major else x
+    n_lines, n_entries = lines.shape
+    copy = lines.new_zeros(n_lines, _rounded_up(n_entries))
+    copy[:, :n_entries] = lines
+    return copy.T if is_feature_major else copy[:, :n_entries]
+
+
+def empty_aligned(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised tensor [M, N] in the layout of x, whose lines begin at multiples of 16 entries."""
+    is_feature_major = _is_feature_major(x)
     n_lines, n_entries = x.T.shape if is_feature_major else x.shape
-    step = DESCRIPTOR_BYTES // dtype.itemsize
-    lines = x.new_empty(n_lines, -(-n_entries // step) * step, dtype=dtype)[:, :n_entries]
+    lines = x.new_empty(n_lines, _rounded_up(n_entries), dtype=dtype)[:, :n_entries]
     return lines.T if is_feature_major else lines
 
 
-def described(operand: Operand) -> Operand:
-    """The operand; where a lean pass reads x by descriptors that cannot address this x, with an aligned copy."""
-    if (current_device().architecture, operand.kind) not in DESCRIBED_CONFIGS or is_describable(operand.x):
-        return operand
-    return replace(operand, x=empty_describable(operand.x, operand.x.dtype).copy_(operand.x))
+def _is_feature_major(x: Tensor) -> bool:
+    return x.stride(0) == 1 and x.stride(1) != 1
+
+
+def _rounded_up(n: int) -> int:
+    return -(-n // LINE_STEP) * LINE_STEP

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topk_ortho.kernels.launch import Operand
+from topk_ortho.kernels.launch import Operand, n_loaded
 from topk_ortho.kernels.tiles import cosines, n_tiles_of, quartered_tile
 
 
@@ -29,10 +29,10 @@ def _packed(value, partner):
 def _max_cosine_kernel(
     x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr,  # [M, n_chunks * chunk_stride], [same] float32 x 2
     flags_ptr, best_ptr,                                 # [1] int32, [n_chunks * chunk_stride] int64
-    M, N, chunk_stride, n_larger,
+    M, N, n_loaded, chunk_stride, n_larger,
     WANTED_FLAGS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
-    PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     if tl.minimum(tl.load(flags_ptr), 1) != WANTED_FLAGS:
         return
@@ -45,11 +45,9 @@ def _max_cosine_kernel(
     n_cols = tl.where(chunk < n_larger, N, N - 1)
     n_tile_rows = tl.cdiv(N, BLOCK)
     for tile in range(tl.program_id(0), n_tiles_of(n_tile_rows), tl.num_programs(0)):
-        # Columns are loaded up to the next chunk, which starts at a multiple of 16. Loads up to n_cols, which need not
-        # be one, would be narrow.
         parts, offs_row, first_col = quartered_tile(
-            tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, M, chunk_stride,
-            BLOCK, BLOCK_M, GROUP, PRECISION, SCALED,
+            tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, M, N, n_loaded,
+            BLOCK, BLOCK_M, GROUP, PRECISION, SCALED, TRANSPOSED,
         )  # fmt: skip
         row_best = tl.full((BLOCK,), -2.0, tl.float32)
         row_partner = tl.zeros((BLOCK,), tl.int32)
@@ -76,8 +74,10 @@ def max_cosine(
     Returns at once unless `flags` [1] of the norms are clear and the operand is not scaled, or they are set and it is.
     """
     first_chunk = replace(operand, x=operand.x[:, :largest])
+    last_chunk = operand.x[:, (n_chunks - 1) * chunk_stride :]
     n_programs = min(first_chunk.n_tiles, triton.cdiv(operand.n_resident, n_chunks))
     _max_cosine_kernel[(n_programs, n_chunks)](
-        flags_ptr=flags, best_ptr=best, chunk_stride=chunk_stride, n_larger=n_larger,
-        WANTED_FLAGS=int(operand.scale is not None), **first_chunk.arguments(),
+        flags_ptr=flags, best_ptr=best, n_larger=n_larger,
+        chunk_stride=chunk_stride if n_chunks > 1 else 0,  # N would be taken for one, which 16 need not divide
+        WANTED_FLAGS=int(operand.scale is not None), **first_chunk.arguments() | {"n_loaded": n_loaded(last_chunk)},
     )  # fmt: skip

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topk_ortho.kernels.launch import empty_describable
+from topk_ortho.kernels.launch import empty_aligned
 
 SCALE = tl.constexpr(2.0**15)
 _LEAST = tl.constexpr(2.0**-14)  # the smallest normal number of fp16; some matrix units take subnormal ones for 0
@@ -66,7 +66,7 @@ def round_columns(x: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     The two numbers are the deviation and the largest magnitude of a negative entry of x_hat, 0 if there is none.
     """
     n_rows, n_features = x.shape
-    rounded = empty_describable(x, torch.float16)
+    rounded = empty_aligned(x, torch.float16)
     deviation = x.new_zeros(2)
     _round_columns_kernel[(triton.cdiv(n_features, _BLOCK_COL),)](
         x, x.stride(0), x.stride(1), inverse, rounded, rounded.stride(0), rounded.stride(1), deviation,

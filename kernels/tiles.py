@@ -54,11 +54,11 @@ def triangle_tile(tile, n_tile_rows, GROUP: tl.constexpr):
 
 @triton.jit
 def product(a, b, accumulator, PRECISION: tl.constexpr):
-    """accumulator + a.T @ b for a [BLOCK_M, rows], b [BLOCK_M, cols], accumulated in float32."""
+    """accumulator + a @ b for a [rows, BLOCK_M], b [BLOCK_M, cols], accumulated in float32."""
     if INTERPRETED:  # the interpreter multiplies the bits of bf16 as integers
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(tl.trans(a), b, accumulator, input_precision=PRECISION)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
 @triton.jit
@@ -74,30 +74,37 @@ def round_to(x, dtype: tl.constexpr):
 def gram_tile(
     x_ptr, stride_xm, stride_xn,  # [M, N]
     scale_ptr,                    # [N] float32
-    M, N, first_row, first_col,
-    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    M, N, n_loaded, first_row, first_col,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Tile [BLOCK, BLOCK] of the gram with its corner at (first_row, first_col); 0 beyond column N."""
+    """Tile [BLOCK, BLOCK] of the gram with its corner at (first_row, first_col); 0 beyond column n_loaded >= N.
+
+    A column reaches only its own row and column of the tile, so that what x holds beyond N, NaN even, reaches nothing
+    else. TRANSPOSED transposes addresses of x instead of what is loaded from them, see `launch.Operand`.
+    """
+    M_AXIS: tl.constexpr = 1 if TRANSPOSED else 0  # of a tile of rows as it is loaded
     offs_m = tl.arange(0, BLOCK_M)
     offs_row = first_row + tl.arange(0, BLOCK)
     offs_col = first_col + tl.arange(0, BLOCK)
-    mask_row = offs_row < N
-    mask_col = offs_col < N
+    row_m, row_n = tl.expand_dims(offs_m, 1 - M_AXIS), tl.expand_dims(offs_row, M_AXIS)
+    col_m, col_n = offs_m[:, None], offs_col[None, :]
     # int64: m * stride_xm passes 2**31 at M = 32,768, N = 65,536
-    row_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + offs_row[None, :].to(tl.int64) * stride_xn
-    col_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + offs_col[None, :].to(tl.int64) * stride_xn
+    row_ptrs = x_ptr + row_m.to(tl.int64) * stride_xm + row_n.to(tl.int64) * stride_xn
+    col_ptrs = x_ptr + col_m.to(tl.int64) * stride_xm + col_n.to(tl.int64) * stride_xn
     step = tl.cast(BLOCK_M, tl.int64) * stride_xm
     if SCALED:
-        scale_row = tl.load(scale_ptr + offs_row, mask=mask_row, other=0.0)
-        scale_col = tl.load(scale_ptr + offs_col, mask=mask_col, other=0.0)
+        scale_row = tl.load(scale_ptr + row_n, mask=row_n < N, other=0.0)
+        scale_col = tl.load(scale_ptr + col_n, mask=col_n < N, other=0.0)
     accumulator = tl.zeros((BLOCK, BLOCK), tl.float32)
     for m in range(0, M, BLOCK_M):
-        mask_m = offs_m[:, None] < M - m
-        a = tl.load(row_ptrs, mask=mask_m & mask_row[None, :], other=0.0)
-        b = tl.load(col_ptrs, mask=mask_m & mask_col[None, :], other=0.0)
+        a = tl.load(row_ptrs, mask=(row_m < M - m) & (row_n < n_loaded), other=0.0)
+        b = tl.load(col_ptrs, mask=(col_m < M - m) & (col_n < n_loaded), other=0.0)
         if SCALED:
-            a = (a.to(tl.float32) * scale_row[None, :]).to(a.dtype)
-            b = (b.to(tl.float32) * scale_col[None, :]).to(b.dtype)
+            a = (a.to(tl.float32) * scale_row).to(a.dtype)
+            b = (b.to(tl.float32) * scale_col).to(b.dtype)
+        if not TRANSPOSED:
+            a = tl.trans(a)
         accumulator = product(a, b, accumulator, PRECISION)
         row_ptrs += step
         col_ptrs += step
@@ -125,16 +132,17 @@ def quartered_tile(
     tile, n_tile_rows,
     x_ptr, stride_xm, stride_xn,  # [M, N]
     scale_ptr,                    # [N] float32
-    M, N,
+    M, N, n_loaded,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
-    PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """(quarters of the tile with the given number, its rows [BLOCK], its first column)."""
     tile_row, tile_col = triangle_tile(tile, n_tile_rows, GROUP)
     first_row, first_col = tile_row * BLOCK, tile_col * BLOCK
     gram = gram_tile(
-        x_ptr, stride_xm, stride_xn, scale_ptr, M, N, first_row, first_col, BLOCK, BLOCK_M, PRECISION, SCALED
-    )
+        x_ptr, stride_xm, stride_xn, scale_ptr, M, N, n_loaded, first_row, first_col,
+        BLOCK, BLOCK_M, PRECISION, SCALED, TRANSPOSED,
+    )  # fmt: skip
     return parts_of(gram, 4), first_row + tl.arange(0, BLOCK), first_col
 
 

@@ -68,8 +68,8 @@ if launch.INTERPRETED:
 
 def _triton(least_screened_features: int) -> TritonBackend:
     # without spare records, or all pairs of a small N would fit
-    sample = SampleSizes(least_features=16)
-    return TritonBackend(sample=sample, spare_records=0, least_screened_features=least_screened_features)
+    sample, least = SampleSizes(least_features=16), least_screened_features
+    return TritonBackend(sample=sample, spare_records=0, least_screened_features=least, least_aligned_features=32)
 
 
 # each with its work cut so that a small N has many pieces, ragged at both ends

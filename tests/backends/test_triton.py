@@ -586,3 +586,47 @@ def test_records_in_order(n, similarity):
     assert sorted(pairs[:250]) == sorted(records)
     assert (ordered[250:] == -2).all()
     assert signed[250:].isnan().all()
+
+
+@on_the_cpu
+class TestAligned:
+    """bf16 and fp16 columns whose lines vector loads cannot read are copied once, if they are many."""
+
+    @pytest.fixture
+    def operands(self, monkeypatch):
+        """What the passes over the gram multiply: address, and whether it is aligned."""
+        monkeypatch.setitem(BACKENDS, "triton", with_fields(BACKENDS["triton"], least_aligned_features=83))
+        seen = set()
+
+        def spied(launcher):
+            def spy(operand, *rest, **options):
+                seen.add((operand.x.data_ptr(), launch.is_aligned(operand.x)))
+                launcher(operand, *rest, **options)
+
+            return spy
+
+        for name in ("gram_survivors", "gram_histogram", "gram_row_ties", "max_cosine"):
+            monkeypatch.setattr(triton, name, spied(getattr(triton, name)))
+        return seen
+
+    @pytest.mark.usefixtures("_small_pieces")
+    @pytest.mark.parametrize("_small_pieces", ["triton"], indirect=True)
+    @pytest.mark.parametrize("layout", ["row_major", "feature_major"])
+    @pytest.mark.parametrize("guess", [0.3, 0.999], ids=["certified", "repaired"])
+    @pytest.mark.parametrize("tau", [None, "adaptive"])
+    def test_all_passes_share_a_copy(self, tau, guess, layout, operands):
+        x = normal(21, 83, dtype=torch.bfloat16)
+        x = x.T.contiguous().T if layout == "feature_major" else x
+        pairs = topk_pairs(x, k=100, tau=tau, backend="triton", state=torch.tensor([guess, 0.15, 1.0]))
+        assert_selection(pairs, x, k=100, tau=tau)
+        ((_, is_aligned),) = operands
+        assert is_aligned
+
+    @pytest.mark.parametrize(("n", "dtype"), [(83, torch.float16), (82, torch.bfloat16), (83, torch.float32)], ids=str)
+    def test_what_is_copied(self, n, dtype, operands):
+        x = normal(21, n, dtype=dtype)
+        result = BACKENDS["triton"].max_cosine(x, None, "highest")
+        values, _ = oracle.max_cosines(float64(x), [range(n)])
+        assert_within(actual=result.cosines, expected=values, bound=cosine_bound(x))
+        is_copied = n == 83 and dtype == torch.float16
+        assert {is_aligned for _, is_aligned in operands} == {is_copied}

@@ -24,6 +24,12 @@ def to_device(tensor: Tensor) -> Tensor:
     return storage.to(DEVICE).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
+def in_padded_lines(x: Tensor) -> Tensor:
+    """x in lines of a multiple of 16 entries, with NaN between the lines: kernels load it, and it must not matter."""
+    holder = torch.full((x.shape[0], -(-x.shape[1] // 16) * 16), torch.nan, dtype=x.dtype)
+    return holder[:, : x.shape[1]].copy_(x)
+
+
 def numbers(values: object, dtype: torch.dtype) -> Tensor:
     """A tensor on the device."""
     return torch.tensor(values, dtype=dtype, device=DEVICE)

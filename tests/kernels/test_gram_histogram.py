@@ -14,6 +14,7 @@ from tests.kernels.arguments import (
     copy_of,
     exact_products,
     gram_of,
+    in_padded_lines,
     inverse_of,
     operand_of,
     radix_at,
@@ -124,6 +125,11 @@ class TestHistogram:
         x[:, ::3] *= 2.0**100
         assert count(operand_of(x, is_scaled=True), *FIRST).tolist() == expected.tolist()
 
+    def test_padded_lines(self):
+        x = dyadic(6, 37, seed=1)
+        expected = counts_of(similarities_of(gram_of(x), is_abs=True), 0, *FIRST, -1.0)
+        assert count(operand_of(in_padded_lines(x)), *FIRST).tolist() == expected.tolist()
+
     @pytest.mark.parametrize("columns", [False, True], ids=["rows_far_apart", "columns_far_apart"])
     def test_offsets_past_int32(self, columns, far_apart):
         x = dyadic(7, 3) if columns else normal(3, 7)
@@ -198,6 +204,9 @@ class TestRowTies:
 
     def test_all_tied(self):
         assert self.ties(operand_of(torch.ones(4, 34)), 1.0) == list(range(33, -1, -1))
+
+    def test_padded_lines(self):
+        assert self.ties(operand_of(in_padded_lines(torch.ones(4, 34))), 1.0) == list(range(33, -1, -1))
 
     def test_neighbours_of_the_value_are_not_ties(self):
         operand, cosine = exact_products(30, n_values=4)

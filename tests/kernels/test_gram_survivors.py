@@ -1,5 +1,6 @@
 """Which pairs are recorded, how many are counted, and the moments of all."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from tests.kernels.arguments import (
     copy_of,
     exact_products,
     gram_of,
+    in_padded_lines,
     inverse_of,
     operand_of,
     radix_at,
@@ -32,8 +34,8 @@ from topk_ortho.kernels.launch import (
     TILE_CONFIGS,
     Operand,
     TileConfig,
+    aligned,
     current_device,
-    described,
 )
 from topk_ortho.kernels.radix_select import COLLECT, PASS
 
@@ -235,6 +237,13 @@ class TestProducts:
         x = VIEWS[view](normal(33, 37))
         self.check(x, operand_of(x))
 
+    @pytest.mark.parametrize("is_scaled", [False, True], ids=["plain", "scaled"])
+    def test_padded_lines(self, is_scaled):
+        x = in_padded_lines(normal(33, 37))
+        operand = operand_of(x, is_scaled=is_scaled)
+        assert operand.arguments()["n_loaded"] == 48
+        self.check(x, operand)
+
     @pytest.mark.parametrize("magnitude", [1e-11, 3e37], ids=str)
     def test_scaled_columns_of_any_norm(self, magnitude):
         """Products of the plain columns are not finite, or have no digits left."""
@@ -296,7 +305,8 @@ class TestDescribed:
 
     @staticmethod
     def operand(x: Tensor, *, is_feature_major: bool = False) -> Operand:
-        operand = described(operand_of(x.T.contiguous().T if is_feature_major else x, "half"))
+        operand = operand_of(x, "half")
+        operand = replace(operand, x=aligned(to_device(x.T.contiguous().T if is_feature_major else x)))
         assert operand.is_described
         return operand
 
@@ -411,6 +421,9 @@ class TestMoments:
         x = normal(20, 48)
         x[:, :16] += 9
         self.check(x)
+
+    def test_padded_lines(self, small_tiles):
+        self.check(in_padded_lines(normal(20, 33)))
 
     def test_dead_columns_count(self, small_tiles):
         x = normal(20, 33)

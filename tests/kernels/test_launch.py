@@ -8,6 +8,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from tests.inputs import normal
 from tests.kernels.arguments import operand_of
 from topk_ortho.kernels import launch
 from topk_ortho.kernels.launch import LEAN_CONFIGS, TILE_CONFIGS, TileConfig
@@ -122,24 +123,88 @@ class TestDescribable:
     def test_is_describable(self, make, is_describable):
         assert launch.is_describable(make()) == is_describable
 
+
+BF16 = torch.bfloat16
+
+
+class TestAligned:
+    """Lines that kernels load by vectors: they begin at multiples of 16 entries, and end there, or have room for it."""
+
+    @pytest.mark.parametrize(
+        ("make", "n_loaded", "is_aligned"),
+        [
+            (lambda: torch.empty(3, 32, dtype=BF16), 32, True),
+            (lambda: torch.empty(3, 24, dtype=BF16), 24, False),  # what follows the last line is not of x
+            (lambda: torch.empty(4, 24, dtype=BF16)[:3], 32, False),  # lines begin at multiples of 8
+            (lambda: torch.empty(3, 32, dtype=BF16)[:, :20], 32, True),
+            (lambda: torch.empty(3, 48, dtype=BF16)[:, 16:36], 32, True),
+            (lambda: torch.empty(3, 48, dtype=BF16)[:, 16:32], 16, True),
+            (lambda: torch.empty(3, 48, dtype=BF16)[:, 28:48], 20, False),
+            (lambda: torch.empty(3, 48, dtype=BF16)[:, 4:24], 32, False),  # begins at 8 bytes
+            (lambda: torch.empty(20, 32, dtype=BF16).T, 20, True),
+            (lambda: torch.empty(32, 20, dtype=BF16).T, 32, False),
+            (lambda: torch.empty(32, 48, dtype=BF16).T[:20], 32, False),  # rows are not masked, but for the last
+            (lambda: torch.empty(3, 64, dtype=BF16)[:, ::2], 32, False),
+            (lambda: torch.empty(32, dtype=BF16).expand(3, 32), 32, True),
+            (lambda: torch.empty(3, 1, dtype=BF16).expand(3, 32), 32, False),
+            (lambda: torch.empty(3, 20, device="meta"), 20, False),
+        ],
+        ids=[
+            "rows", "ragged", "room_at_the_end", "padded", "padded_slice", "slice", "to_the_end", "shifted",
+            "columns", "ragged_columns", "padded_columns", "gaps", "one_row", "one_column", "no_memory",
+        ],
+    )  # fmt: skip
+    def test_what_is_aligned(self, make, n_loaded, is_aligned):
+        x = make()
+        assert launch.n_loaded(x) == n_loaded
+        assert launch.is_aligned(x) == is_aligned
+
     @pytest.mark.parametrize("shape", [(1, 1), (3, 20), (20, 3), (7, 64)], ids=str)
     @pytest.mark.parametrize("is_feature_major", [False, True], ids=["row_major", "feature_major"])
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-    def test_empty_describable(self, shape, is_feature_major, dtype):
+    @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+    def test_empty_aligned(self, shape, is_feature_major, dtype):
         x = torch.empty(shape[::-1]).T if is_feature_major else torch.empty(shape)
-        empty = launch.empty_describable(x, dtype)
+        empty = launch.empty_aligned(x, dtype)
         assert (empty.shape, empty.dtype) == (x.shape, dtype)
         assert launch.is_describable(empty)
-        assert (empty.stride(0) == 1) == (x.stride(0) == 1) or 1 in shape
+        assert max(empty.stride()) % 16 == 0
+        assert launch.is_aligned(empty) == (empty.stride(1) == 1 or shape[0] % 16 == 0)
 
-    def test_only_what_cannot_be_described_is_copied(self, monkeypatch):
-        x = torch.randn(5, 20).bfloat16()
-        ragged, key = operand_of(x, "half"), (launch.current_device().architecture, "half")
-        config = launch.DESCRIBED_CONFIGS["sm_90", "half"]
-        monkeypatch.delitem(launch.DESCRIBED_CONFIGS, key, raising=False)
-        assert launch.described(ragged) is ragged
-        monkeypatch.setitem(launch.DESCRIBED_CONFIGS, key, config)
-        copied = launch.described(ragged)
-        assert copied.is_described
-        assert torch.equal(copied.x, ragged.x)
-        assert launch.described(copied) is copied
+    @pytest.mark.parametrize(
+        ("make", "n_rows"),
+        [
+            (lambda x: x, 21),
+            (lambda x: x.T.contiguous().T, 32),  # rows of zeros
+            (lambda x: x.repeat(1, 2).T.contiguous().T[:, :37], 32),
+            (lambda x: x.repeat_interleave(2, dim=1)[:, ::2], 21),
+        ],
+        ids=["row_major", "feature_major", "feature_major_slice", "gaps"],
+    )
+    def test_what_is_not_is_copied(self, make, n_rows):
+        x = normal(21, 37, dtype=BF16)
+        copy = launch.aligned(make(x))
+        assert launch.is_aligned(copy)
+        assert launch.is_describable(copy)
+        assert copy.shape == (n_rows, 37)
+        assert torch.equal(copy[:21], x)
+        assert not copy[21:].any()
+        assert launch.aligned(copy) is copy
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "is_scaled", "is_row_major", "expected"),
+    [
+        ("sm_80", "half", False, True, True),
+        ("sm_80", "half", True, True, False),
+        ("sm_80", "half", False, False, False),
+        ("sm_80", "tf32", False, True, False),
+        ("sm_90", "half", True, True, True),
+        ("gfx942", "tf32", False, True, True),
+        ("gfx942", "tf32", False, False, False),
+    ],
+)
+def test_which_tiles_are_loaded_transposed(architecture, kind, is_scaled, is_row_major, expected, monkeypatch):
+    monkeypatch.setattr(launch, "current_device", lambda: launch.Device(architecture, 1, True))
+    x = torch.ones(16, 32)
+    operand = operand_of(x if is_row_major else x.T.contiguous().T, kind, is_scaled=is_scaled)
+    assert operand.arguments()["TRANSPOSED"] == expected

@@ -14,6 +14,7 @@ from tests.kernels.arguments import (
     FEW,
     exact_products,
     gram_of,
+    in_padded_lines,
     inverse_of,
     numbers,
     operand_of,
@@ -140,6 +141,10 @@ class TestWhole:
         x = VIEWS[view](normal(33, 35))
         assert_close(whole(operand_of(x)), x)
 
+    def test_padded_lines(self):
+        x = in_padded_lines(dyadic(6, 35))
+        assert_exact(whole(operand_of(x)), gram_of(x))
+
     @pytest.mark.parametrize("name", ["all_columns_huge", "huge_beside_tiny"])
     def test_huge_columns_are_scaled(self, name):
         assert_close(whole(operand_of(EDGES[name], is_scaled=True)), EDGES[name])
@@ -194,6 +199,20 @@ class TestChunks:
     )
     def test_sizes(self, sizes, stride):
         self.check(sizes, stride)
+
+    def test_the_last_chunk_is_not_loaded_beyond_x(self):
+        """Chunks of 17 columns, 18 apart: the last one has no room for 32, though the first has."""
+        loaded = []
+
+        class Kernel:
+            def __getitem__(self, grid):
+                return lambda **arguments: loaded.append(arguments["n_loaded"])
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("topk_ortho.kernels.max_cosine._max_cosine_kernel", Kernel())
+            run(operand_of(dyadic(6, 54)), [17, 17, 16], 18)
+        assert loaded == [18]
+        self.check([17, 17, 16], 18)
 
     @pytest.mark.parametrize("view", ["transposed", "sliced_out_of_nan"])
     def test_layouts(self, view):

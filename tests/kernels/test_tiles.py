@@ -191,12 +191,14 @@ def test_number_of_tiles(n_tile_rows):
 def _tile_kernel(
     x_ptr, stride_xm, stride_xn,       # [M, N]
     scale_ptr, tile_ptr, quarter_ptr,  # [N] float32, [BLOCK, BLOCK] float32, [4, BLOCK, BLOCK // 4] float32
-    M, N, first_row, first_col,
-    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    M, N, n_loaded, first_row, first_col,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     tile = gram_tile(
-        x_ptr, stride_xm, stride_xn, scale_ptr, M, N, first_row, first_col, BLOCK, BLOCK_M, PRECISION, SCALED
-    )
+        x_ptr, stride_xm, stride_xn, scale_ptr, M, N, n_loaded, first_row, first_col,
+        BLOCK, BLOCK_M, PRECISION, SCALED, TRANSPOSED,
+    )  # fmt: skip
     line = tl.arange(0, BLOCK)[:, None]
     tl.store(tile_ptr + line * BLOCK + tl.arange(0, BLOCK)[None, :], tile)
     parts = parts_of(tile, 4)
@@ -208,36 +210,42 @@ def _tile_kernel(
 BLOCK, BLOCK_M = 32, 16
 
 
-def tile_at(x: Tensor, first_row: int, first_col: int, scale: Tensor | None = None, precision: str = "ieee"):
+def tile_at(
+    x: Tensor, first_row: int, first_col: int, scale: Tensor | None = None, *,
+    n_loaded: int | None = None, is_transposed: bool = False,
+):  # fmt: skip
     """(tile, quarters) of x on the device."""
     tile = torch.empty(BLOCK, BLOCK, device=DEVICE)
     parts = torch.empty(4, BLOCK, BLOCK // 4, device=DEVICE)
     _tile_kernel[(1,)](
-        x, x.stride(0), x.stride(1), x if scale is None else scale, tile, parts, *x.shape, first_row, first_col,
-        BLOCK=BLOCK, BLOCK_M=BLOCK_M, PRECISION=precision, SCALED=scale is not None,
+        x, x.stride(0), x.stride(1), x if scale is None else scale, tile, parts,
+        *x.shape, x.shape[1] if n_loaded is None else n_loaded, first_row, first_col,
+        BLOCK=BLOCK, BLOCK_M=BLOCK_M, PRECISION="ieee", SCALED=scale is not None, TRANSPOSED=is_transposed,
     )  # fmt: skip
     return tile.cpu(), parts.cpu()
 
 
-def assert_tile(actual: Tensor, x: Tensor, first_row: int, first_col: int) -> None:
+def assert_tile(actual: Tensor, x: Tensor, first_row: int, first_col: int, side: int = BLOCK) -> None:
     """Against float64; 0 outside N. x [M, N] is what is multiplied."""
-    gram = np.zeros((2, BLOCK, BLOCK))  # the products, and the sums of their magnitudes
+    gram = np.zeros((2, side, side))  # the products, and the sums of their magnitudes
     for plane, a in zip(gram, (float64(x.cpu()), np.abs(float64(x.cpu()))), strict=True):
-        part = a[:, first_row : first_row + BLOCK].T @ a[:, first_col : first_col + BLOCK]
+        part = a[:, first_row : first_row + side].T @ a[:, first_col : first_col + side]
         plane[: part.shape[0], : part.shape[1]] = part
     assert_within(actual=actual, expected=gram[0], bound=x.shape[0] * 2.0**-23 * gram[1])
 
 
 class TestGramTile:
-    """Products of a square of columns, whatever M, N, layout and dtype."""
+    """Products of a square of columns, whatever M, N, layout and dtype, and whichever way a tile of rows is loaded."""
 
+    IS_TRANSPOSED = pytest.mark.parametrize("is_transposed", [False, True], ids=["data", "addresses"])
     CORNERS = ((0, 0), (0, 32), (32, 32))
 
+    @IS_TRANSPOSED
     @pytest.mark.parametrize(("m", "n"), [(1, 2), (15, 31), (16, 64), (17, 33), (40, 50)], ids=str)
-    def test_ragged(self, m, n):
+    def test_ragged(self, m, n, is_transposed):
         x = VIEWS["sliced_out_of_nan"](normal(m, n, seed=1))
         for corner in self.CORNERS:
-            tile, _ = tile_at(to_device(x), *corner)
+            tile, _ = tile_at(to_device(x), *corner, is_transposed=is_transposed)
             assert_tile(tile, x, *corner)
 
     @pytest.mark.parametrize(
@@ -247,15 +255,30 @@ class TestGramTile:
     )
     def test_layouts_and_dtypes(self, view, dtype):
         x = VIEWS[view](normal(21, 50, dtype=dtype))
-        tile, _ = tile_at(to_device(x), 0, 32)
+        tile, _ = tile_at(to_device(x), 0, 32, is_transposed=view != "transposed")
         assert_tile(tile, x, 0, 32)
 
+    @IS_TRANSPOSED
+    @pytest.mark.parametrize("is_scaled", [False, True], ids=["plain", "scaled"])
+    def test_nan_in_columns_that_are_loaded_beyond_the_last(self, is_scaled, is_transposed):
+        """It stays in the lines of the tile that are of those columns."""
+        x = torch.full((21, 64), torch.nan)
+        x[:, :50] = normal(21, 50)
+        scale = torch.cat([2.0 ** torch.randint(-3, 4, (50,), generator=seeded(0)), torch.full((14,), torch.nan)])
+        arguments = {"scale": scale.to(DEVICE) if is_scaled else None, "is_transposed": is_transposed}
+        tile, _ = tile_at(to_device(x)[:, :50], 32, 32, n_loaded=64, **arguments)
+        assert tile[18:].isnan().all()
+        assert tile[:, 18:].isnan().all()
+        expected = (x * scale if is_scaled else x)[:, 32:50].double()
+        assert_tile(tile[:18, :18], expected, 0, 0, side=18)
+
+    @IS_TRANSPOSED
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-    def test_scaled(self, dtype):
+    def test_scaled(self, dtype, is_transposed):
         """Each side by the scale of its own columns, rounded to the dtype: exact for powers of two."""
         x = VIEWS["sliced_out_of_nan"](normal(21, 50, dtype=dtype))
         scale = 2.0 ** torch.randint(-3, 4, (50,), generator=seeded(0))
-        tile, _ = tile_at(to_device(x), 0, 32, scale.to(DEVICE))
+        tile, _ = tile_at(to_device(x), 0, 32, scale.to(DEVICE), is_transposed=is_transposed)
         assert_tile(tile, (x.double() * scale).to(dtype), 0, 32)
 
     def test_scale_keeps_huge_columns_in_range(self):
@@ -264,10 +287,11 @@ class TestGramTile:
         tile, _ = tile_at(to_device(x), 0, 0, scale.to(DEVICE))
         assert_tile(tile, x * scale, 0, 0)
 
+    @IS_TRANSPOSED
     @pytest.mark.parametrize("columns", [False, True], ids=["rows_far_apart", "columns_far_apart"])
-    def test_offsets_past_int32(self, columns, far_apart):
+    def test_offsets_past_int32(self, columns, is_transposed, far_apart):
         x = normal(7, 3) if columns else normal(3, 7)
-        tile, _ = tile_at(far_apart(x, columns=columns), 0, 0)
+        tile, _ = tile_at(far_apart(x, columns=columns), 0, 0, is_transposed=is_transposed)
         assert_tile(tile, x, 0, 0)
 
     def test_quarters_go_left_to_right(self):

@@ -7,8 +7,9 @@ only then. float32 columns in "highest" precision are first screened in fp16, wh
 bounded, and what may be selected is computed again in float32. float64 has no kernels: it goes to `tiled`.
 
 Extra memory: O(k) records, for row-major x a slab of its transpose, for float32 columns in "highest" or "medium"
-precision an fp16 copy, and on Hopper a copy of a bf16 or fp16 x whose lines do not begin at multiples of 16 bytes. A
-gradient has sums of columns with many partners, see `TritonBackend.sums_bytes`.
+precision an fp16 copy, and for a bf16 or fp16 x whose lines are not multiples of 16 entries, such as a row-major x
+whose N is not, a copy whose lines are. A gradient has sums of columns with many partners, see
+`TritonBackend.sums_bytes`.
 """
 
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ if IMPORT_ERROR is None:
     from topk_ortho.kernels.gram_histogram import gram_histogram, gram_row_ties
     from topk_ortho.kernels.gram_sample import gram_sample
     from topk_ortho.kernels.gram_survivors import gram_survivors
-    from topk_ortho.kernels.launch import Kind, Operand, current_device, described
+    from topk_ortho.kernels.launch import Kind, Operand, aligned, current_device
     from topk_ortho.kernels.max_cosine import max_cosine
     from topk_ortho.kernels.norms import NOT_FINITE, Norms, column_norms
     from topk_ortho.kernels.pair_gradient import LINE_BYTES, MOST_BLOCKS, SEGMENT, segment_sums
@@ -63,6 +64,10 @@ class TritonBackend:
     most_screened_rows: int = 8192
     """Most rows of x for which float32 columns are screened: the bound on the rounding of longer sums lets more pairs
     pass than the records hold."""
+    least_aligned_features: int = 1024
+    """Features from which a bf16 or fp16 x is copied if its lines are not aligned. The pass loads every entry of 1,024
+    features 8 times. Without a copy it loads them one by one, and none asynchronously: on sm_80 by 32 instructions in
+    place of 4. Not measured."""
     slab_bytes: int = 2**25
     """Size of a slab of x that stays in L2 while lines of it are gathered: an A100 has 40 MB, an H200 has 60 MB. Both
     have it in two halves, but on an H200 the gradient gathers as fast from 2**25 bytes, more than a half, as from
@@ -107,7 +112,7 @@ class TritonBackend:
             _refuse_not_finite(x, norms)
             if chunks is None:
                 cosines, partners = _max_cosine_of_chunks(
-                    x, norms, precision, n_chunks=1, largest=x.shape[1], n_larger=1
+                    self._loadable(x), norms, precision, n_chunks=1, largest=x.shape[1], n_larger=1
                 )
                 return MaxCosine(cosines, partners, norms.norms)
             cosines, partners = torch.empty_like(norms.norms), torch.empty_like(norms.norms, dtype=torch.int64)
@@ -201,12 +206,16 @@ class TritonBackend:
         # an adaptive tau needs every cosine in full precision
         is_screened = query.precision == "highest" and is_large and query.n_std is None
         if x.dtype != torch.float32 or not (is_screened or query.precision == "medium"):
-            operands = _plain_and_scaled(x, norms, _kind(x, query.precision))
-            return operands if query.n_std is not None else operands._replace(first=described(operands.first))
+            return _plain_and_scaled(self._loadable(x), norms, _kind(x, query.precision))
         rounded, deviation = _rounded(x, norms)
         if query.precision == "medium":
             return _Operands(rounded, rounded, torch.zeros_like(norms.flags), None)
         return _Operands(rounded, _plain_and_scaled(x, norms, "ieee").repair, norms.flags, deviation)
+
+    def _loadable(self, x: Tensor) -> Tensor:
+        """x; where loads of single entries would cost more than a copy, an aligned copy."""
+        is_narrow = x.element_size() == 2 and x.shape[1] >= self.least_aligned_features
+        return aligned(x) if is_narrow else x
 
     def _rows_in_l2(self, x: Tensor, line_bytes: int) -> int:
         """Rows of a slab of x that stays in L2; in each column it has one line of so many bytes, or several."""
