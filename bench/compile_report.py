@@ -9,8 +9,8 @@ about 9 minutes of processor time, which two processes share, and 2 if Triton ha
 
 x is [4096, 65536], row-major unless said otherwise. Kernels over gram tiles are compiled for each kind of operand
 (bf16, float32 as tf32, float32 as it is) as the backend launches them: the first pass not scaled, the passes of a
-repair scaled, both with moments. Only the first pass is also compiled for fp16 and for feature-major x. Similarities
-are absolute, tensors are aligned to 16 bytes, and, for AMD, below 2 GB.
+repair scaled, both with moments. Only the first pass is also compiled for fp16 and for feature-major x, and the passes
+of a screen for fp16. Similarities are absolute, tensors are aligned to 16 bytes, and, for AMD, below 2 GB.
 """
 
 import argparse
@@ -212,8 +212,9 @@ def _gram_variants() -> Iterator[Variant]:
     def survivors(operand: Operand, moments: torch.Tensor | None = None, is_first: bool = True) -> None:
         gram_survivors(operand, radix, *records, moments, 0.0, is_abs=True, is_first=is_first)
 
-    def histogram(operand: Operand, moments: torch.Tensor | None, digit: int) -> None:
-        gram_histogram(operand, radix, moments, 0.0, *radix_select.DIGITS_OF_SIMILARITY[digit], is_abs=True)
+    def histogram(operand: Operand, moments: torch.Tensor | None, is_screen: bool = False) -> None:
+        counts = radix.digit_histograms[0]
+        gram_histogram(operand, radix, counts, moments, 0.0, is_abs=True, is_screen=is_screen)
 
     kinds: list[tuple[Kind, torch.dtype]] = [("half", torch.bfloat16), ("tf32", torch.float32), ("ieee", torch.float32)]
     for kind, dtype in kinds:
@@ -224,9 +225,8 @@ def _gram_variants() -> Iterator[Variant]:
             (", feature-major", partial(survivors, replace(plain, x=_empty(_N, _M, dtype=dtype).T))),
             (", moments", partial(survivors, plain, moments)),
             (", scaled", partial(survivors, scaled, is_first=False)),
-            (", scaled, first digit", partial(histogram, scaled, None, 0)),
-            (", scaled, first digit, moments", partial(histogram, scaled, moments, 0)),
-            (", scaled, last digit", partial(histogram, scaled, None, -1)),
+            (", scaled, digit", partial(histogram, scaled, None)),
+            (", scaled, digit, moments", partial(histogram, scaled, moments)),
             (", scaled", partial(gram_row_ties, scaled, radix, is_abs=True)),
             ("", partial(max_cosine, plain, flags, best, 1, _N, _N, 1)),
             (", scaled", partial(max_cosine, scaled, flags, best, 1, _N, _N, 1)),
@@ -234,6 +234,7 @@ def _gram_variants() -> Iterator[Variant]:
             yield Variant(kind + label, launch, kind)
     fp16 = replace(plain, x=_empty(_M, _N, dtype=torch.float16), kind="half")
     yield Variant("half, fp16", partial(survivors, fp16), "half")
+    yield Variant("half, fp16, digit", partial(histogram, fp16, None, is_screen=True), "half")
 
 
 def _other_variants() -> Iterator[Variant]:
@@ -259,13 +260,13 @@ def _other_variants() -> Iterator[Variant]:
         Variant("fp32", partial(rescore, *arguments, is_first=False, is_last=True, is_abs=True)),
         Variant("cold", partial(radix_select.begin, radix, flags, None, None, 262, _M, True)),
         Variant("warm, rounded", partial(radix_select.begin, radix, flags, state, one, 262, _M, True)),
-        Variant("", partial(radix_select.certify, radix, k, _CAPACITY, 0.0, None)),
-        Variant("adaptive tau", partial(radix_select.certify, radix, k, _CAPACITY, 0.0, one)),
+        Variant("", partial(radix_select.certify, radix, k, _CAPACITY, 0.0, None, is_rounded=True)),
+        Variant("adaptive tau", partial(radix_select.certify, radix, k, _CAPACITY, 0.0, one, is_rounded=False)),
+        Variant("", partial(radix_select.next_guess, radix, k, _CAPACITY, 0.0)),
+        Variant("", partial(radix_select.next_digit, radix, radix.digit_histograms[0], k, _CAPACITY)),
         Variant("", partial(radix_select.tie_row, radix, k)),
         Variant("", partial(radix_select.next_state, radix, state, values, count, k, (0.1, 0.01, 0.4))),
     )
-    for shift, bits in radix_select.DIGITS_OF_SIMILARITY:
-        yield Variant(f"{bits} bits from {shift}", partial(radix_select.next_digit, radix, shift, bits, k, _CAPACITY))
 
 
 def _sparse_variants() -> Iterator[Variant]:

@@ -81,7 +81,7 @@ def _record(
 @triton.jit
 def _gram_survivors_kernel(
     x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr,  # [M, N], [N] float32 x 2
-    plan_ptr, bounds_ptr,                                # [6] int64, [3] float32
+    plan_ptr, bounds_ptr,                                # [7] int64, [3] float32
     values_ptr, rows_ptr, cols_ptr, n_survivors_ptr,     # [capacity] float32, int32, int32, [1] int64
     moments_ptr,                                         # [n_programs, 3] float64
     M, N, n_loaded, capacity, floor,
@@ -116,7 +116,7 @@ def _gram_survivors_kernel(
 @triton.jit
 def _described_survivors_kernel(
     row_boxes, col_boxes, factor_ptr,                 # descriptors of [M, N] or its transpose, [N] float32
-    plan_ptr, bounds_ptr,                             # [6] int64, [3] float32
+    plan_ptr, bounds_ptr,                             # [7] int64, [3] float32
     values_ptr, rows_ptr, cols_ptr, n_survivors_ptr,  # [capacity] float32, int32, int32, [1] int64
     M, N, capacity, floor,
     IS_ABS: tl.constexpr, IS_FEATURE_MAJOR: tl.constexpr,

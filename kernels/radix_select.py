@@ -8,14 +8,30 @@ launch next, whatever the data are.
 
     PASS     The gram is streamed once with a guess as the bound. If at least k pairs were recorded and all of them fit
              the capacity, the stage becomes CERTIFIED and the remaining kernels have nothing to do.
-    DIGITS   Otherwise the k-th similarity is found exactly, by one pass for each digit of its bits (8, 8, 7 and 7 bits
-             wide, the highest first). The bits of floats >= 0 order as the floats do, and those of 1.0 are below 2**30.
-             The stage ends early, as soon as the pairs from some digit on fit the capacity.
+    SCREEN   If that pass was over rounded columns, a better guess is found from the rounded similarities, by one or two
+             digits of the k-th of them, and PASS has its turn once more.
+    DIGITS   Otherwise the k-th similarity is found exactly, by one pass for each of up to four digits of its bits. The
+             stage ends early, as soon as the pairs from some digit on fit the capacity.
     TIES     If the pairs equal to the k-th similarity alone do not fit, a pass counts them by row, to find the last row
              whose ties are needed.
     COLLECT  A pass records what was found: enough pairs and at most `capacity`, by construction.
 
 A pair is recorded if its similarity exceeds the bound, or equals it and the row of the pair is at most `tie_row`.
+
+**Digits.** The bits of floats >= 0 order as the floats do, and those of 1.0 are below 2**30. The bins of the first
+digit are sixteenths of an octave from 2**-8 on, and octaves below. Among normally distributed cosines of which a
+thousandth is selected, fewer than 2 k pairs are above the lower edge of the bin that holds the k-th, so that one digit
+is mostly enough. Every further digit divides the bin that was found into 256 bins, or into its single numbers.
+
+**The guess of a screen.** A rounded similarity is within the slack of the one that is computed again for a record.
+Where k rounded similarities are at least t, k of those computed again are at least t - slack, which is the guess. The
+pass records all that may reach it, those whose rounded similarity is at least t - 2 slack. At least k of them reach it,
+which certifies the pass. So t may be any number up to the k-th rounded similarity, provided that what is above
+t - 2 slack fits: the lower edge of its bin of the first digit if the counts say so, else of that of the second, which
+is nearly the k-th itself. Where it cannot fit, as among many ties, it is the turn of DIGITS at once. The pass is
+certified like any other, by what was computed again, so that the selection does not rest on this reasoning. With
+M = 4,096 and N = 16,384 on an H200, a call whose guess holds takes 4 ms, and one that counts digits of float32 products
+66 ms. With the guess of a screen it is not measured.
 
 All threads of a program load a number, and one of them stores it. So a program that replaces a number that it has read
 has a barrier between its loads and its stores: without one, a thread could load what another has already replaced.
@@ -28,8 +44,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PASS, DIGITS, TIES, COLLECT, CERTIFIED = (tl.constexpr(stage) for stage in range(5))
-STAGE, LOWEST, ABOVE, TIE_ROW, PASSES_SO_FAR, FAILURE = (tl.constexpr(place) for place in range(6))
+PASS, SCREEN, DIGITS, TIES, COLLECT, CERTIFIED = (tl.constexpr(stage) for stage in range(6))
+STAGE, LOWEST, WIDTH, ABOVE, TIE_ROW, PASSES_SO_FAR, FAILURE = (tl.constexpr(place) for place in range(7))
 """Places in `RadixSelect.plan`."""
 BOUND, SLACK, LEAST = (tl.constexpr(place) for place in range(3))
 """Places in `RadixSelect.bounds`."""
@@ -37,9 +53,16 @@ GUESS, MARGIN, N_PASSES = (tl.constexpr(place) for place in range(3))
 """Places in a warm-start state: those of `topk_ortho.warm_start`, which kernels may not import."""
 NO_FAILURE, SHORTFALL, OVERFLOW = (tl.constexpr(failure) for failure in range(3))
 """What went wrong in the first pass: nothing, it recorded too few pairs, or there were more than fit."""
-DIGITS_OF_SIMILARITY = ((22, 8), (14, 8), (7, 7), (0, 7))
-"""(shift, bits) of each digit, the highest first. Triton 3.6 compiles a histogram to instructions in proportion to
-its bins, so that digits of 12 bits would take longer than the products."""
+MOST_DIGITS, MOST_SCREEN_DIGITS = 4, 2
+"""Digits that the stages DIGITS and SCREEN count at most."""
+DIGIT_BINS = tl.constexpr(256)
+"""Bins of a digit. Triton 3.6 compiles a histogram to instructions in proportion to its bins, so that with 4096 it
+would take longer than the products."""
+ALL_WIDTH = tl.constexpr(30)
+"""Width of the range that holds every similarity."""
+_N_OCTAVES = tl.constexpr(119)  # octaves below 2**-8, of which the first holds 0
+_OCTAVE, _SIXTEENTH = tl.constexpr(23), tl.constexpr(19)  # width of the bins of the first digit
+_EVERY_ROW = tl.constexpr(2**31 - 1)
 SAMPLE_DIGIT = (18, 12)
 """(shift, bits) of the digit that the histogram of the sample counts. A bin is 1/32 to 1/16 of a similarity wide;
 within it the guess is interpolated linearly."""
@@ -49,9 +72,9 @@ class RadixSelect(NamedTuple):
     """Tensors that the kernels of one call share."""
 
     plan: Tensor
-    """int64 [6]: the stage; the bits of the smallest similarity that may still be the k-th; the number of pairs known
-    to be above that digit; the last row whose ties are recorded; passes over the gram so far; the failure of the first
-    pass"""
+    """int64 [7]: the stage; the bits of the smallest similarity that may still be the k-th, and the width w of the
+    range of 2**w numbers from there on that holds it; the number of pairs known to be above that range; the last row
+    whose ties are recorded; passes over the gram so far; the failure of the first pass"""
     bounds: Tensor
     """float32 [3]: the bound; the slack, by which a similarity may fall short of the bound in the rounded products of
     a pass and still be recorded; what it must exceed even so, unless the bound is below 0: 0 if a rounded product is 0
@@ -59,7 +82,9 @@ class RadixSelect(NamedTuple):
     sample_histogram: Tensor
     """int64 [4096], number of pairs of the sample by digit"""
     digit_histograms: Tensor
-    """int64 [4, 256], for every digit of a repair the number of pairs by that digit"""
+    """int64 [4, 256], for every digit of the stage DIGITS the number of pairs by that digit"""
+    screen_histograms: Tensor
+    """int64 [2, 256], the same for the stage SCREEN"""
     row_ties: Tensor
     """int32 [N], number of pairs equal to the k-th similarity, by row"""
     n_survivors: Tensor
@@ -67,23 +92,21 @@ class RadixSelect(NamedTuple):
     n_certified: Tensor
     """int64 [1], number of those that reach the bound in the precision asked for"""
 
-    def digit_histogram(self, shift: int) -> Tensor:
-        """The line of `digit_histograms` for the digit that begins at bit `shift`."""
-        return self.digit_histograms[[first for first, _ in DIGITS_OF_SIMILARITY].index(shift)]
-
 
 def new_radix_select(device: torch.device, n_features: int) -> RadixSelect:
     """Tensors for a new call, before its first kernel."""
-    n_bins, n_digits, n_digit_bins = 2 ** SAMPLE_DIGIT[1], len(DIGITS_OF_SIMILARITY), 2 ** DIGITS_OF_SIMILARITY[0][1]
-    zeros = torch.zeros(6 + n_bins + n_digits * n_digit_bins + 2, dtype=torch.int64, device=device)
+    sizes = 2 ** SAMPLE_DIGIT[1], MOST_DIGITS * DIGIT_BINS.value, MOST_SCREEN_DIGITS * DIGIT_BINS.value, 7, 1, 1
+    zeros = torch.zeros(sum(sizes), dtype=torch.int64, device=device).split(sizes)
+    sample_histogram, digit_histograms, screen_histograms, plan, n_survivors, n_certified = zeros
     return RadixSelect(
-        plan=zeros[:6],
+        plan=plan,
         bounds=torch.empty(3, dtype=torch.float32, device=device),
-        sample_histogram=zeros[6 : 6 + n_bins],
-        digit_histograms=zeros[6 + n_bins : -2].view(n_digits, n_digit_bins),
+        sample_histogram=sample_histogram,
+        digit_histograms=digit_histograms.view(MOST_DIGITS, DIGIT_BINS.value),
+        screen_histograms=screen_histograms.view(MOST_SCREEN_DIGITS, DIGIT_BINS.value),
         row_ties=torch.zeros(n_features, dtype=torch.int32, device=device),
-        n_survivors=zeros[-2:-1],
-        n_certified=zeros[-1:],
+        n_survivors=n_survivors,
+        n_certified=n_certified,
     )
 
 
@@ -91,6 +114,47 @@ def new_radix_select(device: torch.device, n_features: int) -> RadixSelect:
 def stage_of(plan_ptr):
     """The current stage."""
     return tl.load(plan_ptr + STAGE)
+
+
+@triton.jit
+def _first_digit(bits):
+    """Bin of the first digit that holds a similarity with these bits."""
+    fine = _N_OCTAVES + ((bits - (_N_OCTAVES << _OCTAVE)) >> _SIXTEENTH)
+    return tl.where(bits < (_N_OCTAVES << _OCTAVE), bits >> _OCTAVE, fine)
+
+
+@triton.jit
+def digit_of(bits, lowest, width):
+    """Bin that holds a similarity with these bits, in the range of 2**width numbers from `lowest` on; -1 beyond it."""
+    offset = bits - lowest
+    digit = tl.where(width == ALL_WIDTH, _first_digit(bits), offset >> tl.maximum(width - 8, 0))
+    return tl.where((offset >= 0) & (offset < (1 << width)), digit, -1)
+
+
+@triton.jit
+def _range_of(digit, lowest, width):
+    """(lowest, width) of the range of numbers that a bin holds."""
+    shift = tl.maximum(width - 8, 0)
+    is_fine = digit >= _N_OCTAVES
+    fine = (_N_OCTAVES << _OCTAVE) + ((digit - _N_OCTAVES) << _SIXTEENTH)
+    first_lowest = tl.where(is_fine, fine, digit << _OCTAVE)
+    first_width = tl.where(is_fine, _SIXTEENTH, _OCTAVE)
+    is_first = width == ALL_WIDTH
+    return tl.where(is_first, first_lowest, lowest + (digit << shift)), tl.where(is_first, first_width, shift)
+
+
+@triton.jit
+def _store_range(plan_ptr, lowest, width, n_above):
+    """Where to look for the k-th similarity."""
+    tl.store(plan_ptr + LOWEST, lowest)
+    tl.store(plan_ptr + WIDTH, width)
+    tl.store(plan_ptr + ABOVE, n_above)
+
+
+@triton.jit
+def _store_range_of_all(plan_ptr):
+    """The k-th similarity may be any."""
+    _store_range(plan_ptr, tl.zeros((), tl.int64), tl.full((), ALL_WIDTH, tl.int64), tl.zeros((), tl.int64))
 
 
 @triton.jit
@@ -120,7 +184,7 @@ def _highest_bin_with(wanted, histogram, n_above, BINS: tl.constexpr):
 
 @triton.jit
 def _begin_kernel(
-    plan_ptr, bounds_ptr, histogram_ptr,  # [6] int64, [3] float32, [4096] int64
+    plan_ptr, bounds_ptr, histogram_ptr,  # [7] int64, [3] float32, [4096] int64
     flags_ptr, state_ptr, deviation_ptr,  # [1] int32, [3] float32, [2] float32
     rank, n_features, M, can_overflow,
     HAS_STATE: tl.constexpr, IS_ROUNDED: tl.constexpr,
@@ -152,13 +216,12 @@ def _begin_kernel(
         least = tl.where(tl.load(deviation_ptr + 1) > 0, -2.0, 0.0)
         stage = PASS
     # without a guess a pass would record every pair, which is in vain if they cannot fit
-    stage = tl.where((bound <= -1.0) & (can_overflow > 0), DIGITS, stage)
+    stage = tl.where((bound <= -1.0) & (can_overflow > 0), SCREEN if IS_ROUNDED else DIGITS, stage)
     tl.store(bounds_ptr + BOUND, bound)
-    tl.store(bounds_ptr + SLACK, tl.where(stage == PASS, slack, 0.0))
+    tl.store(bounds_ptr + SLACK, slack)
     tl.store(bounds_ptr + LEAST, least)
     tl.store(plan_ptr + STAGE, stage.to(tl.int64))
-    tl.store(plan_ptr + LOWEST, tl.zeros((), tl.int64))
-    tl.store(plan_ptr + ABOVE, tl.zeros((), tl.int64))
+    _store_range_of_all(plan_ptr)
     # Pairs equal to the guess may be needed, so they are recorded. But there may be very many zeros, and they are
     # needed only if fewer than k pairs are above 0, which the pass then shows.
     tl.store(plan_ptr + TIE_ROW, tl.where(bound == 0.0, -1, n_features).to(tl.int64))
@@ -167,38 +230,93 @@ def _begin_kernel(
 
 
 @triton.jit
+def _begin_digits(plan_ptr, bounds_ptr):
+    """Go to DIGITS, where nothing is rounded."""
+    tl.store(plan_ptr + STAGE, tl.full((), DIGITS, tl.int64))
+    tl.store(bounds_ptr + SLACK, 0.0)
+
+
+@triton.jit
 def _certify_kernel(
-    plan_ptr, bounds_ptr, n_survivors_ptr, n_certified_ptr,  # [6] int64, [3] float32, [1] int64 x 2
+    plan_ptr, bounds_ptr, n_survivors_ptr, n_certified_ptr,  # [7] int64, [3] float32, [1] int64 x 2
     tau_ptr,                                                 # [1] float32
     k, capacity, floor,
-    IS_ADAPTIVE: tl.constexpr,
+    IS_ADAPTIVE: tl.constexpr, IS_ROUNDED: tl.constexpr,
 ):  # fmt: skip
     if stage_of(plan_ptr) == PASS:
         n_survivors = tl.load(n_survivors_ptr)
         if IS_ADAPTIVE:
             floor = tl.maximum(floor, tl.load(tau_ptr))
         is_complete = (tl.load(n_certified_ptr) >= k) | (tl.load(bounds_ptr + BOUND) <= floor)
+        is_first = tl.load(plan_ptr + PASSES_SO_FAR) == 1
         tl.debug_barrier()
         if is_complete & (n_survivors <= capacity):
             tl.store(plan_ptr + STAGE, tl.full((), CERTIFIED, tl.int64))
         else:
-            tl.store(plan_ptr + STAGE, tl.full((), DIGITS, tl.int64))
-            tl.store(plan_ptr + FAILURE, tl.where(n_survivors > capacity, OVERFLOW, SHORTFALL).to(tl.int64))
-            tl.store(bounds_ptr + SLACK, 0.0)
             tl.store(n_survivors_ptr, tl.zeros((), tl.int64))
             tl.store(n_certified_ptr, tl.zeros((), tl.int64))
+            if is_first:
+                tl.store(plan_ptr + FAILURE, tl.where(n_survivors > capacity, OVERFLOW, SHORTFALL).to(tl.int64))
+            if IS_ROUNDED & is_first:
+                tl.store(plan_ptr + STAGE, tl.full((), SCREEN, tl.int64))
+            else:
+                _begin_digits(plan_ptr, bounds_ptr)
+
+
+@triton.jit
+def _next_guess_kernel(
+    plan_ptr, bounds_ptr, histograms_ptr,  # [7] int64, [3] float32, [2, BINS] int64
+    k, capacity, floor,
+    BINS: tl.constexpr,
+):  # fmt: skip
+    if stage_of(plan_ptr) == SCREEN:
+        bins = tl.arange(0, BINS)
+        width = tl.load(plan_ptr + WIDTH)
+        is_first = width == ALL_WIDTH
+        first_histogram = tl.load(histograms_ptr + bins)
+        histogram = tl.load(histograms_ptr + tl.where(is_first, 0, BINS) + bins)
+        found, n_from, n_beyond = _highest_bin_with(k, histogram, tl.load(plan_ptr + ABOVE), BINS)
+        # if fewer than k pairs are in bins, the floor is 0 or more, and a guess of 0 serves
+        lowest, width = _range_of(tl.maximum(found, 0).to(tl.int64), tl.load(plan_ptr + LOWEST), width)
+        similarity = lowest.to(tl.int32).to(tl.float32, bitcast=True)
+        slack = tl.load(bounds_ptr + SLACK)
+        guess = tl.maximum(similarity - slack, 0.0)
+        # the pass will record what is above the cut, by the first digit at most `n_most` pairs and at least `n_least`
+        cut = tl.maximum(tl.maximum(guess, floor) - slack, tl.load(bounds_ptr + LEAST))
+        digit_of_cut = _first_digit(tl.maximum(cut, 0.0).to(tl.int32, bitcast=True))
+        n_most = tl.sum(tl.where(bins >= digit_of_cut, first_histogram, 0), axis=0)
+        n_least = tl.sum(tl.where(bins > digit_of_cut, first_histogram, 0), axis=0)
+        n_least = tl.where(similarity > cut, tl.maximum(n_least, n_from), n_least)
+        # where the cut excludes zeros, they may be missing
+        is_enough = (similarity > cut) | (guess <= floor)
+        n_passes = tl.load(plan_ptr + PASSES_SO_FAR) + 1
+        tl.debug_barrier()
+        if is_first & (found > 0) & (n_most > capacity):
+            _store_range(plan_ptr, lowest, width, n_beyond)
+            tl.store(plan_ptr + PASSES_SO_FAR, n_passes)
+        else:
+            _store_range_of_all(plan_ptr)
+            if is_enough & (n_least <= capacity):
+                tl.store(bounds_ptr + BOUND, guess)
+                tl.store(plan_ptr + TIE_ROW, tl.where(guess > 0, _EVERY_ROW, -1).to(tl.int64))
+                tl.store(plan_ptr + PASSES_SO_FAR, n_passes + 1)
+                tl.store(plan_ptr + STAGE, tl.full((), PASS, tl.int64))
+            else:
+                tl.store(plan_ptr + PASSES_SO_FAR, n_passes)
+                _begin_digits(plan_ptr, bounds_ptr)
 
 
 @triton.jit
 def _next_digit_kernel(
-    plan_ptr, bounds_ptr, histogram_ptr,  # [6] int64, [3] float32, [BINS] int64
+    plan_ptr, bounds_ptr, histogram_ptr,  # [7] int64, [3] float32, [BINS] int64
     k, capacity,
-    SHIFT: tl.constexpr, BINS: tl.constexpr,
+    BINS: tl.constexpr,
 ):  # fmt: skip
     if stage_of(plan_ptr) == DIGITS:
         histogram = tl.load(histogram_ptr + tl.arange(0, BINS))
         found, n_from, n_beyond = _highest_bin_with(k, histogram, tl.load(plan_ptr + ABOVE), BINS)
-        lowest = tl.load(plan_ptr + LOWEST) + (tl.maximum(found, 0).to(tl.int64) << SHIFT)
+        digit = tl.maximum(found, 0).to(tl.int64)
+        lowest, width = _range_of(digit, tl.load(plan_ptr + LOWEST), tl.load(plan_ptr + WIDTH))
         n_passes = tl.load(plan_ptr + PASSES_SO_FAR) + 1
         tl.debug_barrier()
         tl.store(plan_ptr + PASSES_SO_FAR, n_passes)
@@ -206,20 +324,18 @@ def _next_digit_kernel(
             tl.store(bounds_ptr + BOUND, -1.0)
             tl.store(plan_ptr + STAGE, tl.full((), COLLECT, tl.int64))
         else:
-            tl.store(plan_ptr + LOWEST, lowest)
+            _store_range(plan_ptr, lowest, width, n_beyond)
             tl.store(bounds_ptr + BOUND, lowest.to(tl.int32).to(tl.float32, bitcast=True))
             if n_from <= capacity:
-                tl.store(plan_ptr + TIE_ROW, tl.full((), 2147483647, tl.int64))  # ties of every row
+                tl.store(plan_ptr + TIE_ROW, tl.full((), _EVERY_ROW, tl.int64))
                 tl.store(plan_ptr + STAGE, tl.full((), COLLECT, tl.int64))
-            else:
-                tl.store(plan_ptr + ABOVE, n_beyond)
-                if SHIFT == 0:
-                    tl.store(plan_ptr + STAGE, tl.full((), TIES, tl.int64))
+            elif width == 0:
+                tl.store(plan_ptr + STAGE, tl.full((), TIES, tl.int64))
 
 
 @triton.jit
 def _tie_row_kernel(
-    plan_ptr, row_ties_ptr,  # [6] int64, [N] int32
+    plan_ptr, row_ties_ptr,  # [7] int64, [N] int32
     k, n_features,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -243,7 +359,7 @@ def _tie_row_kernel(
 @triton.jit
 def _next_state_kernel(
     state_ptr, next_state_ptr,      # [3] float32 x 2
-    plan_ptr,                       # [6] int64
+    plan_ptr,                       # [7] int64
     similarity_ptr, n_ordered_ptr,  # [capacity] float32 descending, [1] int64 of them hold pairs
     k, margin_start, margin_least, margin_most,
 ):  # fmt: skip
@@ -296,21 +412,33 @@ def begin(
     )  # fmt: skip
 
 
-def certify(radix: RadixSelect, k: int, capacity: int, floor: float, tau: Tensor | None) -> None:
-    """After the first pass: go to CERTIFIED, or to DIGITS. `tau` float32 [1] is an adaptive floor, known only now."""
+def certify(
+    radix: RadixSelect, k: int, capacity: int, floor: float, tau: Tensor | None, *, is_rounded: bool
+) -> None:  # fmt: skip
+    """After a pass: go to CERTIFIED, or to a repair; after the first one over rounded columns, that is SCREEN.
+
+    `tau` float32 [1] is an adaptive floor, known only now.
+    """
     _certify_kernel[(1,)](
         radix.plan, radix.bounds, radix.n_survivors, radix.n_certified,
-        radix.bounds if tau is None else tau, k, capacity, floor, IS_ADAPTIVE=tau is not None, num_warps=1,
+        radix.bounds if tau is None else tau, k, capacity, floor,
+        IS_ADAPTIVE=tau is not None, IS_ROUNDED=is_rounded, num_warps=1, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def next_guess(radix: RadixSelect, k: int, capacity: int, floor: float) -> None:
+    """After a pass of SCREEN: narrow the range that holds the k-th rounded similarity, or make a guess of it."""
+    _next_guess_kernel[(1,)](
+        radix.plan, radix.bounds, radix.screen_histograms, k, capacity, floor, BINS=DIGIT_BINS.value, num_warps=8,
         enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def next_digit(radix: RadixSelect, shift: int, bits: int, k: int, capacity: int) -> None:
-    """After the pass that counted a digit: narrow the range that holds the k-th similarity, or end the stage."""
+def next_digit(radix: RadixSelect, histogram: Tensor, k: int, capacity: int) -> None:
+    """After a pass of DIGITS: narrow the range that holds the k-th similarity, or end the stage."""
     _next_digit_kernel[(1,)](
-        radix.plan, radix.bounds, radix.digit_histogram(shift), k, capacity, SHIFT=shift, BINS=2**bits, num_warps=8,
-        enable_fp_fusion=True,
-    )  # fmt: skip
+        radix.plan, radix.bounds, histogram, k, capacity, BINS=DIGIT_BINS.value, num_warps=8, enable_fp_fusion=True
+    )
 
 
 def tie_row(radix: RadixSelect, k: int) -> None:

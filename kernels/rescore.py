@@ -26,7 +26,7 @@ _PROGRAMS_PER_SM = 6  # what the registers of sm_100 allow
 def _rescore_kernel(
     x_ptr, stride_xn, stride_xm,                          # [N, slab] float32, features in rows
     inverse_ptr,                                          # [N] float32
-    plan_ptr, bounds_ptr,                                 # [6] int64, [3] float32
+    plan_ptr, bounds_ptr,                                 # [7] int64, [3] float32
     values_ptr, rows_ptr, cols_ptr,                       # [capacity] float32, int32, int32
     n_survivors_ptr, n_certified_ptr,                     # [1] int64 x 2
     M, capacity, is_first, is_last,

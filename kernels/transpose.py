@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topk_ortho.kernels.radix_select import PASS, stage_of
+
 _BLOCK_M, _BLOCK_N = 64, 64
 
 
@@ -16,9 +18,12 @@ _BLOCK_M, _BLOCK_N = 64, 64
 def _transpose_kernel(
     x_ptr, stride_xm, stride_xn,        # [M, N]
     out_ptr, stride_on, stride_om,      # [N, M]
+    plan_ptr,                           # [7] int64
     M, N,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_PLAN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    if HAS_PLAN and stage_of(plan_ptr) != PASS:
+        return
     n_blocks = tl.cdiv(N, BLOCK_N)
     offs_n = tl.program_id(0) % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(0) // n_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -28,11 +33,14 @@ def _transpose_kernel(
     tl.store(out_ptrs, tl.trans(tl.load(x_ptrs, mask=mask)), mask=tl.trans(mask))
 
 
-def transpose(x: Tensor, out: Tensor) -> None:
-    """Write the transpose of x [M, N] into out [N, M]; both have the same dtype, and any strides."""
+def transpose(x: Tensor, out: Tensor, plan: Tensor | None = None) -> None:
+    """Write the transpose of x [M, N] into out [N, M]; both have the same dtype, and any strides.
+
+    With the plan of a radix select it returns at once unless the stage is PASS.
+    """
     n_rows, n_columns = x.shape
     n_programs = triton.cdiv(n_rows, _BLOCK_M) * triton.cdiv(n_columns, _BLOCK_N)
     _transpose_kernel[(n_programs,)](
-        x, x.stride(0), x.stride(1), out, out.stride(0), out.stride(1), n_rows, n_columns,
-        BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, num_warps=4, enable_fp_fusion=True,
+        x, x.stride(0), x.stride(1), out, out.stride(0), out.stride(1), x if plan is None else plan, n_rows, n_columns,
+        HAS_PLAN=plan is not None, BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

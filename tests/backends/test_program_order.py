@@ -21,7 +21,7 @@ from tests.inputs import activations, dyadic, normal, seeded
 from topk_ortho import max_cosine_loss, topk_ortho_loss, topk_pairs
 from topk_ortho.backends.registry import BACKENDS
 from topk_ortho.kernels import launch, pair_gradient
-from topk_ortho.kernels.radix_select import DIGITS_OF_SIMILARITY
+from topk_ortho.kernels.radix_select import MOST_DIGITS
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU chooses the order of programs itself")
 
@@ -121,7 +121,7 @@ SELECTIONS = {
     "huge_norms": partial(selection, normal(12, N) * 1e25),
 }
 """Those from "guess_from_a_sample" on fail in their first pass, or have none, and are repaired."""
-PASSES_WITH_TIES = 3 + len(DIGITS_OF_SIMILARITY)
+PASSES_WITH_TIES = 3 + MOST_DIGITS
 """The one that failed, one for each digit, one that counts ties, and one that collects."""
 
 

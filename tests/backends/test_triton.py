@@ -377,7 +377,7 @@ class TestCertificate:
 
     @pytest.fixture
     def _lost(self, monkeypatch):
-        """The pass that collects finds nothing."""
+        """The pass that collects finds nothing. Of columns that are all equal more pairs are tied than fit."""
         select = triton.gram_survivors
 
         def lossy(operand, radix, *rest, is_abs, is_first):
@@ -390,17 +390,17 @@ class TestCertificate:
     def test_lost_pairs_raise(self, monkeypatch):
         monkeypatch.setattr(triton, "may_synchronize", lambda device, state: True)
         with pytest.raises(RuntimeError, match="lost pairs; please report this"):
-            topk_pairs(normal(24, 43), k=60, backend="triton", state=torch.tensor([0.999, 0.15, 1.0]))
+            topk_pairs(torch.ones(24, 43), k=60, backend="triton", state=torch.tensor([0.999, 0.15, 1.0]))
 
     @pytest.mark.usefixtures("_small_pieces", "_lost")
     def test_lost_pairs_are_nan_where_nothing_waits(self, monkeypatch):
         monkeypatch.setattr(triton, "may_synchronize", lambda device, state: False)
-        loss = topk_ortho_loss(normal(24, 43), k=60, backend="triton", state=torch.tensor([0.999, 0.15, 1.0]))
+        loss = topk_ortho_loss(torch.ones(24, 43), k=60, backend="triton", state=torch.tensor([0.999, 0.15, 1.0]))
         assert loss.isnan()
 
     @pytest.mark.usefixtures("_small_pieces")
     def test_a_screen_without_a_guess(self):
-        """Few pairs are positive, so that the sample has no guess: the repair has none of the slack of the screen."""
+        """Few pairs are positive, so that the sample has no guess, and the others are within the slack of 0."""
         n = 100
         x = torch.eye(n) - 1 / n
         x[:, 1:20:2] += 0.3 * x[:, 0:19:2]
@@ -556,7 +556,8 @@ class TestDescribed:
         assert_selection(pairs, x, k=100, **arguments)
         is_screened = BACKENDS["triton"].least_screened_features <= n
         is_half = dtype == torch.bfloat16 or is_screened or "precision" in arguments
-        assert len(grids) == int(is_half and arguments.get("tau") != "adaptive")
+        n_launches = 2 if is_screened and dtype == torch.float32 and "precision" not in arguments else 1
+        assert len(grids) == n_launches * int(is_half and arguments.get("tau") != "adaptive")
 
 
 @pytest.mark.parametrize("similarity", ["abs", "positive"])

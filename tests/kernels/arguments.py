@@ -77,6 +77,21 @@ def gram_of(x: Tensor) -> np.ndarray:
     return x_hat.T @ x_hat
 
 
+def first_digits(similarities: np.ndarray) -> np.ndarray:
+    """Bins of float32 numbers from 0 to 1: octaves below 2**-8, sixteenths of an octave from there on."""
+    fraction, exponent = np.frexp(similarities)  # at least 0.5, below 1
+    fine = 119 + 16 * (exponent + 7) + np.floor(32 * fraction - 16).astype(np.int64)
+    return np.where(similarities < 2.0**-8, similarities.view(np.int32) >> 23, fine)
+
+
+def range_of_first_digit(digit: int) -> tuple[int, int]:
+    """(bits of the smallest number, bits that tell its numbers apart) of such a bin."""
+    if digit < 119:
+        return digit << 23, 23
+    octave, sixteenth = divmod(digit - 119, 16)
+    return int(np.float32(2.0 ** (octave - 8) * (1 + sixteenth / 16)).view(np.int32)), 19
+
+
 def radix_at(
     stage: int,
     n_features: int,
@@ -85,6 +100,7 @@ def radix_at(
     slack: float = 0.0,
     least: float = -2.0,
     lowest: int = 0,
+    width: int = 30,
     above: int = 0,
     tie_row: int | None = None,
     n_passes: int = 1,
@@ -93,11 +109,12 @@ def radix_at(
     """What an earlier kernel left behind, counters at zero."""
     return RadixSelect(
         plan=numbers(
-            [stage, lowest, above, n_features if tie_row is None else tie_row, n_passes, failure], torch.int64
+            [stage, lowest, width, above, n_features if tie_row is None else tie_row, n_passes, failure], torch.int64
         ),
         bounds=numbers([bound, slack, least], torch.float32),
         sample_histogram=torch.zeros(4096, dtype=torch.int64, device=DEVICE),
         digit_histograms=torch.zeros(4, 256, dtype=torch.int64, device=DEVICE),
+        screen_histograms=torch.zeros(2, 256, dtype=torch.int64, device=DEVICE),
         row_ties=torch.zeros(n_features, dtype=torch.int32, device=DEVICE),
         n_survivors=torch.zeros(1, dtype=torch.int64, device=DEVICE),
         n_certified=torch.zeros(1, dtype=torch.int64, device=DEVICE),

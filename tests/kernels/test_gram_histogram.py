@@ -13,18 +13,21 @@ from tests.kernels.arguments import (
     assert_same,
     copy_of,
     exact_products,
+    first_digits,
     gram_of,
     in_padded_lines,
     inverse_of,
     operand_of,
     radix_at,
+    range_of_first_digit,
 )
 from tests.tolerances import assert_within, cosine_bound
 from topk_ortho.kernels.gram_histogram import gram_histogram, gram_row_ties
 from topk_ortho.kernels.launch import Operand
-from topk_ortho.kernels.radix_select import DIGITS, DIGITS_OF_SIMILARITY, TIES
+from topk_ortho.kernels.radix_select import DIGITS, SCREEN, TIES
 
-FIRST = DIGITS_OF_SIMILARITY[0]
+ALL = 30
+"""Width of the range that holds every similarity; its bins are those of the first digit."""
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
@@ -35,27 +38,29 @@ def similarities_of(cosine: np.ndarray, *, is_abs: bool) -> np.ndarray:
     return s.astype(np.float32) + np.float32(0)
 
 
-def counts_of(s: np.ndarray, lowest: int, shift: int, bits: int, floor: float) -> np.ndarray:
-    """How many are in each of 2**bits ranges of 2**shift numbers, from the number with bits `lowest` on."""
+def counts_of(s: np.ndarray, lowest: int = 0, width: int = ALL, floor: float = -1.0) -> np.ndarray:
+    """How many are in each bin of the 2**width numbers from the one with bits `lowest` on."""
     s = s[(s >= 0) & (s > np.float32(floor))]
-    digit = (s.view(np.int32).astype(np.int64) - lowest) >> shift
-    return np.bincount(digit[(digit >= 0) & (digit < 2**bits)], minlength=2**bits)
+    offset = s.view(np.int32).astype(np.int64) - lowest
+    digit = first_digits(s) if width == ALL else offset >> max(0, width - 8)
+    return np.bincount(digit[(offset >= 0) & (offset < 2**width)], minlength=256)
 
 
 def count(
-    operand: Operand, shift: int, bits: int, *, lowest: int = 0, floor: float = -1.0, is_abs: bool = True
-) -> np.ndarray:
-    """Counts that were added to the digit's histogram, one of ones; nothing else changes, other digits included."""
-    radix = radix_at(DIGITS.value, operand.x.shape[1], lowest=lowest, above=3)
-    radix.digit_histograms.fill_(1)
+    operand: Operand, lowest: int = 0, width: int = ALL, *, floor: float = -1.0, is_abs: bool = True,
+    is_screen: bool = False,
+) -> np.ndarray:  # fmt: skip
+    """Counts that were added to a histogram of ones; nothing else changes, those of other digits included."""
+    stage = SCREEN if is_screen else DIGITS
+    name = "screen_histograms" if is_screen else "digit_histograms"
+    radix = radix_at(stage.value, operand.x.shape[1], lowest=lowest, width=width, above=3)
+    histograms = getattr(radix, name).fill_(1)
     before = copy_of(radix)
-    gram_histogram(operand, radix, None, floor, shift, bits, is_abs=is_abs)
-    assert_same(actual=radix, expected=before, but=("digit_histograms",))
-    of_all = (radix.digit_histograms - 1).cpu().numpy()
-    counts = of_all[DIGITS_OF_SIMILARITY.index((shift, bits))].copy()
-    assert counts.sum() == of_all.sum()
-    assert not counts[2**bits :].any()
-    return counts[: 2**bits]
+    gram_histogram(operand, radix, histograms[1], None, floor, is_abs=is_abs, is_screen=is_screen)
+    assert_same(actual=radix, expected=before, but=(name,))
+    of_all = (histograms - 1).cpu().numpy()
+    assert of_all[1].sum() == of_all.sum()
+    return of_all[1]
 
 
 class TestHistogram:
@@ -69,23 +74,27 @@ class TestHistogram:
         operand, cosine = exact_products(n, data.draw(st.integers(0, 99)), n_values)
         is_abs = data.draw(st.booleans())
         s = similarities_of(cosine, is_abs=is_abs)
-        shift, bits = data.draw(st.sampled_from(DIGITS_OF_SIMILARITY))
-        one = int(np.abs(data.draw(st.sampled_from(s.tolist())) * np.float32(1)).view(np.int32))
-        lowest = one >> (shift + bits) << (shift + bits)  # the digits above are those of a pair
-        floor = data.draw(st.sampled_from([-1.0, 0.0, 0.25, float(np.abs(s[0]))]))
-        expected = counts_of(s, lowest, shift, bits, floor)
-        assert count(operand, shift, bits, lowest=lowest, floor=floor, is_abs=is_abs).tolist() == expected.tolist()
+        width = data.draw(st.sampled_from([ALL, 23, 19, 15, 11, 7, 3]))
+        one = np.abs(data.draw(st.sampled_from(s.tolist())) * np.float32(1)).reshape(1)
+        lowest = int(one.view(np.int32)[0]) >> width << width  # the digits above are those of a pair
+        arguments = {
+            "floor": data.draw(st.sampled_from([-1.0, 0.0, 0.25, float(np.abs(s[0]))])),
+            "is_abs": is_abs,
+            "is_screen": data.draw(st.booleans()),
+        }
+        expected = counts_of(s, lowest, width, arguments["floor"])
+        assert count(operand, lowest, width, **arguments).tolist() == expected.tolist()
 
-    @pytest.mark.parametrize(("shift", "bits"), DIGITS_OF_SIMILARITY, ids=["first", "second", "third", "last"])
-    def test_digits(self, shift, bits):
+    @pytest.mark.parametrize("width", [ALL, 19, 11, 3], ids=["first", "second", "third", "last"])
+    def test_digits(self, width):
         """Pairs that share the digits above one with the median."""
         operand, cosine = exact_products(34, n_values=7)
         s = similarities_of(cosine, is_abs=True)
         median = int(np.sort(s)[len(s) // 2].view(np.int32))
-        lowest = median >> (shift + bits) << (shift + bits)
-        expected = counts_of(s, lowest, shift, bits, -1.0)
+        lowest = median >> width << width
+        expected = counts_of(s, lowest, width)
         assert expected.sum() >= 5
-        assert count(operand, shift, bits, lowest=lowest).tolist() == expected.tolist()
+        assert count(operand, lowest, width).tolist() == expected.tolist()
 
     @pytest.mark.parametrize(("is_abs", "is_scaled"), [(True, False), (False, True)], ids=["abs", "signed_scaled"])
     def test_ties_zeros_and_ones(self, is_abs, is_scaled):
@@ -93,18 +102,18 @@ class TestHistogram:
         x = dyadic(6, 40, seed=1)
         x[:, [0, 39]] = 0
         s = similarities_of(gram_of(x), is_abs=is_abs)
-        expected = counts_of(s, 0, *FIRST, -1.0)
+        expected = counts_of(s)
         assert expected[0] > 0
-        assert expected[0x3F800000 >> FIRST[0]] > 0
+        assert expected[247] > 0
         assert expected.sum() == (s.size if is_abs else (s >= 0).sum())
         operand = operand_of(x, is_scaled=is_scaled)
-        assert count(operand, *FIRST, is_abs=is_abs).tolist() == expected.tolist()
+        assert count(operand, is_abs=is_abs).tolist() == expected.tolist()
 
     def test_floor_is_excluded(self):
         x = dyadic(6, 40, seed=1)
         for floor in (0.0, 0.5):
             s = similarities_of(gram_of(x), is_abs=True)
-            assert count(operand_of(x), *FIRST, floor=floor).sum() == (s > floor).sum()
+            assert count(operand_of(x), floor=floor).sum() == (s > floor).sum()
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_any_products(self, dtype):
@@ -113,34 +122,34 @@ class TestHistogram:
         error = cosine_bound(x)
         s = np.abs(gram_of(x)[np.triu_indices(40, 1)])
         operand = operand_of(x, "ieee" if dtype == torch.float32 else "half", is_scaled=True)
-        from_bin = count(operand, *FIRST)[::-1].cumsum()[::-1]
+        from_bin = count(operand)[::-1].cumsum()[::-1]
         assert from_bin[0] == 780
-        edges = (np.arange(0x3F800000 >> FIRST[0]) << FIRST[0]).astype(np.int32).view(np.float32)
-        for n_counted, edge in zip(from_bin[1:], edges[1:], strict=False):
-            assert (s >= edge + error).sum() <= n_counted <= (s >= edge - error).sum()
+        for digit in range(1, 247):
+            edge = np.array(range_of_first_digit(digit)[0], dtype=np.int32).view(np.float32)
+            assert (s >= edge + error).sum() <= from_bin[digit] <= (s >= edge - error).sum()
 
     def test_huge_columns(self):
         x = dyadic(6, 40, seed=1)
-        expected = counts_of(similarities_of(gram_of(x), is_abs=True), 0, *FIRST, -1.0)
+        expected = counts_of(similarities_of(gram_of(x), is_abs=True))
         x[:, ::3] *= 2.0**100
-        assert count(operand_of(x, is_scaled=True), *FIRST).tolist() == expected.tolist()
+        assert count(operand_of(x, is_scaled=True)).tolist() == expected.tolist()
 
     def test_padded_lines(self):
         x = dyadic(6, 37, seed=1)
-        expected = counts_of(similarities_of(gram_of(x), is_abs=True), 0, *FIRST, -1.0)
-        assert count(operand_of(in_padded_lines(x)), *FIRST).tolist() == expected.tolist()
+        expected = counts_of(similarities_of(gram_of(x), is_abs=True))
+        assert count(operand_of(in_padded_lines(x))).tolist() == expected.tolist()
 
     @pytest.mark.parametrize("columns", [False, True], ids=["rows_far_apart", "columns_far_apart"])
     def test_offsets_past_int32(self, columns, far_apart):
         x = dyadic(7, 3) if columns else normal(3, 7)
         far = Operand(x=far_apart(x, columns=columns), factor=inverse_of(x), scale=None, kind="ieee")
-        assert count(far, *FIRST).tolist() == count(operand_of(x), *FIRST).tolist()
+        assert count(far).tolist() == count(operand_of(x)).tolist()
 
 
 def moments_of(operand: Operand, floor: float, *, is_abs: bool) -> np.ndarray:
     moments = torch.full((operand.n_programs, 3), torch.nan, dtype=torch.float64, device=DEVICE)
     radix = radix_at(DIGITS.value, operand.x.shape[1])
-    gram_histogram(operand, radix, moments, floor, *FIRST, is_abs=is_abs)
+    gram_histogram(operand, radix, radix.digit_histograms[0], moments, floor, is_abs=is_abs, is_screen=False)
     return moments.cpu().numpy()
 
 
@@ -215,19 +224,22 @@ class TestRowTies:
             assert sum(self.ties(operand, float(neighbour))) == 0
 
 
-@pytest.mark.parametrize("kernel", ["histogram", "row_ties"])
-@pytest.mark.parametrize("stage", range(5), ids=["pass", "digits", "ties", "collect", "certified"])
+@pytest.mark.parametrize("kernel", ["screen", "digits", "row_ties"])
+@pytest.mark.parametrize("stage", range(6), ids=["pass", "screen", "digits", "ties", "collect", "certified"])
 def test_only_at_its_stage(stage, kernel):
     operand = operand_of(torch.ones(4, 30))
     radix = radix_at(stage, 30, lowest=0x3F800000 if kernel == "row_ties" else 0)
     moments = torch.full((operand.n_programs, 3), torch.nan, dtype=torch.float64, device=DEVICE)
     before = copy_of(radix)
-    if kernel == "histogram":
-        gram_histogram(operand, radix, moments, -1.0, *FIRST, is_abs=True)
-        its_turn, name = stage == DIGITS.value, "digit_histograms"
-        assert moments.isnan().all() != its_turn
-    else:
+    its_stage, name = {
+        "screen": (SCREEN, "screen_histograms"), "digits": (DIGITS, "digit_histograms"), "row_ties": (TIES, "row_ties")
+    }[kernel]  # fmt: skip
+    its_turn = stage == its_stage.value
+    if kernel == "row_ties":
         gram_row_ties(operand, radix, is_abs=True)
-        its_turn, name = stage == TIES.value, "row_ties"
+    else:
+        histogram = getattr(radix, name)[0]
+        gram_histogram(operand, radix, histogram, moments, -1.0, is_abs=True, is_screen=kernel == "screen")
+        assert moments.isnan().all() != its_turn
     assert int(getattr(radix, name).sum()) == (435 if its_turn else 0)
     assert_same(actual=radix, expected=before, but=(name,))

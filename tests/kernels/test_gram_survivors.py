@@ -432,7 +432,7 @@ class TestMoments:
 
 
 @pytest.mark.parametrize("is_first", [True, False], ids=["pass", "collect"])
-@pytest.mark.parametrize("stage", range(5), ids=["pass", "digits", "ties", "collect", "certified"])
+@pytest.mark.parametrize("stage", range(6), ids=["pass", "screen", "digits", "ties", "collect", "certified"])
 def test_only_at_its_stage(stage, is_first):
     """Else nothing at all is written."""
     operand = operand_of(normal(5, 30))

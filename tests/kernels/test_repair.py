@@ -18,23 +18,24 @@ from tests.tolerances import assert_selection, float64
 from topk_ortho import TopKPairs, topk_pairs
 from topk_ortho.backends.registry import BACKENDS
 from topk_ortho.backends.triton import TritonBackend
-from topk_ortho.kernels.radix_select import DIGITS_OF_SIMILARITY
+from topk_ortho.kernels.radix_select import MOST_DIGITS, MOST_SCREEN_DIGITS
 from topk_ortho.warm_start import MARGIN_LEAST, SampleSizes
 
 N = 40
 N_PAIRS = N * (N - 1) // 2
-AFTER_A_PASS = range(3, 3 + len(DIGITS_OF_SIMILARITY))
-"""Passes of a repair: the one that failed, one for each digit that was needed, and one that collects."""
-OF_ALL_DIGITS = 2 + len(DIGITS_OF_SIMILARITY)
-OF_TIES = 3 + len(DIGITS_OF_SIMILARITY)
-"""All of these, and one that counts ties by row."""
-WITHOUT_A_PASS = range(2, 2 + len(DIGITS_OF_SIMILARITY))
+AFTER_A_PASS = {"plain": range(3, 3 + MOST_DIGITS), "screened": (3, 4)}
+"""Passes of a repair by route: the one that failed, one for each digit that was needed, and one that collects."""
+WITHOUT_A_PASS = {"plain": range(2, 2 + MOST_DIGITS), "screened": (2, 3)}
 """Where no guess was to be had, or the columns as they are were refused."""
+OF_TIES = {"plain": 3 + MOST_DIGITS, "screened": 3 + MOST_SCREEN_DIGITS + MOST_DIGITS}
+"""All digits, those of a screen before them, and one pass that counts ties by row."""
+OF_TIED_ZEROS = {"plain": 3 + MOST_DIGITS, "screened": 3 + 1 + MOST_DIGITS}
+"""A screen knows zeros by one digit."""
 
 
 @pytest.fixture(params=["plain", "screened"], autouse=True)
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """float32 in "highest" precision without and with a screen in bf16; few records and small samples either way."""
+    """float32 in "highest" precision without and with a screen in fp16; few records and small samples either way."""
     use_case({"plain": "triton", "screened": "triton_screened"}[request.param], monkeypatch)
     sample_from(8, monkeypatch)
     return request.param
@@ -135,47 +136,47 @@ class TestPasses:
         assert n_passes == 1
 
     @pytest.mark.parametrize("guess", [0.99, math.inf], ids=str)
-    def test_too_high(self, x, guess):
+    def test_too_high(self, x, guess, route):
         """Few pairs, if any."""
         _, n_passes = check(x, self.K, guess)
-        assert n_passes in AFTER_A_PASS
+        assert n_passes in AFTER_A_PASS[route]
 
     def test_one_pair_short(self, x, route):
         """The k-th pair itself is missing."""
         kth = kth_of(x, self.K, "abs")
-        assert check(x, self.K, kth + 2e-6)[1] in AFTER_A_PASS
+        assert check(x, self.K, kth + 2e-6)[1] in AFTER_A_PASS[route]
         assert check(x, self.K, kth - 2e-6)[1] == 1
 
     @pytest.mark.parametrize("guess", [0.02, -0.5], ids=str)
-    def test_too_low(self, x, guess):
+    def test_too_low(self, x, guess, route):
         """More than the records hold."""
         _, n_passes = check(x, self.K, guess)
-        assert n_passes in AFTER_A_PASS
+        assert n_passes in AFTER_A_PASS[route]
 
     def test_low_but_all_fit(self, x, route):
         """As many survivors as records, then one more."""
         capacity = capacity_of(self.K, route)
         if route == "plain":  # a screen keeps more than what exceeds the guess
             assert check(x, self.K, kth_of(x, capacity, "abs") - 1e-6)[1] == 1
-            assert check(x, self.K, kth_of(x, capacity + 1, "abs") - 1e-6)[1] in AFTER_A_PASS
-        assert check(x, self.K, kth_of(x, capacity * 5 // 4, "abs"))[1] in AFTER_A_PASS
+            assert check(x, self.K, kth_of(x, capacity + 1, "abs") - 1e-6)[1] in AFTER_A_PASS[route]
+        assert check(x, self.K, kth_of(x, capacity * 5 // 4, "abs"))[1] in AFTER_A_PASS[route]
 
     @pytest.mark.parametrize("guess", [0.0, 0.999], ids=str)
-    def test_more_ties_than_fit(self, guess):
+    def test_more_ties_than_fit(self, guess, route):
         pairs, n_passes = check(torch.ones(4, N), self.K, guess)
-        assert n_passes == OF_TIES
+        assert n_passes == OF_TIES[route]
         assert pairs.rows.tolist() == [0] * (N - 1) + [1] * (self.K - N + 1)
         assert pairs.cols.tolist() == [*range(1, N), *range(2, self.K - N + 3)]
 
-    def test_a_row_of_ties_is_longer_than_k(self):
+    def test_a_row_of_ties_is_longer_than_k(self, route):
         pairs, n_passes = check(torch.ones(4, N), 1, 0.5)
-        assert n_passes == OF_TIES
+        assert n_passes == OF_TIES[route]
         assert (pairs.rows.tolist(), pairs.cols.tolist()) == ([0], [1])
 
     @pytest.mark.parametrize("x", [torch.zeros(3, N), torch.eye(N)], ids=["all_zero", "orthogonal"])
-    def test_zeros_are_pairs(self, x):
+    def test_zeros_are_pairs(self, x, route):
         pairs, n_passes = check(x, self.K, 0.5)
-        assert n_passes == OF_TIES
+        assert n_passes == OF_TIED_ZEROS[route]
         assert pairs.rows.tolist() == [0] * (N - 1) + [1] * (self.K - N + 1)
 
     def test_ties_above_which_there_are_others(self, route):
@@ -184,15 +185,15 @@ class TestPasses:
         x[:, 30:] = 0
         x[35, 30:] = 1.0
         pairs, n_passes = check(x, self.K, 0.5)
-        assert n_passes == OF_TIES
+        assert n_passes == OF_TIED_ZEROS[route]
         assert pairs.rows.tolist() == [r for r in range(30, N) for _ in range(r + 1, N)] + [0] * 15
 
     def test_all_pairs_need_no_guess(self, x):
         for guess in (None, 0.5, math.nan):
             assert check(x, N_PAIRS, guess)[1] == 1
 
-    def test_one_pair(self, x):
-        assert check(x, 1, 0.999)[1] in AFTER_A_PASS
+    def test_one_pair(self, x, route):
+        assert check(x, 1, 0.999)[1] in AFTER_A_PASS[route]
         assert check(x, 1, kth_of(x, 1, "abs") - 1e-4)[1] == 1
 
     @pytest.mark.parametrize(("guess", "precision"), [(0.5, "highest"), (0.999, "highest"), (0.5, "medium")], ids=str)
@@ -204,9 +205,9 @@ class TestPasses:
         assert k > 20
         _, n_passes = check(x, int(k), guess, precision=precision)
         if is_rounded:
-            assert n_passes == 1 if guess == 0.5 else n_passes in AFTER_A_PASS
+            assert n_passes == 1 if guess == 0.5 else n_passes in AFTER_A_PASS[route]
         else:
-            assert n_passes in WITHOUT_A_PASS
+            assert n_passes in WITHOUT_A_PASS[route]
 
 
 class TestFloors:
@@ -241,10 +242,10 @@ class TestFloors:
         assert pairs.tau > 0.05
 
     def test_adaptive_of_huge_columns(self):
-        """The moments are those of the repair alone."""
+        """The moments are those of the repair alone. No screen could give them."""
         x = normal(12, N) * 1e30
         _, n_passes = check(x, 100, 0.5, tau="adaptive")
-        assert n_passes in WITHOUT_A_PASS
+        assert n_passes in WITHOUT_A_PASS["plain"]
 
     @pytest.mark.parametrize("guess", [0.3, 0.0, None], ids=str)
     def test_positive(self, guess, route):
@@ -297,11 +298,11 @@ class TestZeros:
         assert pairs.values[-1] == pytest.approx(entry, rel=0.01)
         assert n_passes == 1
 
-    def test_zeros_that_are_needed(self, x):
+    def test_zeros_that_are_needed(self, x, route):
         """Without a floor the first of the zeros belong to the selection."""
         pairs, n_passes = check(x, 70, 0.0)
         assert (pairs.values == 0).sum() == 5
-        assert n_passes in AFTER_A_PASS or n_passes == OF_TIES
+        assert n_passes == OF_TIED_ZEROS[route]
 
     def test_products_that_vanish_are_zeros_too(self, x):
         """A pair that meets, but in entries whose product is 0 in float32, has no precedence over the other zeros."""
@@ -309,7 +310,7 @@ class TestZeros:
         pairs, _ = check(x, 66, 0.0)
         assert (pairs.rows[-1], pairs.cols[-1]) == (0, 11)
 
-    def test_a_line_that_falls_below_zero(self, x):
+    def test_a_line_that_falls_below_zero(self, x, route):
         """The similarities at the ranks (1 - margin) k and k give no guess above 0: one of 0 is certified at once."""
         state = torch.tensor([0.5, 0.15, 0.0])
         passes = []
@@ -317,14 +318,14 @@ class TestZeros:
             assert_selection(topk_pairs(x, k=60, backend="triton", state=state), x, k=60)
             assert state[0] == 0
             passes.append(int(state[2]))
-        assert passes[0] in AFTER_A_PASS
+        assert passes[0] in AFTER_A_PASS[route]
         assert passes[1:] == [1, 1, 1]
 
 
 class TestWarmStart:
     """A state of its own making."""
 
-    def test_becomes_one_pass_on_drifting_columns(self):
+    def test_becomes_one_pass_on_drifting_columns(self, route):
         x, drift = normal(12, N), normal(12, N, seed=9)
         state = torch.tensor([0.999, 0.15, 0.0])
         passes = []
@@ -332,7 +333,7 @@ class TestWarmStart:
             drifted = x + 1e-3 * step * drift
             assert_selection(topk_pairs(drifted, k=60, backend="triton", state=state), drifted, k=60)
             passes.append(int(state[2]))
-        assert passes[0] in AFTER_A_PASS
+        assert passes[0] in AFTER_A_PASS[route]
         assert passes[1:] == [1, 1, 1, 1]
 
     def test_survives_a_change_of_everything(self):
@@ -350,31 +351,89 @@ class TestWarmStart:
 
 
 class TestWithoutASample:
-    """A few features are not sampled: without a state, the radix select starts at once if not all pairs fit."""
+    """A few features are not sampled: without a state, a repair starts at once if not all pairs fit."""
 
     @pytest.fixture(autouse=True)
     def _no_sample(self, route, monkeypatch):
         sample_from(2**30, monkeypatch)
 
-    def test_straight_to_the_digits(self):
+    def test_straight_to_a_repair(self, route):
         _, n_passes = check(normal(12, N), 60, None)
-        assert n_passes in WITHOUT_A_PASS
+        assert n_passes in WITHOUT_A_PASS[route]
 
     def test_all_fit(self):
         _, n_passes = check(normal(12, N), N_PAIRS - 5, None)
         assert n_passes == 1
 
-    def test_many_pairs_just_below_the_bound(self):
-        """Cosines of 0.5, a little more or less each: more of them than fit, were the slack of a screen still there."""
+    def test_many_pairs_just_below_the_bound(self, route):
+        """Cosines of 0.5, a little more or less each: the slack of a screen lets more of them pass than fit.
+
+        Digits of the products as they are then follow, and no slack is left.
+        """
         x = torch.cat([torch.ones(1, N), torch.eye(N)]) + 1e-3 * torch.randn(N + 1, N, generator=seeded(0))
         _, n_passes = check(x, 20, None)
-        assert n_passes in WITHOUT_A_PASS
+        n_in_vain = {"plain": 0, "screened": MOST_SCREEN_DIGITS + 1}[route]
+        assert n_passes - n_in_vain in WITHOUT_A_PASS["plain"]
 
 
-def test_mostly_negative_cosines():
-    """Nothing that is sampled is positive, and zeros are near: a guess is not to be had."""
+def test_mostly_negative_cosines(route):
+    """Nothing that is sampled is positive: a guess is not to be had. A screen cannot tell the others from zeros."""
     x = torch.eye(N) - 1e-4
     x[:, 39] = x[:, 38] + x[:, 37]
     pairs, n_passes = check(x, 20, None, similarity="positive")
     assert list(zip(pairs.rows.tolist(), pairs.cols.tolist(), strict=True)) == [(37, 39), (38, 39)]
-    assert n_passes == 2
+    assert n_passes == {"plain": 2, "screened": 4}[route]
+
+
+@pytest.mark.parametrize("route", ["screened"], indirect=True)
+class TestScreen:
+    """A repair that goes through its screen: passes over products of float32 columns are for what it leaves open."""
+
+    @pytest.mark.parametrize(
+        ("guess", "n_passes"), [(0.99, 3), (0.02, 3), (None, 2)], ids=["too_high", "too_low", "none"]
+    )
+    def test_one_digit_is_enough(self, guess, n_passes, monkeypatch):
+        """And a pass; of columns of any norm, some of them dead."""
+        sample_from(2**30, monkeypatch)
+        x = normal(12, N) * 2.0 ** torch.randint(-30, 60, (N,), generator=seeded(1))
+        x[:, [0, 7, 39]] = 0
+        assert check(x, 60, guess)[1] == n_passes
+
+    def test_a_second_digit(self):
+        """The bin of the k-th similarity, from 0.5 to 0.53, holds 300 of 780 pairs, and 140 fit."""
+        x = torch.cat([torch.ones(1, N), torch.eye(N) * torch.linspace(0.92, 1.0, N)])
+        similarities = oracle.cosines(float64(x))
+        assert ((similarities > 0.5) & (similarities < 0.53)).sum() > 300 > capacity_of(33, "screened")
+        assert check(x, 33, 0.99)[1] == 4
+
+    def test_ties(self):
+        """All of the same value fit, and the first of them are selected."""
+        x = torch.eye(N)
+        x[39, :13] = 1.0
+        pairs, n_passes = check(x, 50, 0.9)
+        expected = oracle.select(float64(x), 50, None)
+        assert pairs.rows.tolist() == expected.rows.tolist()
+        assert pairs.cols.tolist() == expected.cols.tolist()
+        assert n_passes == 3
+
+    def test_rounding_both_ways(self):
+        """66 pairs whose cosine the rounding raises to a bin beyond it, and one of a larger cosine that it lowers.
+
+        The 66th rounded cosine is 0.75, the 67th is 0.7490, and the slack is 0.0008. The guess has to be below
+        0.7494 to be reached by 66 pairs, and the pass has to record what is at least 0.7490 after rounding.
+        """
+        raised = mostly_shared(12, 33, 0.5 - 9 * 2.0**-11, 18 * 2.0**-8)
+        lowered = mostly_shared(2, 10, 0.5 - 19 * 2.0**-11, 25 * 2.0**-8)
+        x = torch.block_diag(raised, lowered, torch.eye(N - 14))
+        cosine = oracle.cosines(float64(x)).max()
+        assert cosine == pytest.approx(0.74965, abs=1e-5)
+        pairs, n_passes = check(x, 66, 0.99)
+        assert (pairs.rows[0], pairs.cols[0]) == (12, 13)
+        assert pairs.values[1:].tolist() == pytest.approx([0.74943] * 65, abs=1e-5)
+        assert n_passes == 3
+
+
+def mostly_shared(n: int, n_shared: int, *own: float) -> Tensor:
+    """Unit columns [n_shared + len(own) * n, n] with these entries of their own; in the others they are all equal."""
+    shared = ((1 - sum(entry**2 for entry in own)) / n_shared) ** 0.5
+    return torch.cat([torch.full((n_shared, n), shared), *(entry * torch.eye(n) for entry in own)])

@@ -158,7 +158,7 @@ def test_offsets_past_int32(far_apart):
     assert_within(actual=values, expected=gram_of(x)[[0, 0, 1], [1, 2, 2]], bound=cosine_bound(x))
 
 
-@pytest.mark.parametrize("stage", range(1, 5), ids=["digits", "ties", "collect", "certified"])
+@pytest.mark.parametrize("stage", range(1, 6), ids=["screen", "digits", "ties", "collect", "certified"])
 def test_only_after_a_pass(stage):
     x = normal(12, 40)
     radix = radix_at(stage, 40)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.inputs import VIEWS, normal
-from tests.kernels.arguments import DEVICE, to_device
+from tests.kernels.arguments import DEVICE, radix_at, to_device
+from topk_ortho.kernels.radix_select import PASS
 from topk_ortho.kernels.transpose import transpose
 
 POISON = 12345.0
@@ -29,3 +30,15 @@ def test_layouts(view):
     for out in (torch.empty(70, 66, device=DEVICE), torch.empty(66, 70, device=DEVICE).T):
         transpose(x, out)
         assert torch.equal(out, x.T)
+
+
+@pytest.mark.parametrize("stage", range(6), ids=["pass", "screen", "digits", "ties", "collect", "certified"])
+def test_only_for_a_pass(stage):
+    """What is transposed for the records of a pass."""
+    x = normal(66, 70).to(DEVICE)
+    out = torch.full((70, 66), POISON, device=DEVICE)
+    transpose(x, out, radix_at(stage, 70).plan)
+    if stage == PASS.value:
+        assert torch.equal(out, x.T)
+    else:
+        assert (out == POISON).all()

@@ -3,8 +3,9 @@
 The kernels are `topk_ortho.kernels`; here they are put in order. Nothing is read on the host once a warm-start state is
 given: every call enqueues the same kernels, and those of a repair return at once unless the first pass failed (see
 `topk_ortho.kernels.radix_select`). Without a state the host looks whether it failed, and compiles and launches a repair
-only then. float32 columns in "highest" precision are first screened in fp16, whose rounding is
-bounded, and what may be selected is computed again in float32. float64 has no kernels: it goes to `tiled`.
+only then. float32 columns in "highest" precision are first screened in fp16, whose rounding is bounded, and what may be
+selected is computed again in float32. If the guess failed, the screen finds a better one and passes once more; float32
+products of all pairs are for what it leaves undecided. float64 has no kernels: it goes to `tiled`.
 
 Extra memory: O(k) records, for row-major x a slab of its transpose, for float32 columns in "highest" or "medium"
 precision an fp16 copy, and for a bf16 or fp16 x whose lines are not multiples of 16 entries, such as a row-major x
@@ -96,9 +97,13 @@ class TritonBackend:
             if may_synchronize(x.device, state):
                 _refuse_not_finite(x, norms)
             call = self._begin(x, norms, query, state)
-            self._first_pass(call)
+            self._pass(call)
             _certify(call)
             if not (may_synchronize(x.device, state) and _is_certified(call)):
+                if call.operands.deviation is not None:
+                    _guess_again(call)
+                    self._pass(call)
+                    _certify(call)
                 _repair(call)
             return _finish(call, self.most_margin)
 
@@ -187,15 +192,18 @@ class TritonBackend:
         radix_select.begin(call.radix, operands.flags, guess, operands.deviation, rank, x.shape[0], can_overflow)
         return call
 
-    def _first_pass(self, call: "_Call") -> None:
-        """Record what exceeds the bound; of a screened operand, compute it again in the precision asked for."""
+    def _pass(self, call: "_Call") -> None:
+        """Record what exceeds the bound; of a screened operand, compute it again in the precision asked for.
+
+        The kernels return at once if the stage is not PASS.
+        """
         operands, records = call.operands, (call.cosines, call.rows, call.cols)
         floor = floor_of(call.query)
         gram_survivors(operands.first, call.radix, *records, call.moments, floor, is_abs=call.is_abs, is_first=True)
         if operands.deviation is not None:
             n_rows = self._rows_in_l2(call.x, RESCORE_LINE_BYTES)
             n_slabs = -(-call.x.shape[0] // n_rows)
-            for i, x_slab in enumerate(_feature_major(call.x, n_rows)):
+            for i, x_slab in enumerate(_feature_major(call.x, n_rows, call.radix.plan)):
                 rescore(
                     x_slab, call.norms.inverse, call.radix, *records,
                     is_first=i == 0, is_last=i == n_slabs - 1, is_abs=call.is_abs,
@@ -286,11 +294,23 @@ class _Call(NamedTuple):
 
 
 def _certify(call: _Call) -> None:
-    """Decide on the device whether the first pass kept at least k pairs, and no more than fit."""
-    radix = call.radix
-    if call.operands.deviation is None:  # all that it kept are above the bound in the precision asked for
+    """Decide on the device whether the pass kept at least k pairs, and no more than fit."""
+    radix, is_rounded = call.radix, call.operands.deviation is not None
+    if not is_rounded:  # all that it kept are above the bound in the precision asked for
         radix = radix._replace(n_certified=radix.n_survivors)
-    radix_select.certify(radix, call.query.k, call.capacity, floor_of(call.query), call.adaptive_tau())
+    floor, tau = floor_of(call.query), call.adaptive_tau()
+    radix_select.certify(radix, call.query.k, call.capacity, floor, tau, is_rounded=is_rounded)
+
+
+def _guess_again(call: _Call) -> None:
+    """Find a guess that k pairs reach, among the rounded similarities of a screen.
+
+    The kernels return at once if the pass was certified.
+    """
+    radix, floor = call.radix, floor_of(call.query)
+    for histogram in radix.screen_histograms:
+        gram_histogram(call.operands.first, radix, histogram, None, -1.0, is_abs=call.is_abs, is_screen=True)
+        radix_select.next_guess(radix, call.query.k, call.capacity, floor)
 
 
 def _is_certified(call: _Call) -> bool:
@@ -301,12 +321,15 @@ def _is_certified(call: _Call) -> bool:
 def _repair(call: _Call) -> None:
     """Find the k-th similarity digit by digit, and record what is above it.
 
-    The kernels return at once if the first pass was certified.
+    The kernels return at once if a pass was certified. They multiply scaled columns, which are safe for any norm: on
+    Hopper a step of their loop has three times the instructions of one that multiplies bf16 columns as they are. To
+    launch both kinds, one of which would return at once, would cost every call that is certified six more launches.
     """
     operand, radix, floor = call.operands.repair, call.radix, floor_of(call.query)
-    for i, (shift, bits) in enumerate(radix_select.DIGITS_OF_SIMILARITY):
-        gram_histogram(operand, radix, call.moments if i == 0 else None, floor, shift, bits, is_abs=call.is_abs)
-        radix_select.next_digit(radix, shift, bits, call.query.k, call.capacity)
+    for i, histogram in enumerate(radix.digit_histograms):
+        moments = call.moments if i == 0 else None
+        gram_histogram(operand, radix, histogram, moments, floor, is_abs=call.is_abs, is_screen=False)
+        radix_select.next_digit(radix, histogram, call.query.k, call.capacity)
     gram_row_ties(operand, radix, is_abs=call.is_abs)
     radix_select.tie_row(radix, call.query.k)
     records = (call.cosines, call.rows, call.cols)
@@ -391,13 +414,16 @@ def _plain_and_scaled(x: Tensor, norms: "Norms", kind: "Kind") -> _Operands:
     )
 
 
-def _feature_major(x: Tensor, n_rows: int) -> Iterator[Tensor]:
-    """Slabs [N, n_rows] of x, the last one of the rest, whose lines are contiguous: views if those of x are."""
+def _feature_major(x: Tensor, n_rows: int, plan: Tensor | None = None) -> Iterator[Tensor]:
+    """Slabs [N, n_rows] of x, the last one of the rest, whose lines are contiguous: views if those of x are.
+
+    With a plan they are copied only if the stage is PASS.
+    """
     for slab in x.split(n_rows):
         lines = slab.T
         if slab.stride(0) != 1:
             lines = torch.empty_like(lines, memory_format=torch.contiguous_format)
-            transpose(slab, lines)
+            transpose(slab, lines, plan)
         yield lines
 
 
