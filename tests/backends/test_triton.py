@@ -556,8 +556,7 @@ class TestDescribed:
         assert_selection(pairs, x, k=100, **arguments)
         is_screened = BACKENDS["triton"].least_screened_features <= n
         is_half = dtype == torch.bfloat16 or is_screened or "precision" in arguments
-        n_launches = 2 if is_screened and dtype == torch.float32 and "precision" not in arguments else 1
-        assert len(grids) == n_launches * int(is_half and arguments.get("tau") != "adaptive")
+        assert (len(grids) > 0) == (is_half and arguments.get("tau") != "adaptive")
 
 
 @pytest.mark.parametrize("similarity", ["abs", "positive"])
