@@ -590,7 +590,7 @@ def test_records_in_order(n, similarity):
 
 @on_the_cpu
 class TestAligned:
-    """bf16 and fp16 columns whose lines vector loads cannot read are copied once, if they are many."""
+    """Columns whose lines vector loads cannot read are copied once, if they are many and for the matrix unit."""
 
     @pytest.fixture
     def operands(self, monkeypatch):
@@ -622,11 +622,19 @@ class TestAligned:
         ((_, is_aligned),) = operands
         assert is_aligned
 
-    @pytest.mark.parametrize(("n", "dtype"), [(83, torch.float16), (82, torch.bfloat16), (83, torch.float32)], ids=str)
-    def test_what_is_copied(self, n, dtype, operands):
+    @pytest.mark.parametrize(
+        ("n", "dtype", "precision", "is_copied"),
+        [
+            (83, torch.float16, "highest", True),
+            (82, torch.bfloat16, "highest", False),
+            (83, torch.float32, "high", True),
+            (83, torch.float32, "highest", False),
+        ],
+        ids=str,
+    )
+    def test_what_is_copied(self, n, dtype, precision, is_copied, operands):
         x = normal(21, n, dtype=dtype)
-        result = BACKENDS["triton"].max_cosine(x, None, "highest")
+        result = BACKENDS["triton"].max_cosine(x, None, precision)
         values, _ = oracle.max_cosines(float64(x), [range(n)])
-        assert_within(actual=result.cosines, expected=values, bound=cosine_bound(x))
-        is_copied = n == 83 and dtype == torch.float16
+        assert_within(actual=result.cosines, expected=values, bound=cosine_bound(x, precision))
         assert {is_aligned for _, is_aligned in operands} == {is_copied}

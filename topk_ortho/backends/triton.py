@@ -8,9 +8,9 @@ selected is computed again in float32. If the guess failed, the screen finds a b
 products of all pairs are for what it leaves undecided. float64 has no kernels: it goes to `tiled`.
 
 Extra memory: O(k) records, for row-major x a slab of its transpose, for float32 columns in "highest" or "medium"
-precision an fp16 copy, and for a bf16 or fp16 x whose lines are not multiples of 16 entries, such as a row-major x
-whose N is not, a copy whose lines are. A gradient has sums of columns with many partners, see
-`TritonBackend.sums_bytes`.
+precision an fp16 copy. bf16 and fp16 columns, and float32 ones in "high" precision, are copied if the lines of x are
+not multiples of 16 entries, as those of a row-major x whose N is not. A gradient has sums of columns with many
+partners, see `TritonBackend.sums_bytes`.
 """
 
 from collections.abc import Iterator
@@ -66,9 +66,9 @@ class TritonBackend:
     """Most rows of x for which float32 columns are screened: the bound on the rounding of longer sums lets more pairs
     pass than the records hold."""
     least_aligned_features: int = 1024
-    """Features from which a bf16 or fp16 x is copied if its lines are not aligned. The pass loads every entry of 1,024
-    features 8 times. Without a copy it loads them one by one, and none asynchronously: on sm_80 by 32 instructions in
-    place of 4. Not measured."""
+    """Features from which x is copied if its lines are not aligned, unless float32 is multiplied as it is, which would
+    save 3% of the instructions. The pass loads every entry of 1,024 features 8 times. Without a copy it loads them one
+    by one: of bf16 and fp16 by 32 instructions a step in place of 4 on sm_80, none asynchronous. Not measured."""
     slab_bytes: int = 2**25
     """Size of a slab of x that stays in L2 while lines of it are gathered: an A100 has 40 MB, an H200 has 60 MB. Both
     have it in two halves, but on an H200 the gradient gathers as fast from 2**25 bytes, more than a half, as from
@@ -117,7 +117,7 @@ class TritonBackend:
             _refuse_not_finite(x, norms)
             if chunks is None:
                 cosines, partners = _max_cosine_of_chunks(
-                    self._loadable(x), norms, precision, n_chunks=1, largest=x.shape[1], n_larger=1
+                    self._loadable(x, _kind(x, precision)), norms, precision, n_chunks=1, largest=x.shape[1], n_larger=1
                 )
                 return MaxCosine(cosines, partners, norms.norms)
             cosines, partners = torch.empty_like(norms.norms), torch.empty_like(norms.norms, dtype=torch.int64)
@@ -214,16 +214,16 @@ class TritonBackend:
         # an adaptive tau needs every cosine in full precision
         is_screened = query.precision == "highest" and is_large and query.n_std is None
         if x.dtype != torch.float32 or not (is_screened or query.precision == "medium"):
-            return _plain_and_scaled(self._loadable(x), norms, _kind(x, query.precision))
+            kind = _kind(x, query.precision)
+            return _plain_and_scaled(self._loadable(x, kind), norms, kind)
         rounded, deviation = _rounded(x, norms)
         if query.precision == "medium":
             return _Operands(rounded, rounded, torch.zeros_like(norms.flags), None)
         return _Operands(rounded, _plain_and_scaled(x, norms, "ieee").repair, norms.flags, deviation)
 
-    def _loadable(self, x: Tensor) -> Tensor:
-        """x; where loads of single entries would cost more than a copy, an aligned copy."""
-        is_narrow = x.element_size() == 2 and x.shape[1] >= self.least_aligned_features
-        return aligned(x) if is_narrow else x
+    def _loadable(self, x: Tensor, kind: "Kind") -> Tensor:
+        """x; an aligned copy where loads of single entries would cost more."""
+        return aligned(x) if kind != "ieee" and x.shape[1] >= self.least_aligned_features else x
 
     def _rows_in_l2(self, x: Tensor, line_bytes: int) -> int:
         """Rows of a slab of x that stays in L2; in each column it has one line of so many bytes, or several."""
