@@ -158,6 +158,30 @@ LOADED_AS_THEY_LIE: set[tuple[str, Kind, bool]] = {
 }
 
 
+def _sum_error(n_products: int, fraction_bits: int) -> float:
+    """How far off a sum of products of fp16 numbers in float32 may be, for each product.
+
+    It is relative to the largest magnitude of a partial sum. A matrix unit adds `n_products` of them to the accumulator
+    at once. It aligns these numbers to the largest one, drops what is beyond so many bits of its fraction, adds them
+    exactly, and drops what float32 cannot hold.
+    """
+    return float(((n_products + 1) * 2.0**-fraction_bits + 2.0**-23) / n_products)
+
+
+# By compute capability or name: Ampere, Ada, Hopper, Blackwell, and CDNA 3, which rounds where the others drop and errs
+# less. No maker promises these numbers. They are those of tests in the literature: arXiv 2511.10909, which models each
+# of the units bit by bit, PeerJ Computer Science 7:e330 and arXiv 2510.15884 for Ampere, arXiv 2403.00232 for Hopper.
+_SUM_ERRORS: dict[int | str, float] = {
+    80: _sum_error(8, 24),
+    86: _sum_error(8, 24),
+    89: _sum_error(8, 24),
+    90: _sum_error(16, 25),
+    100: _sum_error(16, 25),
+    120: _sum_error(16, 25),
+    "gfx942": _sum_error(8, 24),
+}
+
+
 class Device(NamedTuple):
     """What a launch depends on."""
 
@@ -167,12 +191,15 @@ class Device(NamedTuple):
     """Multiprocessors (NVIDIA) or compute units (AMD)"""
     has_tf32: bool
     """Whether the matrix unit multiplies tf32: that of every NVIDIA GPU of the table does, and AMD's gfx942"""
+    sum_error: float | None
+    """Bound on the rounding of its sums of products of fp16 numbers, see `_sum_error`; None if there is none known"""
 
 
 def current_device() -> Device:
     """The device that Triton launches on, which the caller has made the current one."""
     if INTERPRETED.value:
-        return Device("interpreter", n_multiprocessors=1, has_tf32=True)
+        # NumPy rounds every addition to nearest
+        return Device("interpreter", n_multiprocessors=1, has_tf32=True, sum_error=2.0**-24)
     driver = triton.runtime.driver.active
     return _device(driver, driver.get_current_device())
 
@@ -181,10 +208,11 @@ def current_device() -> Device:
 def _device(driver: Any, number: int) -> Device:
     target = driver.get_current_target()
     n_multiprocessors = driver.utils.get_device_properties(number)["multiprocessor_count"]
+    sum_error = _SUM_ERRORS.get(target.arch)
     if target.backend == "hip":
-        return Device("gfx942", n_multiprocessors, has_tf32=target.arch == "gfx942")
+        return Device("gfx942", n_multiprocessors, has_tf32=target.arch == "gfx942", sum_error=sum_error)
     architecture = {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "sm_80")
-    return Device(architecture, n_multiprocessors, has_tf32=True)
+    return Device(architecture, n_multiprocessors, has_tf32=True, sum_error=sum_error)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

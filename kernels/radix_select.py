@@ -44,6 +44,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topk_ortho.kernels.launch import current_device
+
 PASS, SCREEN, DIGITS, TIES, COLLECT, CERTIFIED = (tl.constexpr(stage) for stage in range(6))
 STAGE, LOWEST, WIDTH, ABOVE, TIE_ROW, PASSES_SO_FAR, FAILURE = (tl.constexpr(place) for place in range(7))
 """Places in `RadixSelect.plan`."""
@@ -186,7 +188,7 @@ def _highest_bin_with(wanted, histogram, n_above, BINS: tl.constexpr):
 def _begin_kernel(
     plan_ptr, bounds_ptr, histogram_ptr,  # [7] int64, [3] float32, [4096] int64
     flags_ptr, state_ptr, deviation_ptr,  # [1] int32, [3] float32, [2] float32
-    rank, n_features, M, can_overflow,
+    rank, n_features, M, sum_error, can_overflow,
     HAS_STATE: tl.constexpr, IS_ROUNDED: tl.constexpr,
     SHIFT: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
@@ -207,12 +209,12 @@ def _begin_kernel(
     flags = tl.load(flags_ptr)
     stage = tl.where(flags > 0, DIGITS, PASS)
     if IS_ROUNDED:
-        # Products of fp16 numbers are exact in float32. Every addition of the pass errs by at most 2**-23 times a sum
-        # of magnitudes, which the norms bound, provided that the matrix unit keeps one bit more than float32 while it
-        # aligns its terms. M / 4 + 32 further units cover what it drops before that, and the sums of `rescore`. The
-        # factor 1.01 covers the norms of rounded columns and the rounding of this formula.
+        # Products of fp16 numbers are exact in float32. For each of them the sum of the pass errs by `sum_error` of the
+        # largest partial sum at most, which the norms bound. M / 32 + 32 units of 2**-23 cover rows beyond M, and the
+        # sums of `rescore`, of which a lane has M / 64 terms. The factor 1.01 covers the norms of rounded columns and
+        # the rounding of this formula.
         deviation = tl.load(deviation_ptr)
-        slack = 1.01 * (2.0 * deviation + deviation * deviation + (M + M // 4 + 32) * 2.0**-23)
+        slack = 1.01 * (2.0 * deviation + deviation * deviation + M * sum_error + (M // 32 + 32) * 2.0**-23)
         least = tl.where(tl.load(deviation_ptr + 1) > 0, -2.0, 0.0)
         stage = PASS
     # without a guess a pass would record every pair, which is in vain if they cannot fit
@@ -403,10 +405,12 @@ def begin(
     `flags` of the norms may say that they must not be multiplied: then the first pass is left out.
     """
     shift, bits = SAMPLE_DIGIT
+    sum_error = current_device().sum_error
+    assert deviation is None or sum_error is not None, "nothing is known of the rounding of this device"
     _begin_kernel[(1,)](
         radix.plan, radix.bounds, radix.sample_histogram,
         flags, flags if state is None else state, flags if deviation is None else deviation,
-        rank, radix.row_ties.numel(), n_rows, int(can_overflow),
+        rank, radix.row_ties.numel(), n_rows, sum_error or 0.0, int(can_overflow),
         HAS_STATE=state is not None, IS_ROUNDED=deviation is not None, SHIFT=shift, BINS=2**bits,
         num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip

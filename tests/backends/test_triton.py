@@ -426,6 +426,35 @@ class TestCertificate:
             topk_pairs(normal(4, 43), k=400, backend="triton")
 
 
+class TestScreened:
+    """When float32 columns are screened."""
+
+    @pytest.mark.parametrize(
+        ("m", "n", "sum_error", "arguments", "is_screened"),
+        [
+            (7000, 1024, 1e-7, {}, True),
+            (7001, 1024, 1e-7, {}, False),
+            (7001, 1024, 0.9e-7, {}, True),
+            (7000, 1023, 1e-7, {}, False),
+            (16, 1024, None, {}, False),
+            (16, 1024, 1e-7, {"n_std": 1.0}, False),
+            (16, 1024, 1e-7, {"precision": "high"}, False),
+            (16, 1024, None, {"precision": "medium"}, False),
+        ],
+        ids=str,
+    )
+    def test_screened(self, m, n, sum_error, arguments, is_screened, monkeypatch):
+        """From so many features on, where the rounding of sums is known and small, and full precision is asked for."""
+        device = launch.current_device()._replace(sum_error=sum_error)
+        monkeypatch.setattr(triton, "current_device", lambda: device)
+        per_feature = torch.ones(n, device=DEVICE)
+        norms = Norms(*[per_feature] * 4, flags=torch.zeros(1, dtype=torch.int32, device=DEVICE))
+        monkeypatch.setattr(triton, "_rounded", lambda x, norms: (None, per_feature))
+        x = torch.ones(1, device=DEVICE).expand(m, n)
+        operands = TritonBackend()._operands(x, norms, Query(k=1, **arguments))
+        assert (operands.deviation is not None) == is_screened
+
+
 class TestTooLarge:
     """What kernels cannot number is refused before anything is allocated."""
 

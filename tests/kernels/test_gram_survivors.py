@@ -466,7 +466,7 @@ def test_only_a_plain_first_pass_is_lean(is_first, has_moments, is_scaled, is_le
             return lambda **arguments: launches.append((grid, arguments["BLOCK"]))
 
     monkeypatch.setattr("topk_ortho.kernels.gram_survivors._gram_survivors_kernel", Kernel())
-    monkeypatch.setattr(launch, "current_device", lambda: launch.Device("interpreter", 1, True))
+    monkeypatch.setattr(launch, "current_device", lambda: launch.Device("interpreter", 1, True, None))
     operand = operand_of(torch.ones(3, 200), is_scaled=is_scaled)
     moments = torch.empty(operand.n_programs, 3, dtype=torch.float64, device=DEVICE) if has_moments else None
     values, ints = torch.empty(9, device=DEVICE), torch.empty(9, dtype=torch.int32, device=DEVICE)

@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -66,26 +67,31 @@ class TestTileConfigs:
         operand = operand_of(torch.ones(3, n))
         config = TileConfig(block=64, block_m=16, group=1, num_warps=4, num_stages=1, programs_per_sm=2)
         monkeypatch.setitem(TILE_CONFIGS, ("two multiprocessors", "ieee"), config)
-        monkeypatch.setattr(launch, "current_device", lambda: launch.Device("two multiprocessors", 2, True))
+        monkeypatch.setattr(launch, "current_device", lambda: launch.Device("two multiprocessors", 2, True, None))
         assert operand.n_tiles == n_tiles
         assert operand.n_programs == min(n_tiles, 4)
 
 
 @pytest.mark.parametrize(
-    ("target", "architecture", "has_tf32"),
+    ("target", "architecture", "has_tf32", "sums"),
     [
-        (GPUTarget("cuda", 80, 32), "sm_80", True),
-        (GPUTarget("cuda", 89, 32), "sm_80", True),
-        (GPUTarget("cuda", 90, 32), "sm_90", True),
-        (GPUTarget("cuda", 100, 32), "sm_100", True),
-        (GPUTarget("cuda", 120, 32), "sm_80", True),
-        (GPUTarget("hip", "gfx942", 64), "gfx942", True),
-        (GPUTarget("hip", "gfx90a", 64), "gfx942", False),
+        (GPUTarget("cuda", 80, 32), "sm_80", True, (8, 24)),
+        (GPUTarget("cuda", 86, 32), "sm_80", True, (8, 24)),
+        (GPUTarget("cuda", 87, 32), "sm_80", True, None),
+        (GPUTarget("cuda", 89, 32), "sm_80", True, (8, 24)),
+        (GPUTarget("cuda", 90, 32), "sm_90", True, (16, 25)),
+        (GPUTarget("cuda", 100, 32), "sm_100", True, (16, 25)),
+        (GPUTarget("cuda", 103, 32), "sm_100", True, None),
+        (GPUTarget("cuda", 110, 32), "sm_80", True, None),
+        (GPUTarget("cuda", 120, 32), "sm_80", True, (16, 25)),
+        (GPUTarget("hip", "gfx942", 64), "gfx942", True, (8, 24)),
+        (GPUTarget("hip", "gfx90a", 64), "gfx942", False, None),
+        (GPUTarget("hip", "gfx950", 64), "gfx942", False, None),
     ],
     ids=lambda part: str(getattr(part, "arch", part)),
 )
-def test_every_device_has_a_table_entry(target, architecture, has_tf32, monkeypatch):
-    """Its own, or that of the nearest architecture."""
+def test_every_device_has_a_table_entry(target, architecture, has_tf32, sums, monkeypatch):
+    """Its own, or that of the nearest architecture; of its sums only what is known of the device itself."""
 
     class Driver:
         utils = SimpleNamespace(get_device_properties=lambda number: {"multiprocessor_count": 100 + number})
@@ -98,8 +104,53 @@ def test_every_device_has_a_table_entry(target, architecture, has_tf32, monkeypa
 
     monkeypatch.setattr(launch, "INTERPRETED", triton.language.constexpr(False))
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
-    assert launch.current_device() == launch.Device(architecture, 103, has_tf32)
+    sum_error = None if sums is None else worst_case(*sums)
+    assert launch.current_device() == launch.Device(architecture, 103, has_tf32, sum_error)
     assert all((architecture, kind) in TILE_CONFIGS for kind in KINDS)
+
+
+def worst_case(n_products: int, fraction_bits: int) -> float:
+    """A product's share of what a matrix unit drops of a sum up to 1."""
+    return ((n_products + 1) / 2**fraction_bits + 1 / 2**23) / n_products
+
+
+def sum_of_matrix_unit(products: np.ndarray, n_products: int, fraction_bits: int) -> float:
+    """The sum as the unit makes it, block by block: aligned, cut off, added, and cut off to float32."""
+    total = 0.0
+    for block in products.reshape(-1, n_products):
+        terms = np.array([total, *block])
+        _, exponent = np.frexp(np.abs(terms).max())
+        step = 2.0 ** (exponent - 1 - fraction_bits)
+        aligned = (np.trunc(terms / step) * step).sum()
+        _, exponent = np.frexp(aligned)
+        step = 2.0 ** (exponent - 24)
+        total = np.trunc(aligned / step) * step
+    return total
+
+
+@pytest.mark.parametrize(("n_products", "fraction_bits"), [(8, 24), (16, 25)], ids=str)
+class TestSumErrors:
+    """The bound on the rounding of sums holds, and no much smaller one would do."""
+
+    def test_random_products(self, n_products, fraction_bits):
+        """Their magnitudes sum up to 1, as those of the products of unit columns do at most."""
+        generator = np.random.default_rng(0)
+        for sharpness in (0.1, 1.0, 4.0):
+            for _ in range(5):
+                products = generator.normal(size=4096) * generator.random(4096) ** sharpness
+                products /= np.abs(products).sum()
+                error = abs(sum_of_matrix_unit(products, n_products, fraction_bits) - products.sum())
+                assert 0 < error <= 4096 * worst_case(n_products, fraction_bits)
+
+    def test_the_worst_products(self, n_products, fraction_bits):
+        """Beside a sum of 1, nearly all of each is dropped, and one of each block together with what is added last."""
+        unit = 2.0**-fraction_bits
+        block = np.full(n_products, 0.999 * unit)
+        block[0] = 2.0**-23 - unit
+        products = np.concatenate([[1.0], np.zeros(n_products - 1), *[block] * 200])
+        error = products.sum() - sum_of_matrix_unit(products, n_products, fraction_bits)
+        bound = 200 * n_products * worst_case(n_products, fraction_bits)
+        assert 0.7 * bound < error <= bound
 
 
 class TestDescribable:

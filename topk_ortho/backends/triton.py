@@ -62,13 +62,13 @@ class TritonBackend:
     least_screened_features: int = 1024
     """Features from which float32 columns are screened. On an H200, where the launches are captured in a graph, the
     screen takes 0.84 of the time without at N = 1,024 and 0.32 at N = 4,096 (M = 1,024 and 4,096)."""
-    most_screened_rows: int = 8192
-    """Most rows of x for which float32 columns are screened: the bound on the rounding of longer sums lets more pairs
-    pass than the records hold."""
     least_aligned_features: int = 1024
     """Features from which x is copied if its lines are not aligned, unless float32 is multiplied as it is, which would
     save 3% of the instructions. The pass loads every entry of 1,024 features 8 times. Without a copy it loads them one
     by one: of bf16 and fp16 by 32 instructions a step in place of 4 on sm_80, none asynchronous. Not measured."""
+    most_sum_error: float = 7e-4
+    """Largest bound on the rounding of its sums for which a screen is used: with a larger one more pairs pass than the
+    records hold. That is up to 17,800 rows of x on Hopper and Blackwell, and 8,500 on Ampere, Ada and CDNA 3."""
     slab_bytes: int = 2**25
     """Size of a slab of x that stays in L2 while lines of it are gathered: an A100 has 40 MB, an H200 has 60 MB. Both
     have it in two halves, but on an H200 the gradient gathers as fast from 2**25 bytes, more than a half, as from
@@ -209,10 +209,16 @@ class TritonBackend:
                     is_first=i == 0, is_last=i == n_slabs - 1, is_abs=call.is_abs,
                 )  # fmt: skip
 
+    def _may_be_screened(self, x: Tensor) -> bool:
+        """Whether a screen of x [M, N] float32 pays, and its rounding is known."""
+        sum_error = current_device().sum_error
+        if sum_error is None or x.shape[1] < self.least_screened_features:
+            return False
+        return bool(x.shape[0] * sum_error <= self.most_sum_error)
+
     def _operands(self, x: Tensor, norms: "Norms", query: Query) -> "_Operands":
-        is_large = x.shape[1] >= self.least_screened_features and x.shape[0] <= self.most_screened_rows
         # an adaptive tau needs every cosine in full precision
-        is_screened = query.precision == "highest" and is_large and query.n_std is None
+        is_screened = query.precision == "highest" and query.n_std is None and self._may_be_screened(x)
         if x.dtype != torch.float32 or not (is_screened or query.precision == "medium"):
             kind = _kind(x, query.precision)
             return _plain_and_scaled(self._loadable(x, kind), norms, kind)
