@@ -5,12 +5,13 @@
 The launchers are called with tensors that have no memory, on a device that is not there: Triton compiles for it what it
 would compile at such a launch, and then launches nothing. So what is reported is what ships, block sizes and options
 included. The exit status is 1 if something does not compile or breaks a promise, see `violations`. The report takes
-about 9 minutes of processor time, which two processes share, and 2 if Triton has all of it in its cache.
+about 10 minutes of processor time, which two processes share, and 2 if Triton has all of it in its cache.
 
 x is [4096, 65536], row-major unless said otherwise. Kernels over gram tiles are compiled for each kind of operand
 (bf16, float32 as tf32, float32 as it is) as the backend launches them: the first pass not scaled, the passes of a
-repair scaled, both with moments. Only the first pass is also compiled for fp16 and for feature-major x, and the passes
-of a screen for fp16. Similarities are absolute, tensors are aligned to 16 bytes, and, for AMD, below 2 GB.
+repair scaled, both with moments. Only the first pass is also compiled for fp16, for feature-major x and for a ragged N
+of 65,535 (and `max_cosine` for the last), and the passes of a screen for fp16. Similarities are absolute, tensors are
+aligned to 16 bytes, and, for AMD, below 2 GB.
 """
 
 import argparse
@@ -48,7 +49,7 @@ from topk_ortho.kernels.coactivation import (
 from topk_ortho.kernels.gram_histogram import gram_histogram, gram_row_ties
 from topk_ortho.kernels.gram_sample import gram_sample
 from topk_ortho.kernels.gram_survivors import gram_survivors
-from topk_ortho.kernels.launch import INTERPRETED, Kind, Operand
+from topk_ortho.kernels.launch import INTERPRETED, Kind, Operand, aligned
 from topk_ortho.kernels.max_cosine import max_cosine
 from topk_ortho.kernels.norms import column_norms
 from topk_ortho.kernels.pair_gradient import LINE_BYTES, SEGMENT, SegmentSums, pair_gradient, segment_sums
@@ -70,6 +71,23 @@ _empty = partial(torch.empty, dtype=torch.float32, device=_META)
 LOCAL_MEMORY = r"LDL|STL"
 MATRIX = r"HMMA|HGMMA|UTC\w*MMA|v_mfma"
 _MULTIPLY_ADD = r"FFMA|v_(pk_)?fmac?_f32"
+ASYNC_COPY = r"LDGSTS|UTMALDG|global_load_lds"
+"""From global into shared memory, while the program goes on. Triton does not use those that gfx942 has."""
+GLOBAL_LOAD = r"LDG?\b|(global|buffer)_load_(?!lds)"
+SHARED_STORE = r"STSM?\b|ds_write"
+BARRIER = r"BAR\b|s_barrier"
+MOST_BARRIERS = {
+    ("sm_80", "half", "all pairs"): 3,
+    ("sm_90", "half", "first pass"): 4,
+    ("sm_90", "half", "scaled"): 3,
+    ("sm_90", "tf32", "scaled"): 3,
+    ("sm_100", "half", "first pass"): 3,
+    ("sm_100", "half", "all pairs"): 3,
+    ("sm_100", "tf32", "first pass"): 3,
+    ("sm_100", "tf32", "all pairs"): 3,
+}
+"""Barriers in the main loop of the kernels over gram tiles where they are more than two, by architecture, kind and
+`_pass_of`: as many as there are with Triton 3.9, so that one more is noticed."""
 # lines of `cuobjdump -sass`, whose label is the address, and of the assembly that the AMD backend of LLVM writes
 SASS = r"^\s* /\*0*([0-9a-f]+)\*/ \s+ (?:@!?U?P\w+\s+)? ([A-Z][\w.]*) ([^;]*);"
 AMDGCN = r"^(?: (\.L\w+): | \s+ ((?:s|v|ds|buffer|global|flat|scratch)_\w+) ([^;\n]*) )"
@@ -162,6 +180,14 @@ def max_programs(record: Record) -> int:
     return int(min(warps // record["num_warps"], by_shared, by_tensor_memory))
 
 
+def _pass_of(record: SimpleNamespace) -> str:
+    """What a kernel over gram tiles is launched for: with scaled operands, as a plain first pass, or neither."""
+    if "scaled" in record.variant:
+        return "scaled"
+    is_first = record.kernel in ("gram_survivors", "described_survivors") and "moments" not in record.variant
+    return "first pass" if is_first else "all pairs"
+
+
 def violations(records: Iterable[Record]) -> list[str]:
     """Broken promises, a line each."""
     found = []
@@ -169,6 +195,9 @@ def violations(records: Iterable[Record]) -> list[str]:
         r, limits = SimpleNamespace(**record), ARCHITECTURES[record["architecture"]]
         is_sparse, fitting = r.kernel in SPARSE_KERNELS, max_programs(record)
         has_matrix = any(name.startswith(limits.matrix_instruction) for name in r.matrix_instructions)
+        pass_name = _pass_of(r)
+        most_barriers = MOST_BARRIERS.get((r.architecture, r.kind, pass_name), 2)
+        is_direct = r.kernel in MAIN_LOOP_KERNELS and pass_name != "scaled" and limits.target.backend == "cuda"
         broken = [
             # the kernels over gram tiles, over sparse features and over selected pairs neither have a stack nor spill
             ((is_sparse or r.kernel in MAIN_LOOP_KERNELS | GATHER_KERNELS) and r.stack_bytes + r.n_spills > 0,
@@ -183,6 +212,12 @@ def violations(records: Iterable[Record]) -> list[str]:
             # the programs that a persistent launch means to run at once fit on a multiprocessor
             ((r.programs_per_sm or 0) > fitting,
              f"is launched with {r.programs_per_sm} programs per multiprocessor, which holds {fitting}"),
+            # on NVIDIA operands go into shared memory without registers, unless they are scaled on the way
+            (is_direct and r.loop_async_copies == 0, "has no asynchronous copy in its main loop"),
+            (is_direct and r.loop_loads + r.loop_stores > 0,
+             f"has {r.loop_loads} loads and {r.loop_stores} stores in its main loop that are not asynchronous"),
+            (r.kernel in MAIN_LOOP_KERNELS and r.loop_barriers > most_barriers,
+             f"has {r.loop_barriers} barriers in its main loop, more than {most_barriers}"),
             # no thread loads what another one of its program has stored, see `races`
             (len(r.races) > 0, f"loads and later stores through {', '.join(r.races)} without a barrier in between"),
         ]  # fmt: skip
@@ -232,6 +267,10 @@ def _gram_variants() -> Iterator[Variant]:
             (", scaled", partial(max_cosine, scaled, flags, best, 1, _N, _N, 1)),
         ):
             yield Variant(kind + label, launch, kind)
+        x = _empty(_M, _N - 1, dtype=dtype)
+        ragged = replace(plain, x=x if kind == "ieee" else aligned(x))
+        yield Variant(f"{kind}, ragged", partial(survivors, ragged), kind)
+        yield Variant(f"{kind}, ragged", partial(max_cosine, ragged, flags, best, 1, _N - 1, _N - 1, 1), kind)
     fp16 = replace(plain, x=_empty(_M, _N, dtype=torch.float16), kind="half")
     yield Variant("half, fp16", partial(survivors, fp16), "half")
     yield Variant("half, fp16, digit", partial(histogram, fp16, None, is_screen=True), "half")
@@ -342,6 +381,7 @@ def compiled(task: tuple[str, int]) -> Record | str:
     is_amd = "amdgcn" in binary.asm
     text = binary.asm["amdgcn"] if is_amd else _disassembled(binary.asm["cubin"])
     code = parse(text, AMDGCN if is_amd else SASS)
+    main_loop = code.main_loop or range(0)
     return {
         "kernel": device.kernel_name,
         "variant": variant.label,
@@ -359,7 +399,12 @@ def compiled(task: tuple[str, int]) -> Record | str:
         "shared_bytes": metadata.shared,
         "tensor_memory_columns": getattr(metadata, "tmem_size", None) or 0,  # 0 but on sm_100
         "matrix_instructions": dict(Counter(opcode for opcode in code.opcodes if re.match(MATRIX, opcode))),
-        "main_loop_instructions": code.main_loop and len(code.main_loop),  # None if there is no loop
+        # of the main loop; 0 if there is no loop
+        "loop_instructions": len(main_loop),
+        "loop_async_copies": code.count(ASYNC_COPY, main_loop),
+        "loop_loads": code.count(GLOBAL_LOAD, main_loop),
+        "loop_stores": code.count(SHARED_STORE, main_loop),
+        "loop_barriers": code.count(BARRIER, main_loop),
         "races": races(binary.asm["ttir"]),  # names of the arguments concerned
     }
 
@@ -378,7 +423,8 @@ def _table(records: list[Record]) -> str:
     columns = {
         "kernel": "kernel", "variant": "variant", "architecture": "architecture", "num_warps": "warps",
         "programs_per_sm": "programs", "registers": "registers", "stack_bytes": "stack", "n_spills": "spills",
-        "shared_bytes": "shared", "main_loop_instructions": "loop", "matrix_instructions": "matrix instructions",
+        "shared_bytes": "shared", "loop_instructions": "loop", "loop_async_copies": "copies", "loop_loads": "loads",
+        "loop_stores": "stores", "loop_barriers": "barriers", "matrix_instructions": "matrix instructions",
     }  # fmt: skip
     table = pd.DataFrame(records, columns=list(columns), dtype=object)
     matrix = table["matrix_instructions"].map(lambda counts: ", ".join(f"{n} {name}" for name, n in counts.items()))

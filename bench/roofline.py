@@ -11,9 +11,18 @@ datasheet, without structured sparsity. It counts
   gathered pair by pair come from L2, whose bandwidth no datasheet states; they are listed, and are in no floor.
 
 The sampling, the radix select and the sort of the records are left out: their work does not grow with N * M.
+
+Of the first pass over the gram the table also says what to expect,
+
+    expected = operations / (share of the peak) + operations of the epilogue / peak of fp32
+
+as if nothing hid the epilogue. `SHARES` and `EPILOGUE_OPERATIONS` are assumptions with their sources: published matrix
+products in Triton, and for 16-bit operands on Hopper one measurement of this package, so that there the model repeats
+what it was made from. What was measured is in bench/results.
 """
 
 import argparse
+from typing import NamedTuple
 
 from bench.cases import FRACTION
 from topk_ortho.definitions import k_from_fraction, n_pairs
@@ -22,6 +31,14 @@ Work = dict[str, float]
 """What one launch has to do at least: operations of the unit "half" or "tf32" (the matrix unit with 16-bit or tf32
 operands) or "fp32" (the float32 FMA units); bytes through "memory"; bytes "gathered" through L2, pair by pair."""
 
+ARCHITECTURES = {
+    "NVIDIA A100-SXM4-80GB": "sm_80",
+    "NVIDIA H100 80GB HBM3": "sm_90",
+    "NVIDIA H200": "sm_90",
+    "NVIDIA B200": "sm_100",
+    "AMD Instinct MI300X": "gfx942",
+    "AMD Instinct MI300X OAM": "gfx942",
+}
 # by the name that the driver reports: operations of each unit and bytes of device memory in a second, of A100, H100 and
 # H200 as SXM, which a PCIe card is not, and of the B200 in the HGX board
 HARDWARE = {
@@ -32,6 +49,33 @@ HARDWARE = {
     "AMD Instinct MI300X": {"half": 1307.4e12, "tf32": 653.7e12, "fp32": 163.4e12, "memory": 5.3e12},
     "AMD Instinct MI300X OAM": {"half": 1307.4e12, "tf32": 653.7e12, "fp32": 163.4e12, "memory": 5.3e12},
 }
+
+
+class Share(NamedTuple):
+    """How much of the peak of a unit the loop of a first pass is taken to reach, without its epilogue."""
+
+    of_peak: float
+    source: str
+
+
+_TRITON = "github.com/triton-lang/triton/issues"
+SHARES = {
+    ("sm_80", "half"): Share(0.55, f"Triton's tutorial on an A100, 170 Tflop/s, {_TRITON}/6523"),
+    ("sm_80", "tf32"): Share(0.55, "as with 16-bit operands"),
+    ("sm_80", "fp32"): Share(0.90, f"Triton's tutorial on an A100, 17.5 Tflop/s, {_TRITON}/2491"),
+    ("sm_90", "half"): Share(0.67, "this pass without its epilogue on an H200 at [4096, 65536], bench/results/h200.md"),
+    ("sm_90", "tf32"): Share(0.53, f"as 16-bit operands in Triton's tutorial on an H100, 525 Tflop/s, {_TRITON}/3672"),
+    ("sm_90", "fp32"): Share(0.73, "cuBLAS in float32 on an H200 at [4096, 32768], bench/results/h200.md"),
+    ("sm_100", "half"): Share(0.50, "a guess: as by pointers on Hopper"),
+    ("sm_100", "tf32"): Share(0.50, "a guess: as with 16-bit operands"),
+    ("sm_100", "fp32"): Share(0.73, "a guess: as on Hopper"),
+    ("gfx942", "half"): Share(0.33, f"a guess: two thirds of torch.matmul, {_TRITON}/7199, and that half the peak"),
+    ("gfx942", "tf32"): Share(0.33, "a guess: as with 16-bit operands"),
+    ("gfx942", "fp32"): Share(0.33, "a guess: as with 16-bit operands"),
+}
+EPILOGUE_OPERATIONS = 100
+"""Operations of the fp32 units for a pair of the first pass. On an H200 recording takes 1.2 to 2.1 ps a pair, see
+bench/results/h200.md: 80 to 140 operations."""
 
 
 def works(m: int, n: int, k: int, dtype: str) -> dict[str, Work]:
@@ -69,6 +113,12 @@ def floor_of(work: Work, hardware: dict[str, float]) -> tuple[float, str]:
     return max((work[unit] / rate, unit) for unit, rate in hardware.items() if unit in work)
 
 
+def expected_first_pass(name: str, unit: str, m: int, n: int) -> float:
+    """Seconds that a first pass on the GPU `name` should take with products of this unit, by the assumptions above."""
+    hardware, share = HARDWARE[name], SHARES[ARCHITECTURES[name], unit].of_peak
+    return n_pairs(n) * (2 * m / (share * hardware[unit]) + EPILOGUE_OPERATIONS / hardware["fp32"])
+
+
 def floor_of_call(hardware: dict[str, float], m: int, n: int, k: int, dtype: str, mode: str) -> float:
     """Seconds of the kernels of a certified call, which run one after the other.
 
@@ -89,17 +139,24 @@ def table(name: str, m: int, n: int, dtype: str) -> str:
         f"MODEL, not a measurement: {name}, vendor datasheet {half:,.1f} (16-bit), {tf32:,.1f} (tf32), "
         f"{fp32:,.1f} (fp32) Tflop/s dense, {bandwidth:,.2f} TB/s",
         f"x [{m:,}, {n:,}] {dtype}, k = {k:,}",
-        f"{'kernel':<22}{'Gop':>14}{'MB':>11}{'MB gathered':>13}{'floor ms':>11}{'bound by':>10}",
+        f"{'kernel':<22}{'Gop':>14}{'MB':>11}{'MB gathered':>13}{'floor ms':>11}{'bound by':>10}{'expected ms':>13}",
     ]
+    assumptions = [f"Expected of gram_survivors: {EPILOGUE_OPERATIONS} fp32 operations a pair, and of the peaks"]
     for kernel, work in works(m, n, k, dtype).items():
         operations, n_bytes, gathered_bytes = [*work.values(), 0.0][:3]
         floor_s, bound = floor_of(work, hardware)
         amounts = f"{operations / 1e9:>14,.1f}{n_bytes / 1e6:>11,.1f}{gathered_bytes / 1e6:>13,.0f}"
-        lines.append(f"{kernel:<22}{amounts}{1e3 * floor_s:>11.3f}{bound:>10}")
+        expected = ""
+        if kernel.startswith("gram_survivors"):
+            unit = kernel.split()[-1]
+            expected = f"{1e3 * expected_first_pass(name, unit, m, n):.3f}"
+            share = SHARES[ARCHITECTURES[name], unit]
+            assumptions.append(f"  {unit}: {share.of_peak:.0%}, {share.source}")
+        lines.append(f"{kernel:<22}{amounts}{1e3 * floor_s:>11.3f}{bound:>10}{expected:>13}".rstrip())
     for mode in ("forward", "forward_backward"):
         floor_ms = 1e3 * floor_of_call(hardware, m, n, k, dtype, mode)
         lines.append(f"{mode.replace('_', ' + ') + ', sum of its kernels':<60}{floor_ms:>11.3f}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + assumptions) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,12 +14,17 @@ from bench import compile_report
 from bench.compile_report import (
     AMDGCN,
     ARCHITECTURES,
+    ASYNC_COPY,
+    BARRIER,
     GATHER_KERNELS,
+    GLOBAL_LOAD,
     LOCAL_MEMORY,
     MAIN_LOOP_KERNELS,
     MATRIX,
     SASS,
+    SHARED_STORE,
     SPARSE_KERNELS,
+    Code,
     max_programs,
     number_of,
     parse,
@@ -142,6 +147,37 @@ amdhsa.kernels:
 """
 
 
+@pytest.mark.parametrize(
+    ("opcode", "pattern"),
+    [
+        ("LDGSTS.E.BYPASS.128", ASYNC_COPY),
+        ("UTMALDG.2D", ASYNC_COPY),
+        ("global_load_lds_dwordx4", ASYNC_COPY),
+        ("LDG.E.128", GLOBAL_LOAD),
+        ("LD.E.64", GLOBAL_LOAD),
+        ("buffer_load_dwordx4", GLOBAL_LOAD),
+        ("global_load_dwordx2", GLOBAL_LOAD),
+        ("STS.U16", SHARED_STORE),
+        ("STSM.16.MT88.4", SHARED_STORE),
+        ("ds_write_b64", SHARED_STORE),
+        ("BAR.SYNC.DEFER_BLOCKING", BARRIER),
+        ("s_barrier", BARRIER),
+        ("LDGDEPBAR", None),
+        ("LDS.128", None),
+        ("LDSM.16.M88.4", None),
+        ("LDC.64", None),
+        ("DEPBAR.LE", None),
+        ("STG.E", None),
+        ("ds_read_b64", None),
+        ("s_load_dwordx2", None),
+    ],
+)
+def test_what_is_counted_in_a_loop(opcode, pattern):
+    code = Code([opcode], [])
+    for other in (ASYNC_COPY, GLOBAL_LOAD, SHARED_STORE, BARRIER):
+        assert code.count(other) == int(other is pattern)
+
+
 class TestAmdgcn:
     def test_loop(self):
         code = parse(ASSEMBLY, AMDGCN)
@@ -175,7 +211,8 @@ def record(architecture="sm_90", **fields):
     good = {
         "kernel": "gram_survivors", "variant": "half", "kind": "half", "programs_per_sm": 2, "max_registers": None,
         "stack_bytes": 0, "n_spills": 0, "shared_bytes": 32768, "tensor_memory_columns": 0,
-        "main_loop_instructions": 124, "races": [],
+        "loop_instructions": 124, "loop_async_copies": 4, "loop_loads": 0, "loop_stores": 0, "loop_barriers": 2,
+        "races": [],
     }  # fmt: skip
     return good | GOOD[architecture] | fields | {"architecture": architecture}
 
@@ -229,6 +266,65 @@ class TestGates:
         (line,) = violations([record(max_registers=120)])
         assert line == "gram_survivors (half) on sm_90 has 127 registers, more than 120"
 
+    DIRECT = pytest.mark.parametrize(
+        ("architecture", "kernel", "variant"),
+        [
+            ("sm_80", "gram_survivors", "half"),
+            ("sm_80", "gram_survivors", "half, moments"),
+            ("sm_90", "described_survivors", "half, ragged"),
+            ("sm_90", "max_cosine", "tf32"),
+            ("sm_100", "gram_histogram", "half, fp16, digit"),
+        ],
+    )
+
+    @DIRECT
+    def test_no_asynchronous_copy(self, architecture, kernel, variant):
+        (line,) = violations([record(architecture, kernel=kernel, variant=variant, loop_async_copies=0)])
+        assert line == f"{kernel} ({variant}) on {architecture} has no asynchronous copy in its main loop"
+
+    @DIRECT
+    @pytest.mark.parametrize("fields", [{"loop_loads": 1}, {"loop_stores": 2}], ids=["load", "store"])
+    def test_operands_through_registers(self, architecture, kernel, variant, fields):
+        (line,) = violations([record(architecture, kernel=kernel, variant=variant, **fields)])
+        n_loads, n_stores = fields.get("loop_loads", 0), fields.get("loop_stores", 0)
+        assert line.endswith(f" has {n_loads} loads and {n_stores} stores in its main loop that are not asynchronous")
+
+    @pytest.mark.parametrize(
+        ("architecture", "fields"),
+        [
+            ("gfx942", {}),  # it has no such copies
+            ("sm_80", {"variant": "half, scaled"}),  # on their way they are scaled
+            ("sm_90", {"variant": "half, scaled, digit"}),
+            ("sm_90", {"kernel": "gram_sample", "kind": None, "programs_per_sm": None}),
+        ],
+    )
+    def test_operands_that_may_pass_through_registers(self, architecture, fields):
+        fields |= {"loop_async_copies": 0, "loop_loads": 8, "loop_stores": 8}
+        assert violations([record(architecture, **fields)]) == []
+
+    @pytest.mark.parametrize(
+        ("architecture", "kernel", "variant", "most"),
+        [
+            ("sm_80", "gram_survivors", "half", 2),
+            ("sm_80", "gram_survivors", "half, moments", 3),
+            ("sm_80", "gram_histogram", "half, scaled", 2),
+            ("sm_90", "described_survivors", "half, feature-major", 4),
+            ("sm_90", "gram_survivors", "tf32", 2),
+            ("sm_90", "gram_row_ties", "tf32, scaled", 3),
+            ("sm_100", "max_cosine", "half", 3),
+            ("sm_100", "max_cosine", "ieee", 2),
+            ("gfx942", "max_cosine", "half", 2),
+        ],
+    )
+    def test_barriers(self, architecture, kernel, variant, most):
+        fields = {"kernel": kernel, "variant": variant, "kind": variant[:4]}
+        assert violations([record(architecture, loop_barriers=most, **fields)]) == []
+        (line,) = violations([record(architecture, loop_barriers=most + 1, **fields)])
+        assert line.endswith(f" has {most + 1} barriers in its main loop, more than {most}")
+
+    def test_barriers_elsewhere(self):
+        assert violations([record(kernel="next_digit", kind=None, programs_per_sm=None, loop_barriers=9)]) == []
+
     def test_races(self):
         (line,) = violations([record(kernel="certify", kind=None, programs_per_sm=None, races=["plan_ptr", "x_ptr"])])
         assert line.endswith(" on sm_90 loads and later stores through plan_ptr, x_ptr without a barrier in between")
@@ -267,9 +363,12 @@ class TestGates:
 
 def test_table():
     header, line = compile_report._table([record(programs_per_sm=None)]).splitlines()
-    columns = "kernel variant architecture warps programs registers stack spills shared loop matrix instructions"
+    columns = (
+        "kernel variant architecture warps programs registers stack spills shared loop copies loads stores barriers "
+        "matrix instructions"
+    )
     assert header.split() == columns.split()
-    assert " ".join(line.split()) == "gram_survivors half sm_90 8 127 0 0 32768 124 4 HGMMA.64x128x16.F32.BF16"
+    assert " ".join(line.split()) == "gram_survivors half sm_90 8 127 0 0 32768 124 4 0 0 2 4 HGMMA.64x128x16.F32.BF16"
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="kernels are not interpreted here")
@@ -319,7 +418,14 @@ class TestRecords:
         """That over the rows of x is found, and that over the entries of a sample."""
         for r in records:
             least, most = (16, 1000) if r.kind == "half" else (1, 200)
-            assert least < r.main_loop_instructions < most, r
+            assert least < r.loop_instructions < most, r
+
+    def test_copies(self, records):
+        """Those of a first pass are asynchronous, but on AMD, and each step has its barriers."""
+        for r in (r for r in records if r.kind == "half"):
+            has_copies = r.architecture != "gfx942"
+            assert (r.loop_async_copies > 0, r.loop_loads == 0, r.loop_stores == 0) == (has_copies,) * 3, r
+            assert 2 <= r.loop_barriers <= 4
 
     def test_launches(self, records):
         """Two programs on a multiprocessor, one of which multiplies while the other records, or one of a large tile."""

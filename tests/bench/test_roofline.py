@@ -1,7 +1,17 @@
+import re
+
 import pytest
 
 from bench import roofline
-from bench.roofline import HARDWARE, floor_of, floor_of_call, works
+from bench.roofline import (
+    ARCHITECTURES,
+    HARDWARE,
+    SHARES,
+    expected_first_pass,
+    floor_of,
+    floor_of_call,
+    works,
+)
 
 TOY = {"half": 1000.0, "tf32": 500.0, "fp32": 100.0, "memory": 10.0}
 M, N, K = 4, 8, 3  # 28 pairs
@@ -66,6 +76,23 @@ def test_floors_by_hand():
     assert both - forward == pytest.approx(max(1126.3e6 / 3.35e12, 53.85e9 / 66.9e12), rel=1e-3)
 
 
+def test_what_to_expect_by_hand():
+    """H200: two thirds of the peak for the products of 2,147,450,880 pairs, then 100 fp32 operations for each."""
+    products = 2_147_450_880 * 2 * 4096 / (0.67 * 989.4e12)
+    epilogue = 2_147_450_880 * 100 / 66.9e12
+    assert 26.5e-3 < products < 26.6e-3
+    assert 3.2e-3 < epilogue < 3.3e-3
+    assert expected_first_pass("NVIDIA H200", "half", 4096, 65536) == pytest.approx(products + epilogue)
+
+
+@pytest.mark.parametrize("unit", ["half", "tf32", "fp32"])
+@pytest.mark.parametrize("name", HARDWARE)
+def test_every_peak_has_a_share_and_a_source(name, unit):
+    share = SHARES[ARCHITECTURES[name], unit]
+    assert 0.2 < share.of_peak < 0.95
+    assert re.search("issues/|bench/results/|^as |^a guess: ", share.source)
+
+
 def test_hardware():
     assert HARDWARE["NVIDIA H200"]["memory"] == 4.8e12
     for gpu in HARDWARE.values():  # per second, dense: tf32 runs at half the rate
@@ -74,14 +101,24 @@ def test_hardware():
         assert 1e12 < gpu["memory"] < 1e13
 
 
-@pytest.mark.parametrize(("dtype", "n_kernels"), [("bfloat16", 5), ("float32", 13)])
-def test_every_gpu_has_a_table_of_kernels_and_calls(capsys, dtype, n_kernels):
+@pytest.mark.parametrize(
+    ("dtype", "n_kernels", "units"), [("bfloat16", 5, ["half"]), ("float32", 13, ["half", "tf32", "fp32"])]
+)
+def test_every_gpu_has_a_table_of_kernels_and_calls(capsys, dtype, n_kernels, units):
     roofline.main(["--dtype", dtype])
     models = capsys.readouterr().out.split("MODEL, not a measurement: ")[1:]
     assert [model.split(",")[0] for model in models] == list(HARDWARE)
-    for gpu, model in zip(HARDWARE.values(), models, strict=True):
-        rows = dict(line.rsplit(maxsplit=1) for line in model.splitlines() if line.endswith(("0", *"123456789")))
+    for name, model in zip(HARDWARE, models, strict=True):
+        rows = dict(line.rsplit(maxsplit=1) for line in model.splitlines() if line.endswith(tuple("0123456789")))
         for mode in ("forward", "forward + backward"):
-            floor_s = floor_of_call(gpu, 4096, 65536, 2147450, dtype, mode.replace(" + ", "_"))
+            floor_s = floor_of_call(HARDWARE[name], 4096, 65536, 2147450, dtype, mode.replace(" + ", "_"))
             assert float(rows[f"{mode}, sum of its kernels"]) == pytest.approx(1e3 * floor_s, abs=5e-4)
-        assert len(model.strip().splitlines()) == 3 + n_kernels + 2
+        expected = {row.split()[1]: float(ms) for row, ms in rows.items() if row.startswith("gram_survivors")}
+        assert list(expected) == units
+        for unit, expected_ms in expected.items():
+            assert expected_ms == pytest.approx(1e3 * expected_first_pass(name, unit, 4096, 65536), abs=5e-4)
+            floor_s, _ = floor_of(works(4096, 65536, 2147450, dtype)[f"gram_survivors {unit}"], HARDWARE[name])
+            assert expected_ms > 1e3 * floor_s
+            share = SHARES[ARCHITECTURES[name], unit]
+            assert f"  {unit}: {share.of_peak:.0%}, {share.source}" in model
+        assert len(model.strip().splitlines()) == 3 + n_kernels + 2 + 1 + len(units)

@@ -255,7 +255,8 @@ class TestAligned:
     ],
 )
 def test_which_tiles_are_loaded_transposed(architecture, kind, is_scaled, is_row_major, expected, monkeypatch):
-    monkeypatch.setattr(launch, "current_device", lambda: launch.Device(architecture, 1, True))
+    device = launch.current_device()._replace(architecture=architecture)
+    monkeypatch.setattr(launch, "current_device", lambda: device)
     x = torch.ones(16, 32)
     operand = operand_of(x if is_row_major else x.T.contiguous().T, kind, is_scaled=is_scaled)
     assert operand.arguments()["TRANSPOSED"] == expected

@@ -39,9 +39,10 @@ def test_variants(launches):
     names = [tuple(name) for name in launches["names"]]
     assert len(set(names)) == len(names)
     survivors = {label for kernel, label in names if kernel == "gram_survivors"}
-    assert {"half, moments", "half, scaled", "tf32", "ieee"} <= survivors
+    assert {"half, moments", "half, scaled", "tf32", "ieee", "tf32, ragged", "ieee, ragged"} <= survivors
     described = {label for kernel, label in names if kernel == "described_survivors"}
-    assert described == {"half", "half, fp16", "half, feature-major"}
+    assert described == {"half", "half, fp16", "half, feature-major", "half, ragged"}
+    assert ("max_cosine", "half, ragged") in names
     keyed = {f"{value}, {key} keys" for value in ("fp32", "fp64") for key in ("int32", "int64")}
     for kernel in ("coactivation_products", "coactivation_sums", "coactivation_long_sums"):
         assert {label for name, label in names if name == kernel} == keyed

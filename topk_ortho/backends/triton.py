@@ -63,9 +63,9 @@ class TritonBackend:
     """Features from which float32 columns are screened. On an H200, where the launches are captured in a graph, the
     screen takes 0.84 of the time without at N = 1,024 and 0.32 at N = 4,096 (M = 1,024 and 4,096)."""
     least_aligned_features: int = 1024
-    """Features from which x is copied if its lines are not aligned, unless float32 is multiplied as it is, which would
-    save 3% of the instructions. The pass loads every entry of 1,024 features 8 times. Without a copy it loads them one
-    by one: of bf16 and fp16 by 32 instructions a step in place of 4 on sm_80, none asynchronous. Not measured."""
+    """Features from which x is copied if its lines are not aligned, unless float32 is multiplied as it is, which takes
+    far longer than its loads. The pass loads every entry of 1,024 features 8 times. Without a copy it loads them one by
+    one: of bf16 and fp16 by 32 instructions a step in place of 4 on sm_80, none asynchronous. Not measured."""
     most_sum_error: float = 7e-4
     """Largest bound on the rounding of its sums for which a screen is used: with a larger one more pairs pass than the
     records hold. That is up to 17,800 rows of x on Hopper and Blackwell, and 8,500 on Ampere, Ada and CDNA 3."""
