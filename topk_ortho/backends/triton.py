@@ -68,7 +68,9 @@ class TritonBackend:
     one: of bf16 and fp16 by 32 instructions a step in place of 4 on sm_80, none asynchronous. Not measured."""
     most_sum_error: float = 7e-4
     """Largest bound on the rounding of its sums for which a screen is used: with a larger one more pairs pass than the
-    records hold. That is up to 17,800 rows of x on Hopper and Blackwell, and 8,500 on Ampere, Ada and CDNA 3."""
+    records hold. That is up to 17,800 rows of x on Hopper and Blackwell, and 8,500 on Ampere, Ada and CDNA 3. Sums that
+    begin anew every 2,048 rows would have a closer bound, but registers do not hold them beside their total: the
+    kernels that were compiled for it spill, on Hopper 80 times with tiles of 256 x 128."""
     slab_bytes: int = 2**25
     """Size of a slab of x that stays in L2 while lines of it are gathered: an A100 has 40 MB, an H200 has 60 MB. Both
     have it in two halves, but on an H200 the gradient gathers as fast from 2**25 bytes, more than a half, as from
