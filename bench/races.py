@@ -47,7 +47,8 @@ class _Reading:
         self.loaded_at_end: dict[int, set[str]] = {}
         """By the place of a loop"""
         self.origins: dict[str, set[str]] = {}
-        """Of every value, the pointer arguments that it was computed from; what is loaded has none"""
+        """For each value the pointer arguments that it was computed from. A value loaded from memory has none: kernels
+        load numbers, not addresses."""
         self.operations: list[_Operation] = []
         """Those that hold the current line, from outside to inside"""
         self.races: set[str] = set()

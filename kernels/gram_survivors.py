@@ -9,8 +9,8 @@ the formula of Chan, Golub and LeVeque (1983), so that nothing cancels.
 
 Survivors are rare: about 16 in a tile of 128 x 128 at a fraction of 1e-3. All rows of a part of a tile look for their
 next survivor at the same time, so that a part needs as many steps as its fullest row has survivors. Each row with
-survivors reserves their places by one atomic addition. The usual way, an atomic or a scan for each element, takes 180
-to 255 registers a thread; this takes 123.
+survivors reserves their places by one atomic addition. The usual way, an atomic or a scan for each element, takes
+registers that the sums of a tile leave no room for.
 
 Where the hardware copies tiles by itself (the tensor memory accelerator of sm_90), a kernel of its own multiplies
 larger tiles; `topk_ortho.kernels.launch.DESCRIBED_CONFIGS` says where.

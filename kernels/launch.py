@@ -138,19 +138,20 @@ LEAN_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
 
 # For the same pass where a tensor memory accelerator copies the tiles: it needs no registers for addresses, so that a
 # program holds the sums of a larger tile, of which each copied number is used more often. Of 256 x 128 and 128 x 256 in
-# bands of 4, 8 and 16 this was the fastest on an H200, see bench/results/h200.md.
+# bands of 4, 8 and 16 this was the fastest on an H200, or within 2% of it, see bench/results/h200.md.
 DESCRIBED_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
     ("sm_90", "half"): TileConfig(
         block=256, block_col=128, block_m=64, group=4, num_warps=8, num_stages=4, programs_per_sm=1, max_registers=255
     ),
 }
 
-# A tile of rows is multiplied transposed. For a row-major x its addresses are transposed; for the entries below, of
-# (architecture, kind, whether it is scaled), what was loaded from them is. To transpose addresses lets half operands of
-# sm_80 be copied into shared memory without registers, and saves instructions on sm_90 and gfx942. But tf32 would spill
-# on sm_80, and scaled half operands would take more instructions there and on sm_100, where each warp would scale all
-# that it multiplies. That is what the compiled code says (`python -m bench.compile_report`); none of it was timed.
-LOADED_AS_THEY_LIE: set[tuple[str, Kind, bool]] = {
+# A product of two tiles needs the first one transposed. For a row-major x this is done by the order in which addresses
+# are loaded; for the entries below, (architecture, kind, whether it is scaled), it is done after loading. The first way
+# lets half operands of sm_80 be copied into shared memory without registers, and saves instructions on sm_90 and
+# gfx942. But tf32 would spill on sm_80, and scaled half operands would take more instructions there and on sm_100,
+# where each warp would scale all that it multiplies. That is what the compiled code says (`python -m
+# bench.compile_report`); none of it was timed.
+TRANSPOSED_AFTER_LOADING: set[tuple[str, Kind, bool]] = {
     ("sm_80", "half", True),
     ("sm_80", "tf32", False),
     ("sm_80", "tf32", True),
@@ -190,9 +191,9 @@ class Device(NamedTuple):
     n_multiprocessors: int
     """Multiprocessors (NVIDIA) or compute units (AMD)"""
     has_tf32: bool
-    """Whether the matrix unit multiplies tf32: that of every NVIDIA GPU of the table does, and AMD's gfx942"""
+    """Whether its matrix unit can multiply tf32 numbers, as every NVIDIA GPU from sm_80 on can, and AMD's gfx942"""
     sum_error: float | None
-    """Bound on the rounding of its sums of products of fp16 numbers, see `_sum_error`; None if there is none known"""
+    """Bound on the rounding error of its sums of fp16 products, see `_sum_error`; None where no bound is known"""
 
 
 def current_device() -> Device:
@@ -227,7 +228,7 @@ class Operand:
     """float32 [N], powers of two; None multiplies x as it is"""
     kind: Kind
     is_lean: bool = False
-    """Whether `LEAN_CONFIGS` is looked up before `TILE_CONFIGS`"""
+    """Whether it is for a plain first pass, whose block sizes are in `DESCRIBED_CONFIGS` or `LEAN_CONFIGS`"""
 
     @property
     def config(self) -> TileConfig:
@@ -241,7 +242,10 @@ class Operand:
 
     @property
     def is_described(self) -> bool:
-        """Whether a lean pass reads x by tensor descriptors, see `DESCRIBED_CONFIGS`."""
+        """Whether a plain first pass lets the hardware copy tiles of x, for which it describes x to it.
+
+        This needs an entry in `DESCRIBED_CONFIGS` for the device, and an x that `is_describable`.
+        """
         return (current_device().architecture, self.kind) in DESCRIBED_CONFIGS and is_describable(self.x)
 
     @property
@@ -265,9 +269,12 @@ class Operand:
 
     @property
     def transposes_addresses(self) -> bool:
-        """Whether the addresses of a tile of rows are transposed, not what is loaded, see `LOADED_AS_THEY_LIE`."""
+        """Whether a tile is transposed by the order of its addresses; otherwise it is loaded as it is, then transposed.
+
+        `TRANSPOSED_AFTER_LOADING` says where the second is better for a row-major x.
+        """
         key = current_device().architecture, self.kind, self.scale is not None
-        return self.x.stride(1) == 1 and key not in LOADED_AS_THEY_LIE
+        return self.x.stride(1) == 1 and key not in TRANSPOSED_AFTER_LOADING
 
     def arguments(self) -> dict[str, Any]:
         """Arguments and options that every kernel over gram tiles takes."""
@@ -318,7 +325,10 @@ class Operand:
 
 
 def is_describable(x: Tensor) -> bool:
-    """Whether tensor descriptors can address x [M, N]: along one axis entries are contiguous, and lines are aligned."""
+    """Whether the hardware can copy tiles of x [M, N], which it knows by a tensor descriptor.
+
+    The rows of x, or its columns, have to be contiguous, and to begin at multiples of DESCRIPTOR_BYTES.
+    """
     lines = x if x.stride(1) == 1 else x.T
     line, entry = lines.stride()
     is_aligned = x.data_ptr() % DESCRIPTOR_BYTES == 0 and line * x.element_size() % DESCRIPTOR_BYTES == 0
@@ -339,7 +349,11 @@ def n_loaded(x: Tensor) -> int:
 
 
 def is_aligned(x: Tensor) -> bool:
-    """Whether kernels load several entries of x [M, N] at once through pointers."""
+    """Whether a thread that loads x [M, N] through a pointer gets several neighbouring entries by one instruction.
+
+    The rows of x, or its columns, have to be contiguous, and begin and end at multiples of LINE_STEP entries. A row may
+    end there beyond the last column, if x has room for that.
+    """
     is_row_major = x.stride(1) == 1
     line, entry = x.stride() if is_row_major else x.T.stride()
     length = n_loaded(x) if is_row_major else x.shape[0]

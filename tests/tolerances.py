@@ -35,7 +35,7 @@ PRODUCT_ROUNDING = {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-7}
 
 
 def float64(x: Tensor) -> np.ndarray:
-    """The same numbers on the CPU, for the oracle."""
+    """The numbers of a tensor, wherever it is, as the float64 array that the oracle takes."""
     return x.detach().double().cpu().numpy()
 
 

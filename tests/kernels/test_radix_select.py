@@ -193,7 +193,7 @@ class TestBegin:
     @pytest.mark.parametrize("sum_error", [2.0**-24, 2.0**-22], ids=str)
     @pytest.mark.parametrize(("m", "deviation"), [(1, 0.0), (32768, 1e-4), (12, 2.0**-8), (4096, 2.0**-7)], ids=str)
     def test_slack(self, deviation, m, sum_error, monkeypatch):
-        """Both columns moved by the deviation, and the rounding of two sums of m products; not much more."""
+        """It covers columns that moved by the deviation, and two sums of m products that are rounded; not much more."""
         device = current_device()._replace(sum_error=sum_error)
         monkeypatch.setattr(radix_select, "current_device", lambda: device)
         *_, slack = self.begin(state=0.5, deviation=deviation, m=m)

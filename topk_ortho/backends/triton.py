@@ -90,7 +90,7 @@ class TritonBackend:
         return kernels_unavailable_reason(device)
 
     def topk_pairs(self, x: Tensor, query: Query, state: Tensor | None) -> Selection:
-        """One pass from a guess; then a radix select, whose kernels return at once if that pass was certified."""
+        """One pass from a guess; then, if that pass could not be certified, a better guess or a radix select."""
         if x.dtype == torch.float64:
             return self.float64.topk_pairs(x, query, state)
         _refuse_too_large(x)
