@@ -55,6 +55,9 @@ class SAEConfig:
     decoder_norm: DecoderNorm = "l2"
     """Length of decoder directions: "none" (free), "l2" (1; the gradient along them is removed), "l2-hook" (1, by a
     hook after the optimizer's step alone)."""
+    train_decoder: bool = True
+    """False keeps the decoder's random directions as they are, and trains the encoder alone: a control, as in
+    arXiv:2602.14111."""
     normalize_activations: Literal["none", "rms"] = "rms"
     """"rms" scales activations to a mean square of 1 a dimension while training; the saved weights take them
     unscaled."""
@@ -64,8 +67,9 @@ class SAEConfig:
     auxk: int | None = None
     """Number of dead features that a token may use for its auxiliary reconstruction; None is half the width of the
     activations, or n_features if these are fewer."""
-    auxk_weight: float = 1 / 32
-    """Weight of the auxiliary reconstruction's error, relative to the fraction of variance unexplained."""
+    auxk_weight: float = 1 / 8
+    """Weight of the share of the residual that the auxiliary reconstruction misses, relative to the fraction of
+    variance unexplained."""
     resample_every: int = 250
     """Steps between two resamplings; none in the last fifth of the run."""
     widths: tuple[int, ...] | None = None
@@ -85,6 +89,8 @@ class SAEConfig:
             require(0 <= getattr(self, name) < math.inf, f"sae.{name}", getattr(self, name), "0 (off) or more")
         in_range = self.auxk is None or 1 <= self.auxk <= self.n_features
         require(in_range, "sae.auxk", self.auxk, f"in [1, n_features = {self.n_features}], or None")
+        allowed = "auxk or none, as sae.train_decoder is false"
+        require(self.train_decoder or self.dead_features != "resample", "sae.dead_features", "resample", allowed)
         require(0 <= self.initial_threshold < math.inf, "sae.initial_threshold", self.initial_threshold, "0 or more")
         require(0 < self.bandwidth < math.inf, "sae.bandwidth", self.bandwidth, "above 0")
         if self.widths is not None:
@@ -105,9 +111,10 @@ class PenaltyConfig:
     target: Literal["decoder", "activations", "none"] = "decoder"
     """What should not be similar: the features' decoder directions, or their activations over a batch. "none" turns
     the penalty off."""
-    op: Literal["topk_pairs", "max_cosine"] = "topk_pairs"
-    """"topk_pairs" penalises the most similar pairs of all, "max_cosine" (OrtSAE) every feature's most similar
-    one."""
+    op: Literal["topk_pairs", "max_cosine", "c2r", "random_pairs"] = "topk_pairs"
+    """"topk_pairs" penalises the most similar pairs of all, "max_cosine" (OrtSAE) every feature's most similar one,
+    "c2r" the same weighted by how active both features are (decoder), "random_pairs" as many random ones (decoder; a
+    control)."""
     weight: float = 0.3
     """Weight, relative to the fraction of variance unexplained."""
     warmup_fraction: float = 0.0
@@ -128,8 +135,8 @@ class PenaltyConfig:
     """With "firing-rate" the feature of a pair that fires more often is held, so that the rarer one moves (topk_pairs);
     "none" moves both."""
     n_chunks: int = 1
-    """Number of random chunks, of two features or more, within which features are compared (max_cosine); 1 compares all
-    with all."""
+    """Number of random chunks, of two features or more, within which features are compared (max_cosine, c2r); 1
+    compares all with all."""
 
     def __post_init__(self) -> None:
         require(0 <= self.weight < math.inf, "penalty.weight", self.weight, "0 or more")
@@ -141,6 +148,9 @@ class PenaltyConfig:
             in_range = isinstance(self.tau, int | float) and 0 <= self.tau < 1
             require(in_range, "penalty.tau", self.tau, 'in [0, 1), "adaptive" or None')
         require_words(self, "penalty.")
+        if self.op in ("c2r", "random_pairs"):
+            allowed = f'"decoder" or "none", as penalty.op = "{self.op}" compares decoder directions'
+            require(self.target != "activations", "penalty.target", self.target, allowed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,7 +243,10 @@ class TrainConfig:
             "synthetic": ("synthetic.n_tokens", self.synthetic.n_tokens),
         }[self.source]
         require(self.batch_size < n_tokens, "batch_size", self.batch_size, f"below {name} = {n_tokens}")
-        if self.penalty.target != "none" and self.penalty.op == "max_cosine":
+        allowed = "activations or none, as sae.train_decoder is false"
+        moves = self.sae.train_decoder or self.penalty.target != "decoder"
+        require(moves, "penalty.target", self.penalty.target, allowed)
+        if self.penalty.target != "none" and self.penalty.op in ("max_cosine", "c2r"):
             most = self.sae.n_features // 2
             allowed = f"at most {most}, two features to a chunk or more with sae.n_features = {self.sae.n_features}"
             require(self.penalty.n_chunks <= most, "penalty.n_chunks", self.penalty.n_chunks, allowed)

@@ -45,7 +45,7 @@ METRICS = [
         "Fraction of variance unexplained: how much of the batch's variance the reconstruction misses.",
     ),
     Metric("sparsity", "The sparsity term of the loss, unweighted."),
-    Metric("auxiliary", "What dead features leave of the residual, relative to the variance; unweighted."),
+    Metric("auxiliary", "Share of the residual that dead features cannot reconstruct; unweighted."),
     Metric(
         "penalty",
         "The penalty on similar features, unweighted. Activations are compared over the batch, in the summary over "
