@@ -4,7 +4,7 @@ import torch
 from topk_ortho import max_cosine_loss, topk_ortho_loss, topk_pairs
 from topk_ortho.sae import StandardSAE, TopKSAE
 from topk_ortho.training.config import PenaltyConfig
-from topk_ortho.training.penalty import Penalty
+from topk_ortho.training.penalty import Penalty, encoder_inhibition
 
 FIRING_RATE = torch.arange(12.0)
 
@@ -89,6 +89,53 @@ def test_c2r_is_its_formula(sae_class, n_chunks):
     ):
         assert wanted.any()
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
+
+
+class TestEncoderInhibition:
+    """The term that keeps frequent features from being silenced by rarer ones."""
+
+    def expected(self, W_enc, W_dec, pairs):
+        """The formula, pair by pair, in float64."""
+        terms = []
+        for r, q in pairs:
+            direction = W_dec[r].double() / W_dec[r].double().norm()
+            wanted = W_dec[q].double() @ direction / W_dec[q].double().square().sum()
+            terms.append(max(wanted * 0, wanted - W_enc[q].double() @ direction) ** 2)
+        return sum(terms) / len(terms)
+
+    def test_value_and_gradient_are_the_formula(self, monkeypatch):
+        monkeypatch.setattr("topk_ortho.training.penalty._GATHERED_NUMBERS", 16)  # two pairs at a time
+        generator = torch.Generator().manual_seed(3)
+        W_enc, W_dec = (torch.randn(12, 8, generator=generator) for _ in range(2))
+        W_enc.requires_grad_()
+        pairs = [(0, 1), (0, 2), (3, 2), (4, 5), (6, 1)]
+        value, gradient = encoder_inhibition(W_enc, W_dec, *torch.tensor(pairs).T)
+        expected = self.expected(W_enc, W_dec, pairs)
+        torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, W_enc)[0], rtol=1e-4, atol=1e-6)
+        assert gradient.any()
+
+    def test_no_pairs_cost_nothing(self):
+        none = torch.empty(0, dtype=torch.int64)
+        value, gradient = encoder_inhibition(torch.ones(3, 2), torch.ones(3, 2), none, none)
+        assert value == 0
+        assert not gradient.any()
+
+    def test_it_is_added_to_the_penalty_with_its_weight(self):
+        sae = make(TopKSAE)
+        sae.W_enc.data.mul_(0.5)  # tied weights are not inhibited
+        features = sae(inputs()).features
+        settings = {"fraction": 0.2, "similarity": "positive"}
+        plain = penalty_of(**settings)(sae, features, FIRING_RATE)
+        term = penalty_of(encoder_inhibition=3.0, **settings)(sae, features, FIRING_RATE)
+        pairs = topk_pairs(sae.W_dec.detach().T, 0.2, similarity="positive")
+        listed = zip(pairs.rows.tolist(), pairs.cols.tolist(), strict=True)  # rows are rarer by FIRING_RATE
+        expected = 3 * self.expected(sae.W_enc, sae.W_dec.detach(), list(listed))
+        torch.testing.assert_close(term.value.double(), plain.value + expected.detach(), rtol=1e-5, atol=0)
+        by_target = dict(zip(term.targets, term.gradients, strict=True))
+        torch.testing.assert_close(by_target[sae.W_dec], plain.gradients[0])
+        wanted = torch.autograd.grad(expected, sae.W_enc)[0]
+        torch.testing.assert_close(by_target[sae.W_enc], wanted, rtol=1e-4, atol=1e-6)
 
 
 class TestRandomPairs:

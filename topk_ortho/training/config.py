@@ -134,6 +134,10 @@ class PenaltyConfig:
     priority: Literal["firing-rate", "none"] = "firing-rate"
     """With "firing-rate" the feature of a pair that fires more often is held, so that the rarer one moves (topk_pairs);
     "none" moves both."""
+    encoder_inhibition: float = 0.0
+    """Weight, relative to that of the penalty, of a further term on the pairs that it selects (topk_pairs, decoder): how
+    much the encoder of the feature that fires more often is inhibited where the rarer one is present, which is how a
+    feature comes to be absorbed. 0 turns it off."""
     n_chunks: int = 1
     """Number of random chunks, of two features or more, within which features are compared (max_cosine, c2r); 1
     compares all with all."""
@@ -142,6 +146,8 @@ class PenaltyConfig:
         require(0 <= self.weight < math.inf, "penalty.weight", self.weight, "0 or more")
         require(0 <= self.warmup_fraction <= 1, "penalty.warmup_fraction", self.warmup_fraction, "in [0, 1]")
         require_at_least(1, self, "penalty.", "every", "n_chunks")
+        in_range = 0 <= self.encoder_inhibition < math.inf
+        require(in_range, "penalty.encoder_inhibition", self.encoder_inhibition, "0 or more")
         require(math.isfinite(self.n_std), "penalty.n_std", self.n_std, "finite")
         require(0 < self.fraction <= 1, "penalty.fraction", self.fraction, "in (0, 1]")
         if self.tau not in (None, "adaptive"):
@@ -151,6 +157,10 @@ class PenaltyConfig:
         if self.op in ("c2r", "random_pairs"):
             allowed = f'"decoder" or "none", as penalty.op = "{self.op}" compares decoder directions'
             require(self.target != "activations", "penalty.target", self.target, allowed)
+        if self.encoder_inhibition:
+            allowed = '0 unless penalty.op = "topk_pairs" and penalty.target = "decoder" or "none"'
+            has_pairs = self.op == "topk_pairs" and self.target != "activations"
+            require(has_pairs, "penalty.encoder_inhibition", self.encoder_inhibition, allowed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

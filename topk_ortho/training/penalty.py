@@ -7,10 +7,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from topk_ortho import MaxCosineLoss, TopKOrthoLoss, TopKPairs, nearest_columns, pair_jaccard, topk_pairs
-from topk_ortho.definitions import k_from_fraction
+from topk_ortho.definitions import EPS, k_from_fraction
 from topk_ortho.sae import ActiveFeatures, SparseAutoencoder, activation_norms
 from topk_ortho.training.config import PenaltyConfig
 from topk_ortho.training.schedules import warmup
+
+_GATHERED_NUMBERS = 2**22
+"""Numbers of a matrix that are gathered at a time for the features of pairs; bounds memory"""
 
 
 class PenaltyTerm(NamedTuple):
@@ -19,7 +22,7 @@ class PenaltyTerm(NamedTuple):
     value: Tensor
     """The penalty, []"""
     targets: tuple[Tensor, ...]
-    """What the penalty depends on, with the SAE's graph behind it: W_dec, the values of the features, or both"""
+    """What the penalty depends on, with the SAE's graph behind it: some of W_dec, the features' values and W_enc"""
     gradients: tuple[Tensor, ...]
     """Gradient of the value with respect to each target, in the target's shape"""
 
@@ -57,12 +60,17 @@ class Penalty(nn.Module):
 
         If the configuration says so, the feature of a pair that fires more often by firing_rate [n_features] is held.
         """
-        targets = (sae.W_dec, _values(features))
+        targets: tuple[Tensor, ...] = (sae.W_dec, _values(features))
         W_dec, values = leaves = [target.detach().requires_grad_() for target in targets]
         value = self._value(W_dec, _with_values(features, values), firing_rate)
         gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+        value = value.detach()
+        if self.config.encoder_inhibition:
+            inhibition, gradient = self._encoder_inhibition(sae, firing_rate)
+            value = value + self.config.encoder_inhibition * inhibition
+            targets, gradients = (*targets, sae.W_enc), (*gradients, self.config.encoder_inhibition * gradient)
         used = [pair for pair in zip(targets, gradients, strict=True) if pair[1] is not None]
-        return PenaltyTerm(value.detach(), *zip(*used, strict=True))
+        return PenaltyTerm(value, *zip(*used, strict=True))
 
     def _value(self, W_dec: Tensor, features: Tensor | ActiveFeatures, firing_rate: Tensor) -> Tensor:
         """The penalty, differentiable in those of its arguments that it depends on."""
@@ -115,6 +123,16 @@ class Penalty(nn.Module):
         return squares.mean() if config.reduction == "mean" else squares.sum()
 
     @torch.no_grad()
+    def _encoder_inhibition(self, sae: SparseAutoencoder, firing_rate: Tensor) -> tuple[Tensor, Tensor]:
+        """Value of `encoder_inhibition` over the selected pairs, and its gradient with respect to W_enc."""
+        # the state is that of the selection just made, of the same directions
+        state = self.topk_pairs.state
+        pairs = topk_pairs(sae.W_dec.detach().T, self.config.fraction, state=state, **self._selection())
+        row_is_rarer = firing_rate[pairs.rows] < firing_rate[pairs.cols]
+        rarer = torch.where(row_is_rarer, pairs.rows, pairs.cols)
+        return encoder_inhibition(sae.W_enc, sae.W_dec, rarer, pairs.rows + pairs.cols - rarer)
+
+    @torch.no_grad()
     def select(self, sae: SparseAutoencoder, features: Tensor | ActiveFeatures) -> TopKPairs:
         """The most similar pairs of the target (of the decoder if there is none), by fraction, tau and similarity."""
         is_decoder = self.config.target != "activations"
@@ -150,6 +168,41 @@ class PairStability:
         if state:
             sizes: dict[str, Any] = {name: int(state[name]) for name in ("n_features", "k")}
             self._last = TopKPairs(**(state | sizes), tau=None)
+
+
+@torch.no_grad()
+def encoder_inhibition(W_enc: Tensor, W_dec: Tensor, rarer: Tensor, frequent: Tensor) -> tuple[Tensor, Tensor]:
+    """How much the encoders of frequent features are inhibited by what rarer ones stand for; 0 without pairs.
+
+    In absorption a feature learns to be silent where a rarer one takes its place: the product of its encoder e with the
+    rarer one's decoder direction d_r falls below what its own decoder direction d explains. This is the mean over pairs
+    of ``max(0, d . d_r - e . d_r) ** 2``, where d_r has length 1 and d is divided by the square of its length, as e of
+    a feature that recognises its own direction is.
+
+    Parameters
+    ----------
+    W_enc, W_dec : Tensor, shape [n_features, d_in]
+        Encoder and decoder, one feature a row.
+    rarer, frequent : Tensor, shape [n_pairs], int64
+        The features of each pair.
+
+    Returns
+    -------
+    value : Tensor, shape []
+        The mean.
+    gradient : Tensor, shape [n_features, d_in]
+        Its gradient with respect to W_enc; directions are held.
+    """
+    total, gradient = W_enc.new_zeros(()), torch.zeros_like(W_enc)
+    lengths = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min(EPS)
+    size = max(1, _GATHERED_NUMBERS // W_enc.shape[1])
+    for r, q in zip(rarer.split(size), frequent.split(size), strict=True):
+        direction = W_dec[r] / lengths[r]
+        inhibited = ((W_dec[q] / lengths[q].square() - W_enc[q]) * direction).sum(dim=1).clamp_min(0)
+        total += inhibited.square().sum()
+        gradient.index_add_(0, q, -2 * inhibited[:, None] * direction)
+    n_pairs = max(1, rarer.numel())
+    return total / n_pairs, gradient / n_pairs
 
 
 def _values(features: Tensor | ActiveFeatures) -> Tensor:
