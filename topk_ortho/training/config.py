@@ -135,9 +135,9 @@ class PenaltyConfig:
     """With "firing-rate" the feature of a pair that fires more often is held, so that the rarer one moves (topk_pairs);
     "none" moves both."""
     encoder_inhibition: float = 0.0
-    """Weight, relative to that of the penalty, of a further term on the pairs that it selects (topk_pairs, decoder): how
-    much the encoder of the feature that fires more often is inhibited where the rarer one is present, which is how a
-    feature comes to be absorbed. 0 turns it off."""
+    """Weight, relative to that of the penalty, of a further term on the pairs that it selects (topk_pairs, decoder):
+    how much the encoder of the feature that fires more often is inhibited where the rarer one is present, which is how
+    a feature comes to be absorbed. 0 turns it off."""
     n_chunks: int = 1
     """Number of random chunks, of two features or more, within which features are compared (max_cosine, c2r); 1
     compares all with all."""
