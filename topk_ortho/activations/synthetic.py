@@ -31,8 +31,9 @@ class SyntheticActivations:
         self.d_in = config.d_in
         self.identity: dict[str, Any] = {"source": "synthetic", **asdict(config), "seed": seed, "format": _FORMAT}
         self._seed = seed
-        sizes = (config.d_in, config.n_parents, config.n_children, config.n_independent)
-        self.truth = hierarchical_features(*sizes, generator=generator_of("true features", seed))
+        settings = asdict(config)
+        del settings["n_tokens"]  # all others decide the true features
+        self.truth = hierarchical_features(**settings, generator=generator_of("true features", seed))
         size = max(1, min(16_384, config.n_tokens // 2))
         self.shard_sizes = [size] * (config.n_tokens // size)
 
