@@ -53,3 +53,8 @@ def test_shards_are_sums_of_the_true_directions():
     x, coefficients = source.sample(0)
     assert torch.equal(source.shard(0), x)
     torch.testing.assert_close(x, coefficients @ source.truth.directions)
+
+
+def test_shards_of_very_many_features_are_small():
+    config = SyntheticConfig(d_in=2, n_parents=0, n_independent=20_000, n_tokens=4_000)
+    assert SyntheticActivations(config, 0).shard_sizes == [838] * 4

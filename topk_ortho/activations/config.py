@@ -156,3 +156,19 @@ class SyntheticConfig:
         """Number of true features."""
         family = sum(math.prod([self.n_children] * level) for level in range(self.depth + 1))
         return self.n_parents * family + self.n_independent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SynthSAEBenchConfig:
+    """The synthetic data of SynthSAEBench, drawn by SAELens: its settings at another size."""
+
+    d_in: int = 80
+    """Width of the activations; 768 in the benchmark."""
+    n_true: int = 512
+    """Number of true features; 16,384 in the benchmark. There is a tree of 85 of them for every 128."""
+    n_tokens: int = 1_000_000
+    """Number of samples in the data set."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "synthsaebench.", "d_in", "n_tokens")
+        require_at_least(2, self, "synthsaebench.", "n_true")
