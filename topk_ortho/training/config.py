@@ -12,6 +12,7 @@ from topk_ortho.activations.config import (
     CacheDtype,
     ModelConfig,
     SyntheticConfig,
+    SynthSAEBenchConfig,
     TextConfig,
     expanded,
     require,
@@ -167,11 +168,13 @@ class PenaltyConfig:
 class TrainConfig:
     """A training run."""
 
-    source: Literal["transformer", "synthetic"] = "transformer"
-    """Where activations come from: a transformer that reads a text, or synthetic data with known features."""
+    source: Literal["transformer", "synthetic", "synthsaebench"] = "transformer"
+    """Where activations come from: a transformer that reads a text, or synthetic data with known features, of our own
+    or as SynthSAEBench makes it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     text: TextConfig = field(default_factory=TextConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    synthsaebench: SynthSAEBenchConfig = field(default_factory=SynthSAEBenchConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
 
@@ -251,6 +254,7 @@ class TrainConfig:
         name, n_tokens = {
             "transformer": ("text.n_tokens", self.text.n_tokens),
             "synthetic": ("synthetic.n_tokens", self.synthetic.n_tokens),
+            "synthsaebench": ("synthsaebench.n_tokens", self.synthsaebench.n_tokens),
         }[self.source]
         require(self.batch_size < n_tokens, "batch_size", self.batch_size, f"below {name} = {n_tokens}")
         allowed = "activations or none, as sae.train_decoder is false"
