@@ -24,6 +24,7 @@ def _run(options: argparse.Namespace) -> int:
     from topk_ortho.files import write_whole
     from topk_ortho.study.execute import LOCAL, train_runs
     from topk_ortho.study.plan import load_study
+    from topk_ortho.study.report import write_report
     from topk_ortho.study.results import collect, environment, summarise
     from topk_ortho.training.run_folder import is_finished
 
@@ -68,12 +69,13 @@ def _run(options: argparse.Namespace) -> int:
         summary = summarise(study, results)
         results.to_csv(out_dir / "results.csv", index=False)
         summary.to_csv(out_dir / "summary.csv", index=False)
+        write_report(study, out_dir, results, summary, failures)
     (out_dir / "failures.json").unlink(missing_ok=True)
     if failures:
         write_whole(out_dir / "failures.json", json.dumps(failures, indent=2) + "\n")
         for name, reason in failures.items():
             print(f"study: {name} failed: {reason}", file=sys.stderr)
-    print(f"{len(results)} runs are finished; results in {out_dir}/results.csv")
+    print(f"{len(results)} runs are finished; results in {out_dir}/results.csv and {out_dir}/report.html")
     return 1 if failures else 0
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from string import Formatter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,6 +51,12 @@ def metric_of(key: str) -> Metric:
     """The metric of a name in results.csv; one that the table of metrics lacks has its name for a title."""
     metric = _METRICS.get(key) or Metric(key, "")
     return metric if metric.title else metric._replace(title=key.replace("_", " "), value=f"{{{key}:.4g}}")
+
+
+def shown(key: str, value: float, sign: str = "") -> str:
+    """A value of a metric as the table of metrics writes it, such as 72.4%."""
+    spec = next((spec for _, name, spec, _ in Formatter().parse(metric_of(key).value) if name == key), ".4g")
+    return format(value, f"{sign}{spec}") if is_number(value) else "not measured"
 
 
 def swept_settings(study: Study) -> list[str]:
