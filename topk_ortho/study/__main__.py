@@ -3,8 +3,11 @@
 import argparse
 import json
 import sys
+import textwrap
 from contextlib import ExitStack
 from pathlib import Path
+
+from topk_ortho.study.named import named_studies
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -22,7 +25,7 @@ def _run(options: argparse.Namespace) -> int:
     from filelock import FileLock, Timeout
 
     from topk_ortho.files import write_whole
-    from topk_ortho.study.execute import LOCAL, train_runs
+    from topk_ortho.study.execute import train_runs
     from topk_ortho.study.plan import load_study
     from topk_ortho.study.report import write_report
     from topk_ortho.study.results import collect, environment, summarise
@@ -54,9 +57,7 @@ def _run(options: argparse.Namespace) -> int:
             register_ray()
         write_whole(out_dir / "study.toml", study.text)
         write_whole(out_dir / "environment.json", json.dumps(environment(), indent=2) + "\n")
-        failures, stopped_by = train_runs(
-            runs, jobs=options.jobs, threads=options.threads, backend=options.backend or LOCAL
-        )
+        failures, stopped_by = train_runs(runs, jobs=options.jobs, threads=options.threads, backend=options.backend)
         if stopped_by:
             n_finished = sum(is_finished(run.config) for run in runs)
             print(
@@ -80,20 +81,50 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    studies = "\n".join(
+        textwrap.fill(f"  {name}: {description}", 100, subsequent_indent="    ")
+        for name, description in named_studies().items()
+    )
     parser = argparse.ArgumentParser(
         prog="python -m topk_ortho.study",
-        description=(__doc__ or "").split(":")[0],
+        description=(__doc__ or "").split(":")[0] + ".",
+        epilog=f"The studies that come with the package:\n{studies}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("study", help="name of a study, or a TOML file")
-    parser.add_argument("--out-dir", type=Path, required=True, help="folder for everything that the study leaves")
-    parser.add_argument("--jobs", type=int, default=-1)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seeds", type=int, nargs="+")
-    parser.add_argument("--preset")
-    parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT")
-    parser.add_argument("--backend")
+    parser.add_argument("study", metavar="NAME_OR_FILE.toml", help="a study of the package, or a file")
+    parser.add_argument(
+        "--out-dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for everything that the study leaves; if it was begun there, it goes on",
+    )
+    parser.add_argument(
+        "--jobs", type=_jobs, default=-1, help="number of runs at a time; -1, the default, is one a core"
+    )
+    parser.add_argument("--threads", type=_at_least_1, default=1, help="threads of torch in each run (default: 1)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="in place of those of the study")
+    parser.add_argument("--preset", help="in place of the study's, under the settings of its variants")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="VARIANT", help="train the runs of these variants alone"
+    )
+    parser.add_argument(
+        "--backend",
+        default="threading",
+        help="where joblib lets the runs be trained: dask, ray, loky or another of its back ends; by default in "
+        "processes of this machine",
+    )
     return parser
+
+
+def _at_least_1(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def _jobs(text: str) -> int:
+    return -1 if text == "-1" else _at_least_1(text)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Everything in the file is checked here, before a run starts: all configurations 
 
 import itertools
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,11 +15,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from topk_ortho.study.named import STUDIES, named_studies
 from topk_ortho.training.config import TrainConfig, flatten
 from topk_ortho.training.presets import PRESETS
 from topk_ortho.training.settings import apply_settings, list_settings, read_settings
 
-_STUDIES = Path(__file__).parent / "studies"
 _GIVEN_OTHERWISE = {"seed": "`seeds` of the study gives it", "out_dir": "each run has a folder in that of the study"}
 """Settings that are not a variant's to choose, and why."""
 
@@ -133,12 +132,6 @@ class Study(NamedTuple):
         return None
 
 
-def named_studies() -> dict[str, str]:
-    """The studies that come with the package, with their descriptions."""
-    files = sorted(_STUDIES.glob("*.toml"))
-    return {path.stem: tomllib.loads(path.read_text("utf-8"))["description"] for path in files}
-
-
 def load_study(source: str, out_dir: Path, *, preset: str | None = None, seeds: list[int] | None = None) -> Study:
     """Read a study and build the configurations of all its runs.
 
@@ -159,7 +152,7 @@ def load_study(source: str, out_dir: Path, *, preset: str | None = None, seeds: 
         If something in the file is unknown, of the wrong type, out of range, empty, or there twice; the message names
         it.
     """
-    path = _STUDIES / f"{source}.toml" if source in named_studies() else Path(source)
+    path = STUDIES / f"{source}.toml" if source in named_studies() else Path(source)
     if not path.is_file():
         raise ValueError(f"{source} is neither a file nor one of the studies {', '.join(named_studies())}")
     content = read_settings(path)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from topk_ortho.study.figures import draw_figures
-from topk_ortho.study.plan import Study
+from topk_ortho.study.plan import FigureSpec, Study
 from topk_ortho.study.results import ABSORPTION_PER_SECOND, ABSORPTION_PER_VARIANCE, environment, shown
 from topk_ortho.training.metric_table import METRICS, Metric
 from topk_ortho.training.page import readable, render
@@ -58,7 +58,7 @@ def write_report(
         out_dir=out_dir,
         metrics=metrics,
         rows=_rows(study, results, summary, metrics),
-        figures=[(spec, image) for spec, image in figures if image],
+        figures=[(spec, image, _meanings(spec)) for spec, image in figures if image],
         undrawn=[spec.title for spec, image in figures if image is None],
         changes={name: readable(changes, missing="None") for name, changes in study.changes.items()},
         failures=failures,
@@ -66,6 +66,12 @@ def write_report(
         environment=readable(environment(), missing="unknown"),
     )
     (out_dir / "report.html").write_text(page, "utf-8")
+
+
+def _meanings(spec: FigureSpec) -> dict[str, str]:
+    """What the metrics of a figure mean that have no title, and of which the figure shows the name in the files."""
+    untitled = {metric.key: metric.meaning for metric in METRICS if not metric.title}
+    return {name: untitled[name] for name in vars(spec).values() if isinstance(name, str) and name in untitled}
 
 
 def _titled() -> list[Metric]:
