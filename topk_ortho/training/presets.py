@@ -1,10 +1,12 @@
 """Named configurations of a run."""
 
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 from topk_ortho.activations.config import ModelConfig, SyntheticConfig, TextConfig
 from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig
+from topk_ortho.training.settings import apply_settings
 
 # what the presets for a GPU share; they need the hub, or a local copy of the model
 _GEMMA = TrainConfig(
@@ -60,3 +62,19 @@ PRESETS: dict[str, TrainConfig] = {
         out_dir=Path("runs/seed-baseline"),
     ),
 }
+
+
+def _seed_runs() -> dict[str, TrainConfig]:
+    """The runs of the original experiment, which the study `seed` lists for both targets of the penalty."""
+    path = Path(__file__).parents[1] / "study" / "studies" / "seed.toml"
+    study = tomllib.loads(path.read_text("utf-8"))
+    runs = {}
+    for number in range(1, 6):
+        name = f"seed-run-{number}"
+        config = apply_settings(PRESETS[study["preset"]], study["base"])
+        config = apply_settings(config, study["variants"][f"run_{number}-activations"])
+        runs[name] = replace(config, out_dir=Path("runs") / name)
+    return runs
+
+
+PRESETS |= _seed_runs()

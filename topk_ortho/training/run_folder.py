@@ -108,6 +108,25 @@ def open_run(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
             _move_successor(out_dir)
 
 
+def is_finished(config: TrainConfig) -> bool:
+    """Whether the folder of a run holds it, finished.
+
+    Settings that the run there was made without count as having their defaults.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds a run that differs in a setting that decides the weights. The message names it.
+    """
+    found = _settings_in(config.out_dir)
+    if found is None:
+        return False
+    before = _without(_FREE, TrainConfig().as_json()) | _without(_FREE, found)
+    if changes := differences(before, _without(_FREE, config.as_json())):
+        raise ValueError(f"{config.out_dir} holds a run of other settings ({changes}): choose another --out-dir")
+    return _is_finished(config.out_dir)
+
+
 def folder_to_resume(out_dir: Path, *, overwrite: bool) -> Path:
     """Where the run lies that is to go on: in the folder or, if it was begun to replace a finished one, inside it."""
     successor = out_dir / _SUCCESSOR

@@ -5,13 +5,13 @@ import json
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from itertools import zip_longest
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -42,6 +42,21 @@ def with_settings(base: TrainConfig, path: Path) -> TrainConfig:
         message names the file and the setting.
     """
     path = Path(expanded("config", str(path)))
+    settings = read_settings(path)
+    try:
+        return apply_settings(base, settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The content of a file of settings, unchecked.
+
+    Raises
+    ------
+    ValueError
+        If the file, which the message names, is not TOML or JSON, or holds no table.
+    """
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file of settings, such as {path / 'config.json'}")
     text = _read_text(path)
@@ -49,14 +64,29 @@ def with_settings(base: TrainConfig, path: Path) -> TrainConfig:
     settings = _parse_json(text, path) if is_json else _parse_toml(text, path)
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings, which are a table of names and values")
+    return settings
+
+
+def apply_settings(base: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
+    """A configuration with nested settings, as a file has them, in place of its own.
+
+    Raises
+    ------
+    ValueError
+        If a setting, which the message names, is unknown, of the wrong type or refused by the configuration.
+    """
+    # JSON also for TOML: pydantic's strict mode then makes paths of strings and tuples of lists, and nothing else
+    text = json.dumps(_put_over(base.as_json(), settings, ""), default=str)
     try:
-        # JSON also for TOML: pydantic's strict mode then makes paths of strings and tuples of lists, and nothing else
-        text = json.dumps(_put_over(base.as_json(), settings, ""), default=str)
         return TypeAdapter(TrainConfig).validate_json(text, strict=True)
     except ValidationError as error:
-        raise ValueError(f"{path}: {_first_problem(error)}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(_first_problem(error)) from error
+
+
+def list_settings() -> set[str]:
+    """Names of the settings whose value is a list, such as sae.widths."""
+    kinds = {name: (annotation, *get_args(annotation)) for name, annotation in _annotations(TrainConfig)}
+    return {name for name, kind in kinds.items() if tuple in [get_origin(part) for part in kind]}
 
 
 def check_arguments(arguments: Sequence[str], switches: Sequence[str]) -> None:
@@ -169,7 +199,7 @@ def _first_problem(error: ValidationError) -> str:
         for problem in problems
         if _name_of(problem) == name
     ]
-    if name in _may_be_none(TrainConfig):
+    if NoneType in get_args(dict(_annotations(TrainConfig)).get(name)):
         allowed.append("'None'")
     return f"{name} must be {' or '.join(allowed)}, got {first['input']!r}"
 
@@ -181,10 +211,10 @@ def _name_of(problem: Any) -> str:
     return ".".join([first, *rest[:is_table], *(str(part) for part in rest[is_table:] if isinstance(part, int))])
 
 
-def _may_be_none(config: Any, prefix: str = "") -> Iterator[str]:
-    """Names of the settings that may be None, such as sae.widths."""
+def _annotations(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings by their dotted names, such as sae.widths, with their types."""
     for name, annotation in get_type_hints(config).items():
         if is_dataclass(annotation):
-            yield from _may_be_none(annotation, f"{prefix}{name}.")
-        elif NoneType in get_args(annotation):
-            yield f"{prefix}{name}"
+            yield from _annotations(annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", annotation
