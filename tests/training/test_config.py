@@ -100,6 +100,35 @@ def test_nonsense_is_refused_by_name(build, message):
             lambda: toy(op="max_cosine", n_chunks=145),
             "penalty.n_chunks must be at most 144, .*n_features = 288, got 145",
         ),
+        (
+            lambda: toy(op="c2r", n_chunks=145),
+            "penalty.n_chunks must be at most 144, .*n_features = 288, got 145",
+        ),
+        (
+            lambda: toy(op="c2r", target="activations"),
+            'penalty.target must be "decoder" or "none", as penalty.op = "c2r" compares .*, got activations',
+        ),
+        (
+            lambda: toy(op="random_pairs", target="activations"),
+            'penalty.target must be "decoder" or "none", as penalty.op = "random_pairs" .*, got activations',
+        ),
+        (
+            lambda: toy(op="max_cosine", encoder_inhibition=0.5),
+            'penalty.encoder_inhibition must be 0 unless penalty.op = "topk_pairs" .*, got 0.5',
+        ),
+        (
+            lambda: toy(target="activations", encoder_inhibition=0.5),
+            'penalty.encoder_inhibition must be 0 unless .*penalty.target = "decoder".*, got 0.5',
+        ),
+        (lambda: toy(encoder_inhibition=-1.0), "penalty.encoder_inhibition must be 0 or more, got -1.0"),
+        (
+            lambda: TrainConfig(sae=SAEConfig(train_decoder=False)),
+            "penalty.target must be activations or none, as sae.train_decoder is false, got decoder",
+        ),
+        (
+            lambda: SAEConfig(train_decoder=False, dead_features="resample"),
+            "sae.dead_features must be auxk or none, as sae.train_decoder is false, got resample",
+        ),
         (lambda: TrainConfig(warmup_fraction=0.6, decay_fraction=0.5), r"warmup_fraction \+ decay_fraction must be at"),
         (lambda: TrainConfig(batch_size=9, text=TextConfig(n_tokens=9)), "batch_size must be below text.n_tokens = 9"),
         (
