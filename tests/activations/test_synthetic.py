@@ -17,6 +17,16 @@ def test_a_shard_can_be_had_again_and_differs_from_others():
     assert not torch.equal(source.shard(1), other.shard(1))
 
 
+def test_shards_are_drawn_once_as_far_as_memory_is_set_aside(monkeypatch):
+    source, again = SyntheticActivations(CONFIG, 0), SyntheticActivations(CONFIG, 0)
+    first_shard = source.shard_sizes[0] * CONFIG.d_in
+    monkeypatch.setattr("topk_ortho.activations.synthetic._KEPT_NUMBERS", first_shard)
+    assert source.shard(0) is source.shard(0)
+    assert source.shard(1) is not source.shard(1)
+    for number in (0, 1):
+        assert torch.equal(source.shard(number), again.sample(number)[0])
+
+
 def test_sources_that_differ_say_so():
     smaller = dataclasses.replace(CONFIG, n_tokens=20_000)
     identities = [SyntheticActivations(*settings).identity for settings in ((CONFIG, 0), (CONFIG, 1), (smaller, 0))]

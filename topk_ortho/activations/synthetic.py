@@ -15,6 +15,8 @@ _FORMAT = 1
 """To be raised when other samples are drawn for the same settings."""
 _SHARD_TOKENS, _SHARD_COEFFICIENTS = 16_384, 2**24
 """Largest shard, in samples and, as memory also holds the coefficients while it is made, in coefficients."""
+_KEPT_NUMBERS = 2**27
+"""Numbers of the shards that stay in memory, half a GiB: to draw them anew in every epoch takes as long as training."""
 
 
 class KnownActivations(ABC):
@@ -41,10 +43,16 @@ class KnownActivations(ABC):
         self._seed = seed
         size = max(1, min(_SHARD_TOKENS, config.n_tokens // 2, _SHARD_COEFFICIENTS // config.n_true))
         self.shard_sizes = [size] * (config.n_tokens // size)
+        self._kept: dict[int, Tensor] = {}
 
     def shard(self, number: int) -> Tensor:
-        """Activations [n_tokens, d_in] of a shard, float32."""
-        return self.sample(number)[0]
+        """Activations [n_tokens, d_in] of a shard, float32. They are kept: write to none of them."""
+        shard = self._kept.get(number)
+        if shard is None:
+            shard = self.sample(number)[0]
+            if (len(self._kept) + 1) * shard.numel() <= _KEPT_NUMBERS:
+                self._kept[number] = shard
+        return shard
 
     @abstractmethod
     def sample(self, number: int) -> tuple[Tensor, Tensor]:
