@@ -40,6 +40,14 @@ _TOY = TrainConfig(
     out_dir=Path("runs/toy-hierarchy"),
 )
 
+_DIFFICULTIES = {
+    "orthogonal": SyntheticConfig(d_in=288, directions="orthogonal"),
+    "zipf": SyntheticConfig(zipf_exponent=1.0),
+    "correlated": SyntheticConfig(correlation=0.3),
+    "leaning": SyntheticConfig(child_parent_cosine=0.4),
+    "deep": SyntheticConfig(n_parents=12, depth=2, n_independent=36),
+}
+
 PRESETS: dict[str, TrainConfig] = {
     # a real transformer, offline, minutes on two CPU cores
     "minilm": TrainConfig(),
@@ -51,6 +59,16 @@ PRESETS: dict[str, TrainConfig] = {
         penalty=replace(_TOY.penalty, weight=0.03, encoder_inhibition=10.0),
         out_dir=Path("runs/toy-matryoshka"),
     ),
+    # data of as many true features that is easier, harder or harder in another way
+    **{
+        f"toy-{name}": replace(
+            _TOY,
+            synthetic=synthetic,
+            sae=replace(_TOY.sae, l0=2 if name == "deep" else 5),  # the true L0, rounded
+            out_dir=Path(f"runs/toy-{name}"),
+        )
+        for name, synthetic in _DIFFICULTIES.items()
+    },
     "gemma-2-2b": _GEMMA,
     # the experiment that this package grew from: the most similar pairs of activations, decoder kept by a hook
     "seed-baseline": replace(
