@@ -28,7 +28,7 @@ def drifting(n_steps, seed=0):
         while len(pairs) < 30:
             row, col = sorted(chance.sample(range(N), 2))
             pairs.add((row, col))
-        sets[step] = set() if step in (7, 150) else set(pairs)
+        sets[step] = set() if step in (7, 8, 150) else set(pairs)
     return sets
 
 
