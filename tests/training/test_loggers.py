@@ -26,6 +26,15 @@ def test_json_lines_keep_what_was_before_a_step_and_cut_the_rest(tmp_path):
         assert path.read_text() == ""
 
 
+def test_json_lines_may_be_cut_by_another_field(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    with json_lines(path, 0) as log:
+        for step, until in ((10, 110), (20, 120)):
+            log({"step": step, "until": until})
+    with json_lines(path, 115, written_at="until"):
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10]
+
+
 def test_tensorboard_gets_the_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -244,6 +244,21 @@ def test_the_data_of_the_benchmark_in_words(tmp_path):
     ]
 
 
+def test_stability_is_drawn_where_it_was_measured(tmp_path):
+    shares = {"unmatched": 0.1, "same": 0.0, "parent_child": 0.5, "siblings": 0.1, "relatives": 0.0, "unrelated": 0.3}
+    lines = [
+        {"step": step, "until": step + 100, "n_pairs": 9, "jaccard_lag_1": 0.9, "turnover": 0.05} | shares
+        for step in (100, 200)
+    ]
+    tmp_path.joinpath("pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(write_run(tmp_path, rows=[MINIMAL_ROW]) / "report.html")
+    titles = [page.text(title) for title in page.all("h3")]
+    assert titles[-2:] == ["Stability of the selected pairs", "What the selected pairs stand for"]
+    alternative_texts = [image.attrib["alt"] for image in page.all("img")]
+    assert "1 step: from 0.9 at step 100 to 0.9 at step 200." in alternative_texts[-2]
+    assert "parent and child: from 0.5 at step 100" in alternative_texts[-1]
+
+
 def test_headlines_have_value_direction_and_meaning(full_page):
     values = {
         "Explained variance": ("0.842", "↑ higher is better"),

@@ -11,9 +11,12 @@ import sae_lens
 import torch
 
 from tests.activations.sources import MemorySource, sparse_mixtures
-from topk_ortho import topk_ortho_loss
+from topk_ortho import topk_ortho_loss, topk_pairs
 from topk_ortho.activations.batches import Batches
+from topk_ortho.activations.config import SyntheticConfig
 from topk_ortho.activations.source import split_shards
+from topk_ortho.activations.synthetic import SyntheticActivations
+from topk_ortho.evaluation.stability import RELATIONS
 from topk_ortho.sae import ActiveFeatures
 from topk_ortho.training.build import build_sae, resolve_device
 from topk_ortho.training.checkpoint import checkpoints, load_checkpoint
@@ -387,6 +390,82 @@ def test_an_ignored_signal_stays_ignored(open_trainer):
         assert trainer.fit()["steps"] == 6
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def pair_lines(out_dir):
+    return [json.loads(line) for line in (out_dir / "pairs.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("target", ["decoder", "activations", "none"])
+def test_the_pairs_that_a_step_selects_are_noted(target, open_trainer, out_dir):
+    """Those of the decoder before it moves, or of the features of the step's batch; the weights do not notice."""
+    settings = {"steps": 12, "penalty": {"target": target, "every": 2}}
+    without = open_trainer(**settings)
+    without.fit()
+    assert not (out_dir / "pairs.jsonl").exists()
+    trainer = open_trainer(**settings, pairs_every=5, overwrite=True)
+    noted, seen, step, note = {}, {}, trainer.train_step, trainer.pair_windows.note
+
+    def observed_step(x):
+        W_dec = trainer.sae.W_dec.detach().clone()
+        result = step(x)
+        seen[trainer.step] = result.features.detach() if target == "activations" else W_dec.T
+        return result
+
+    def observed_note(number, pairs, relations):
+        noted[number] = pairs
+        return note(number, pairs, relations)
+
+    trainer.train_step, trainer.pair_windows.note = observed_step, observed_note
+    trainer.fit()
+    assert list(noted) == [5, 6, 7, 10, 11, 12]
+    for number, pairs in noted.items():
+        expected = topk_pairs(seen[number], 0.05, similarity="positive")
+        assert torch.equal(pairs.rows, expected.rows)
+        assert torch.equal(pairs.cols, expected.cols)
+    assert all(torch.equal(tensor, weights(without)[name]) for name, tensor in weights(trainer).items())
+
+
+def test_stability_of_pairs_over_a_run_with_known_truth(open_trainer, tmp_path):
+    """Interrupted within a window and after one, it leaves the file and the summary of a run that was left alone."""
+    config = SyntheticConfig(d_in=12, n_parents=3, n_children=3, n_independent=4, n_tokens=4_000)
+    settings = {"source": SyntheticActivations(config, 0), "steps": 210, "pairs_every": 40, "eval_every": 210}
+    summary = open_trainer(**settings, out_dir=tmp_path / "whole").fit()
+    whole = pair_lines(tmp_path / "whole")
+    assert [(line["step"], line["until"]) for line in whole] == [
+        (40, 140), (80, 180), (120, 210), (160, 210), (200, 210),
+    ]  # fmt: skip
+    for line in whole:
+        assert sum(line[name] for name in RELATIONS) == pytest.approx(1)
+        assert 0 < line["jaccard_lag_1"] <= 1
+        assert (line["persistent_pairs"] is None) == (line["jaccard_lag_100"] is None) == (line["step"] > 80)
+    mean = sum(line["jaccard_lag_10"] for line in whole) / 5
+    assert summary["pair_stability"]["jaccard_lag_10"] == pytest.approx(mean)
+    assert summary["pair_relations"].keys() == set(RELATIONS)
+
+    parts = tmp_path / "parts"
+    for stop in (125, 190, None):
+        trainer = open_trainer(**settings, out_dir=parts, resume=stop != 125)
+        step = trainer.train_step
+
+        def interrupted(x, trainer=trainer, step=step, stop=stop):
+            if trainer.step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(x)
+
+        trainer.train_step = interrupted
+        if stop:
+            with pytest.raises(Interrupted):
+                trainer.fit()
+            with (parts / "pairs.jsonl").open("a") as file:  # by a process that went on and was killed
+                file.write(json.dumps(whole[2]) + "\n")
+    again = trainer.fit()
+    assert (parts / "pairs.jsonl").read_bytes() == (tmp_path / "whole" / "pairs.jsonl").read_bytes()
+    for name in ("pair_stability", "pair_relations"):
+        assert again[name] == summary[name]
+    after = open_trainer(**settings, out_dir=parts, resume=True).fit()
+    assert after["pair_stability"] == summary["pair_stability"]
+    assert pair_lines(parts) == whole
 
 
 def test_resuming_a_finished_run_changes_nothing(open_trainer, out_dir):

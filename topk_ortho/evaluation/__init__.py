@@ -3,5 +3,15 @@
 from topk_ortho.evaluation.ground_truth import ground_truth_metrics
 from topk_ortho.evaluation.metrics import evaluate, mean_max_cosine, ratio
 from topk_ortho.evaluation.source_metrics import source_metrics
+from topk_ortho.evaluation.stability import PairWindows, mean_stability, pair_relations
 
-__all__ = ["evaluate", "ground_truth_metrics", "mean_max_cosine", "ratio", "source_metrics"]
+__all__ = [
+    "PairWindows",
+    "evaluate",
+    "ground_truth_metrics",
+    "mean_max_cosine",
+    "mean_stability",
+    "pair_relations",
+    "ratio",
+    "source_metrics",
+]

@@ -209,6 +209,9 @@ class TrainConfig:
     """Steps between two lines of metrics.jsonl."""
     eval_every: int = 100
     """Steps between two evaluations on held-out tokens, which go into the same file."""
+    pairs_every: int = 0
+    """Steps between the beginnings of two windows of 100 steps over which the selected pairs are compared, which goes
+    into pairs.jsonl. 0 turns it off."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Further places that the metrics are sent to, besides metrics.jsonl."""
     checkpoint_every: int = 200
@@ -234,6 +237,7 @@ class TrainConfig:
         require_at_least(1, self, "", "steps", "batch_size", "buffer_tokens", "held_out_tokens", "dead_after_tokens")
         require_at_least(1, self, "", "log_every", "eval_every", "keep_checkpoints")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 (off) or more")
+        require(self.pairs_every >= 0, "pairs_every", self.pairs_every, "0 (off) or more")
         require(0 < self.lr < math.inf, "lr", self.lr, "above 0")
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2**63)")
         for name in ("warmup_fraction", "decay_fraction"):

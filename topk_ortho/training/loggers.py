@@ -6,7 +6,7 @@ A logger is a context in which a function takes the metrics of one step after an
 import json
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,29 @@ Log = Callable[[dict[str, Any]], None]
 
 
 @contextmanager
-def json_lines(path: Path, step: int) -> Iterator[Log]:
+def json_lines(path: Path, step: int, *, written_at: str = "step") -> Iterator[Log]:
     """Append the metrics to a file, one JSON object a line, for a run that goes on after a step.
 
-    What the file holds up to that step stays. The rest is cut off, such as lines from after the checkpoint that a run
-    resumes from; step 0 starts the file anew.
+    What was written to the file up to that step stays; the field `written_at` of a line says when that was. The rest is
+    cut off, such as lines from after the checkpoint that a run resumes from; step 0 starts the file anew.
     """
     kept = []
     for line in path.read_text().splitlines() if step and path.is_file() else []:
         try:
-            if json.loads(line)["step"] <= step:
+            if json.loads(line)[written_at] <= step:
                 kept.append(line + "\n")
         except (ValueError, KeyError):  # the process was killed while it wrote this line
             break
     write_whole(path, "".join(kept))
     with path.open("a") as file:
         yield lambda metrics: print(json.dumps(metrics, allow_nan=False), file=file, flush=True)
+
+
+def open_pairs_log(config: TrainConfig, folder: Path, step: int) -> AbstractContextManager[Log]:
+    """Write the windows over which selected pairs are compared to pairs.jsonl, unless the configuration has none."""
+    if config.pairs_every == 0:
+        return nullcontext(lambda line: None)
+    return json_lines(folder / "pairs.jsonl", step, written_at="until")
 
 
 @contextmanager

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
+from topk_ortho.evaluation.stability import LAGS
+
 
 class Metric(NamedTuple):
     """A number in metrics.jsonl, in summary.json or in both."""
@@ -88,6 +90,28 @@ METRICS = [
         "pair_jaccard",
         "Share of the penalised pairs that two successive evaluations have in common, if there are any.",
     ),
+    Metric("pair_stability", "Means over the windows of pairs.jsonl, if `--pairs-every` is not 0:"),
+    Metric("pair_stability.n_pairs", "Pairs that were selected in the first step of a window, in its own batch."),
+    *(
+        Metric(
+            f"pair_stability.jaccard_lag_{lag}",
+            f"Share of these pairs and of those selected {lag} step{'s' if lag > 1 else ''} later that is in both.",
+        )
+        for lag in LAGS
+    ),
+    Metric("pair_stability.turnover", "Share of the selected pairs that were not selected in the step before."),
+    Metric("pair_stability.persistent_pairs", "Share of the pairs that were selected at all of these lags, up to 100."),
+    Metric(
+        "pair_relations",
+        "What the selected pairs stand for in a known truth, as shares. A feature stands for its closest true one, if "
+        "the cosine is 0.5 or more:",
+    ),
+    Metric("pair_relations.unmatched", "One of the two features stands for nothing."),
+    Metric("pair_relations.same", "Both stand for the same true feature."),
+    Metric("pair_relations.parent_child", "For a parent and its child."),
+    Metric("pair_relations.siblings", "For two children of one parent."),
+    Metric("pair_relations.relatives", "For two others of one tree."),
+    Metric("pair_relations.unrelated", "For two true features of different trees."),
     Metric(
         "tokens_per_second",
         "Tokens learned from in a second, the penalty included.",

@@ -71,6 +71,8 @@ def write_report(out_dir: Path, summary: dict[str, Any] | None = None) -> None:
     config = json.loads((out_dir / "config.json").read_text("utf-8"))
     summary = dict(summary or json.loads((out_dir / "summary.json").read_text("utf-8")))
     rows = _read_rows(out_dir / "metrics.jsonl", penalised=(config.get("penalty") or {}).get("target") != "none")
+    if (out_dir / "pairs.jsonl").is_file():
+        rows += _read_rows(out_dir / "pairs.jsonl", penalised=True)  # of windows, under names of their own
     (out_dir / "figures").mkdir(exist_ok=True)
     images = {}
     for name, draw in _CHARTS.items():
@@ -92,7 +94,7 @@ def write_report(out_dir: Path, summary: dict[str, Any] | None = None) -> None:
 
 
 def _read_rows(path: Path, *, penalised: bool) -> list[_Row]:
-    """The lines of metrics.jsonl by ascending step; if a step stands there twice, its last line."""
+    """The lines of metrics.jsonl, or of pairs.jsonl, by ascending step; if a step stands there twice, its last line."""
     rows = {}
     for line in path.read_text("utf-8").splitlines():
         row = json.loads(line)
@@ -225,6 +227,27 @@ _CHARTS: dict[str, Callable[..., str]] = {
             _Curve("tau", GREY, "tau: no pair below it counts", "--"),
         ]),
         _Panel("pairs kept since the evaluation before", "share", [_Curve("pair_jaccard", ORANGE, style="o-")]),
+    ]),
+    "pair_stability": partial(_draw_lines, panels=[
+        _Panel("pairs in common with those of so many steps later", "share", [
+            _Curve("jaccard_lag_1", _BLUE, "1 step"),
+            _Curve("jaccard_lag_10", _ORANGE, "10 steps"),
+            _Curve("jaccard_lag_100", _RED, "100 steps"),
+        ]),
+        _Panel("of the pairs", "share", [
+            _Curve("turnover", _GREY, "new since the last step", "--"),
+            _Curve("persistent_pairs", _PURPLE, "selected throughout 100 steps"),
+        ]),
+    ]),
+    "pair_relations": partial(_draw_lines, panels=[
+        _Panel("what the pairs stand for", "share", [
+            _Curve("parent_child", _RED, "parent and child"),
+            _Curve("siblings", _ORANGE, "siblings"),
+            _Curve("relatives", _PURPLE, "other relatives"),
+            _Curve("unrelated", _BLUE, "unrelated"),
+            _Curve("same", _GREY, "the same"),
+            _Curve("unmatched", _GREY, "nothing", "--"),
+        ]),
     ]),
     "densities": _draw_densities,
     "step_time": _draw_step_time,

@@ -29,7 +29,8 @@ from topk_ortho.training.config import TrainConfig, differences, flatten
 from topk_ortho.training.report import FIGURES
 
 _FILES = (
-    "config.json", "metrics.jsonl", "report.html", "wandb_id", "sae/cfg.json", "sae/sae_weights.safetensors",
+    "config.json", "metrics.jsonl", "pairs.jsonl", "report.html", "wandb_id",
+    "sae/cfg.json", "sae/sae_weights.safetensors",
     *(f"figures/{name}.png" for name in FIGURES), *(f"checkpoints/{name}" for name in CHECKPOINT_FILES),
     "tensorboard/events.out.tfevents.*", "summary.json",
 )  # fmt: skip

@@ -21,7 +21,16 @@ from tqdm import tqdm
 
 from topk_ortho.activations.batches import Batches, Stopped
 from topk_ortho.activations.source import ActivationSource, generator_of, mean_and_variance, split_shards
-from topk_ortho.evaluation import evaluate, mean_max_cosine, ratio, source_metrics
+from topk_ortho.activations.synthetic import KnownActivations
+from topk_ortho.evaluation import (
+    PairWindows,
+    evaluate,
+    mean_max_cosine,
+    mean_stability,
+    pair_relations,
+    ratio,
+    source_metrics,
+)
 from topk_ortho.files import write_whole
 from topk_ortho.sae import ActiveFeatures, SAEOutput, SparseAutoencoder, firing_counts, keep_normalized
 from topk_ortho.training.build import build_sae, resolve_device
@@ -29,7 +38,7 @@ from topk_ortho.training.checkpoint import Checkpoint, prune_checkpoints, save_c
 from topk_ortho.training.config import TrainConfig, differences, flatten
 from topk_ortho.training.dead_features import DeadFeatures
 from topk_ortho.training.interrupt import Interrupted, SignalGuard
-from topk_ortho.training.loggers import open_loggers
+from topk_ortho.training.loggers import open_loggers, open_pairs_log
 from topk_ortho.training.penalty import PairStability, Penalty, PenaltyTerm
 from topk_ortho.training.results import save_results
 from topk_ortho.training.run_folder import Run
@@ -97,6 +106,7 @@ class Trainer:
         self.model: Callable[[Tensor], Any] = torch.compile(self.sae) if config.compile else self.sae
         self.penalty = Penalty(config.penalty, self.generator).to(self.device)
         self.pairs = PairStability()
+        self.pair_windows = PairWindows(config.pairs_every)
         self.dead_features = DeadFeatures(config, source.d_in, self.generator).to(self.device)
         self.sae.W_dec.requires_grad_(config.sae.train_decoder)
         trained = [parameter for parameter in self.sae.parameters() if parameter.requires_grad]
@@ -133,6 +143,7 @@ class Trainer:
             SignalGuard(self.batches.stop) as guard,
             closing(self.batches),
             open_loggers(config, self.folder, self.step) as log,
+            open_pairs_log(config, self.folder, self.step) as log_pairs,
             tqdm(total=config.steps, initial=self.step, desc="sae", unit=" steps", mininterval=0.5) as progress,
         ):
             write_whole(self.folder / "config.json", json.dumps(config.as_json(), indent=2) + "\n")
@@ -141,6 +152,8 @@ class Trainer:
                 while self.step < config.steps:
                     result = self.train_step(self.next_batch())
                     progress.update()
+                    for line in self.pair_windows.lines(self.step, is_end=self.step == config.steps):
+                        log_pairs(line)
                     # once in a while: log, evaluate, save
                     evaluates = self._is_due(config.eval_every, config.checkpoint_every)
                     if evaluates or self._is_due(config.log_every):
@@ -184,6 +197,8 @@ class Trainer:
                 + self.config.sae.auxk_weight * auxiliary
             )
             self.dead_features.count(output.features)
+        if self.pair_windows.is_due(self.step + 1):
+            self._note_pairs(output.features)
         weight = self.penalty.weight(self.step, self.config.steps)
         term = self._penalty(output.features) if weight else None
         with self.stopwatch.measure("sae"):
@@ -279,9 +294,10 @@ class Trainer:
         best_step = None if self.best is None else self.best["step"]
         prune_checkpoints(folder, self.step, self.config.keep_checkpoints, best_step)
 
-    def _parts(self) -> dict[str, torch.nn.Module | PairStability]:
+    def _parts(self) -> dict[str, torch.nn.Module | PairStability | PairWindows]:
         """The parts of a run that know their state, by their names in a checkpoint."""
-        return {"sae": self.sae, "penalty": self.penalty, "pairs": self.pairs, "dead_features": self.dead_features}
+        names = ("sae", "penalty", "pairs", "pair_windows", "dead_features")
+        return {name: getattr(self, name) for name in names}
 
     def _checkpoint(self) -> Checkpoint:
         """Everything that decides the rest of the run. Which batches are next follows from the step."""
@@ -323,7 +339,14 @@ class Trainer:
             "dead_fraction": n_dead / self.config.sae.n_features,
             "penalty": penalty,
             "device": str(self.device),
+            **self._mean_stability(),
         }
+
+    def _mean_stability(self) -> dict[str, dict[str, float]]:
+        """How stable the selected pairs were through the run, and what they stood for; empty if it was not measured."""
+        if not self.config.pairs_every:
+            return {}
+        return mean_stability(map(json.loads, (self.folder / "pairs.jsonl").read_text().splitlines()))
 
     @property
     def _n_tokens(self) -> int:
@@ -346,6 +369,20 @@ class Trainer:
         with self._divergence_is_named(), self.stopwatch.measure("penalty"):
             term: PenaltyTerm = self.penalty(self.sae, features, self.dead_features.firing_rate)
             return term
+
+    def _note_pairs(self, features: Tensor | ActiveFeatures) -> None:
+        """Note the pairs that the penalty selects in this step, in its own batch, before the weights move.
+
+        Without a penalty these are the pairs of the decoder that it would select. So are they for a penalty of another
+        op, and in a step that goes without.
+        """
+        step = self.step + 1
+        with self._divergence_is_named():
+            pairs = self.penalty.select(self.sae, features)
+        relations = {}
+        if self.pair_windows.begins(step) and isinstance(self.source, KnownActivations):
+            relations = pair_relations(pairs, self.sae.W_dec, self.source.truth)
+        self.pair_windows.note(step, pairs, relations)
 
     def _descend(self, loss: Tensor, term: PenaltyTerm | None, weight: float) -> Tensor:
         """Move the weights against the gradient of the loss and the weighted penalty; returns the gradient's norm."""
