@@ -108,7 +108,8 @@ def test_what_a_run_leaves(open_trainer, out_dir):
     assert set(log[0]) == {
         "step", "tokens", "lr", "loss", "fvu", "sparsity", "auxiliary", "penalty", "penalty_weight", "l0",
         "dead_fraction", "gradient_norm", "tokens_per_second", "data_ms", "sae_ms", "penalty_ms", "memory_bytes",
-        "explained_variance", "normalized_mse", "held_out_l0", "mean_max_decoder_cosine", "pair_threshold",
+        "explained_variance", "normalized_mse", "held_out_l0", "mean_max_decoder_cosine", "penalised_pairs",
+        "pair_threshold",
         "pair_jaccard", "tau", "density_histogram",
     }  # fmt: skip
     assert set(log[0]) | set(summary) <= {metric.key for metric in METRICS} | {"steps", "device"}
@@ -178,6 +179,12 @@ def test_held_out_shards_without_tokens_are_refused(open_trainer):
     shards[held_out] = torch.zeros(0, 16)
     with pytest.raises(ValueError, match="memory: the shards that are held out have no tokens"):
         open_trainer(MemorySource(shards))
+
+
+@pytest.mark.parametrize(("tau", "counts"), [(None, lambda n: n == 24), (0.6, lambda n: 0 < n < 24)])
+def test_penalised_pairs_are_those_above_tau(tau, counts, open_trainer):
+    trainer = open_trainer(penalty={"fraction": 0.05, "tau": tau, "similarity": "abs"})
+    assert counts(trainer.evaluation()["penalised_pairs"])
 
 
 def test_lines_without_an_evaluation_are_short(open_trainer, out_dir):

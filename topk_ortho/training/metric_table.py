@@ -81,6 +81,11 @@ METRICS = [
         "Mean max decoder cosine", "{mean_max_decoder_cosine:.3f}", "lower",
     ),
     Metric(
+        "penalised_pairs",
+        "Pairs that are penalised: at most `penalty.fraction` of all, fewer if too few exceed tau. Activations are "
+        "compared over 1,024 held-out tokens.",
+    ),
+    Metric(
         "pair_threshold",
         "Similarity of the least similar pair that is penalised, the k-th. Activations are compared over 1,024 "
         "held-out tokens.",

@@ -259,6 +259,7 @@ class Trainer:
                 "normalized_mse": measured["normalized_mse"],
                 "held_out_l0": measured["l0"],
                 "mean_max_decoder_cosine": mean_max_cosine(sae.W_dec),
+                "penalised_pairs": pairs.rows.numel(),
                 "pair_threshold": pairs.threshold.item(),
                 "pair_jaccard": self.pairs.jaccard_with_last(pairs),
                 "tau": pairs.tau,
