@@ -28,7 +28,7 @@ from tests.tolerances import (
     loss_bound,
     unit_roundoff,
 )
-from topk_ortho import initial_state, max_cosine_loss, topk_ortho_loss, topk_pairs
+from topk_ortho import initial_state, max_cosine_loss, nearest_columns, topk_ortho_loss, topk_pairs
 
 N_PAIRS = 43 * 42 // 2  # of N = 43: no multiple of 8, ragged for every tile of tests/conftest.py
 
@@ -486,6 +486,23 @@ class TestMaxCosine:
             expected=oracle.max_cosine_gradient(float64(x), partners),
             bound=gradient_bound(x, np.arange(43), partners, 1 / 43),
             dtype=dtype,
+        )
+
+    @pytest.mark.parametrize("n_chunks", [1, 4])
+    def test_nearest_columns(self, n_chunks, backend):
+        x = normal(24, 43, seed=16)
+        chunks = torch.randperm(43, generator=seeded(7)).tensor_split(n_chunks)
+        values, partners = oracle.max_cosines(float64(x), None if n_chunks == 1 else [c.tolist() for c in chunks])
+        x.requires_grad_()
+        nearest = nearest_columns(x, n_chunks, generator=seeded(7), backend=backend)
+        assert nearest.partners.tolist() == partners.tolist()
+        np.testing.assert_allclose(nearest.cosines.detach().numpy(), values, atol=1e-6)
+        (gradient,) = torch.autograd.grad(nearest.cosines.square().mean(), x)
+        assert_gradient(
+            actual=gradient,
+            expected=oracle.max_cosine_gradient(float64(x.detach()), partners),
+            bound=gradient_bound(x.detach(), np.arange(43), partners, 1 / 43),
+            dtype=x.dtype,
         )
 
     @pytest.mark.parametrize("precision", ["high", "medium"])

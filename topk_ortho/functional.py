@@ -12,7 +12,7 @@ from topk_ortho import custom_ops, sparse_ops
 from topk_ortho.backends.registry import resolve_backend
 from topk_ortho.backends.sparse.coordinates import Coordinates
 from topk_ortho.definitions import BackendName, Precision, Query, Reduction, Similarity, Tau
-from topk_ortho.pairs import TopKPairs
+from topk_ortho.pairs import NearestColumns, TopKPairs
 from topk_ortho.selection import Selection
 from topk_ortho.sparse_features import SparseFeatures, coordinates_of, is_dense
 from topk_ortho.validation import (
@@ -281,6 +281,44 @@ def max_cosine_loss(
     >>> max_cosine_loss(torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]]))
     tensor(0.6000)
     """
+    nearest = nearest_columns(x, n_chunks, generator=generator, backend=backend, precision=precision)
+    return nearest.cosines.square().mean()
+
+
+def nearest_columns(
+    x: Tensor | SparseFeatures,
+    n_chunks: int = 1,
+    *,
+    generator: torch.Generator | None = None,
+    backend: BackendName = "auto",
+    precision: Precision = "highest",
+) -> NearestColumns:
+    """The most similar other column of every column, by signed cosine, among all columns or those of its random chunk.
+
+    Parameters
+    ----------
+    x, n_chunks, generator, backend, precision
+        As in `max_cosine_loss`.
+
+    Returns
+    -------
+    NearestColumns
+        ``cosines`` and ``partners`` of all N columns. ``cosines`` is differentiable in x, the choice of partners is
+        not.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `max_cosine_loss`.
+
+    Examples
+    --------
+    >>> nearest = nearest_columns(torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]]))
+    >>> nearest.partners
+    tensor([2, 2, 0])
+    >>> nearest.cosines
+    tensor([0.8944, 0.4472, 0.8944])
+    """
     check_features(x)
     check_n_chunks(n_chunks, x.shape[1])
     check_generator(generator)
@@ -290,13 +328,12 @@ def max_cosine_loss(
     if n_chunks > 1:
         device = x.device if generator is None else generator.device
         permutation = torch.randperm(x.shape[1], generator=generator, device=device).to(x.device)
-    cosines: Tensor
     if is_dense(x):
-        cosines, _, _ = custom_ops.max_cosine(x, permutation, int(n_chunks), precision, chosen)
+        cosines, partners, _ = custom_ops.max_cosine(x, permutation, int(n_chunks), precision, chosen)
     else:
         coordinates, _ = coordinates_of(x)
-        cosines, _, _ = sparse_ops.sparse_max_cosine(*coordinates, permutation, int(n_chunks))
-    return cosines.square().mean()
+        cosines, partners, _ = sparse_ops.sparse_max_cosine(*coordinates, permutation, int(n_chunks))
+    return NearestColumns(cosines, partners)
 
 
 def _select(

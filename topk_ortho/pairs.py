@@ -1,4 +1,4 @@
-"""The result of a selection, and how much two of them share."""
+"""What the ops that list columns return, and how much two selections share."""
 
 from typing import NamedTuple
 
@@ -26,6 +26,15 @@ class TopKPairs(NamedTuple):
     """N"""
     k: int
     """Number of pairs asked for"""
+
+
+class NearestColumns(NamedTuple):
+    """The most similar other column of every column."""
+
+    cosines: Tensor
+    """[N], float32, float64 for float64 input: the largest signed cosine to another column; differentiable in x"""
+    partners: Tensor
+    """int64 [N], that other column, the lowest among equals"""
 
 
 def pair_jaccard(a: TopKPairs, b: TopKPairs) -> float:

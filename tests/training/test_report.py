@@ -225,6 +225,25 @@ def test_synthetic_data_in_words(tmp_path):
     ]
 
 
+def test_the_depth_of_a_hierarchy_in_words(tmp_path):
+    settings = changed(CONFIG, source="synthetic", synthetic=SYNTHETIC | {"depth": 2})
+    page = Page(write_run(tmp_path, settings, rows=[MINIMAL_ROW]) / "report.html")
+    assert page.described()["Activations"][0].endswith("ones. The hierarchy has 2 levels below the parents.")
+
+
+def test_the_data_of_the_benchmark_in_words(tmp_path):
+    run = write_run(
+        tmp_path,
+        changed(CONFIG, source="synthsaebench", synthsaebench={"d_in": 80, "n_true": 1024}),
+        rows=[MINIMAL_ROW],
+    )
+    page = Page(run / "report.html")
+    assert page.text(page.all("h1")[0]) == "Sparse autoencoder of synthetic features"
+    assert page.described()["Activations"] == [
+        "Made up as SynthSAEBench does, with 1,024 known true features in 80 dimensions."
+    ]
+
+
 def test_headlines_have_value_direction_and_meaning(full_page):
     values = {
         "Explained variance": ("0.842", "↑ higher is better"),

@@ -221,7 +221,7 @@ def test_dead_features_get_the_auxiliary_loss(open_trainer):
     result = trainer.train_step(next(trainer.batches))
     assert result.auxiliary > 0
     assert trainer.sae.W_enc.grad[:5].any()
-    assert result.loss == pytest.approx((result.fvu + result.auxiliary / 32).item(), rel=1e-5)
+    assert result.loss == pytest.approx((result.fvu + result.auxiliary / 8).item(), rel=1e-5)
 
 
 def test_resampling_brings_dead_features_back(open_trainer):
@@ -509,6 +509,32 @@ def test_decoder_norm_is_kept_as_named(decoder_norm, open_trainer):
         trainer.train_step(next(trainer.batches))
     is_unit = torch.allclose(trainer.sae.W_dec.norm(dim=1), torch.ones(32))
     assert is_unit == (decoder_norm != "none")
+
+
+@pytest.mark.parametrize("architecture", ["standard", "batchtopk"])
+def test_a_frozen_decoder_stays_and_the_encoder_learns(architecture, open_trainer, tmp_path):
+    settings = {"sae": {"architecture": architecture, "train_decoder": False}, "penalty": {"target": "none"}}
+    trainer = open_trainer(**settings, steps=10, checkpoint_every=5)
+    W_dec, W_enc = (weights.detach().clone() for weights in (trainer.sae.W_dec, trainer.sae.W_enc))
+    trainer.fit()
+    assert torch.equal(trainer.sae.W_dec, W_dec)
+    assert not torch.equal(trainer.sae.W_enc, W_enc)
+    resumed = open_trainer(**settings, steps=10, checkpoint_every=5, resume=True)
+    assert torch.equal(resumed.sae.W_dec, W_dec)
+
+
+@pytest.mark.parametrize("op", ["c2r", "random_pairs"])
+def test_further_ops_train_and_resume(op, open_trainer, tmp_path):
+    settings = {"sae": {"architecture": "topk"}, "penalty": {"op": op, "weight": 0.1, "n_chunks": 3}}
+    whole = open_trainer(**settings, steps=20, out_dir=tmp_path / "whole")
+    whole.fit()
+    first = open_trainer(**settings, steps=20, out_dir=tmp_path / "parts")
+    for _ in range(8):
+        first.train_step(first.next_batch())
+    first.save()
+    second = open_trainer(**settings, steps=20, out_dir=tmp_path / "parts", resume=True)
+    second.fit()
+    assert torch.equal(second.sae.W_dec, whole.sae.W_dec)
 
 
 def test_dead_features_are_those_that_stopped_firing(open_trainer):

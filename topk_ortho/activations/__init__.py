@@ -1,5 +1,5 @@
 """Activations to learn from, in numbered shards: synthetic ones, and those of a transformer that reads a text.
 
-This package makes data and judges no dictionary. `source.py` says what every source offers, `cache.py` and
-`synthetic.py` are the two that there are, and `batches.py` shuffles either of them into training batches.
+This package makes data and judges no dictionary. `source.py` says what every source offers; `cache.py`,
+`synthetic.py` and `synthsaebench.py` are those that there are; `batches.py` shuffles any of them into training batches.
 """

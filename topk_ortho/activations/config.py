@@ -3,6 +3,7 @@
 Every configuration checks its values when it is made; the error for one out of range names the setting.
 """
 
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -115,16 +116,59 @@ class SyntheticConfig:
     d_in: int = 80
     """Width of the activations. With fewer dimensions than true features these are in superposition."""
     n_parents: int = 48
-    """Number of features that have children."""
+    """Number of features at the top of the hierarchy."""
     n_children: int = 4
     """Number of children of each parent. At most one of them is on at a time, and only if the parent is."""
+    depth: int = 1
+    """Number of levels below the parents. With 2, every child has n_children children of its own."""
     n_independent: int = 48
     """Number of features without a parent and without children."""
+    directions: Literal["random", "orthogonal"] = "random"
+    """Whether the true directions are random or orthonormal, for which d_in must be at least their number."""
+    child_parent_cosine: float | None = None
+    """Cosine of every child's direction to its parent's. None leaves the directions as they are drawn."""
+    zipf_exponent: float = 0.0
+    """Rates of the parents fall as rank ** -zipf_exponent, and so do those of the independent features; their means,
+    and the mean L0, stay. 0 makes them equal."""
+    correlation: float = 0.0
+    """Correlation that makes parents and independent features of one group fire together: that of their normal scores
+    in a Gaussian copula. 0 makes them independent."""
+    group_size: int = 8
+    """Number of correlated parents and independent features in a group."""
     n_tokens: int = 1_000_000
     """Number of samples in the data set."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "synthetic.", "d_in", "n_tokens")
+        require_at_least(1, self, "synthetic.", "d_in", "depth", "group_size", "n_tokens")
         require_at_least(0, self, "synthetic.", "n_parents", "n_children", "n_independent")
-        n_true = self.n_parents * (1 + self.n_children) + self.n_independent
+        require_words(self, "synthetic.")
+        cosine = self.child_parent_cosine
+        require(cosine is None or 0 <= cosine < 1, "synthetic.child_parent_cosine", cosine, "in [0, 1), or None")
+        require(0 <= self.zipf_exponent < math.inf, "synthetic.zipf_exponent", self.zipf_exponent, "0 or more")
+        require(0 <= self.correlation < 1, "synthetic.correlation", self.correlation, "in [0, 1)")
+        n_true = self.n_true
         require(n_true >= 2, "the number of true features of synthetic", n_true, "at least 2")
+        fits = self.directions == "random" or self.d_in >= n_true
+        require(fits, "synthetic.d_in", self.d_in, f"at least {n_true}, the number of true features, to be orthogonal")
+
+    @property
+    def n_true(self) -> int:
+        """Number of true features."""
+        family = sum(math.prod([self.n_children] * level) for level in range(self.depth + 1))
+        return self.n_parents * family + self.n_independent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SynthSAEBenchConfig:
+    """The synthetic data of SynthSAEBench, drawn by SAELens: its settings at another size."""
+
+    d_in: int = 80
+    """Width of the activations; 768 in the benchmark."""
+    n_true: int = 512
+    """Number of true features; 16,384 in the benchmark. There is a tree of 85 of them for every 128."""
+    n_tokens: int = 1_000_000
+    """Number of samples in the data set."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "synthsaebench.", "d_in", "n_tokens")
+        require_at_least(2, self, "synthsaebench.", "n_true")

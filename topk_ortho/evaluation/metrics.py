@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from topk_ortho import nearest_columns
 from topk_ortho.activations.source import mean_and_variance
 from topk_ortho.sae import SparseAutoencoder, firing_counts
 
@@ -55,15 +55,7 @@ def mean_max_cosine(W_dec: Tensor) -> float | None:
     """
     if len(W_dec) < 2:
         return None
-    # no public op returns these cosines: `max_cosine_loss` is their mean square
-    W_hat = normalize(W_dec.float(), dim=1)
-    largest = []
-    for first, rows in enumerate(W_hat.split(1024)):
-        cosine = rows @ W_hat.T
-        own = torch.arange(rows.shape[0], device=rows.device)
-        cosine[own, first * 1024 + own] = -1.0
-        largest.append(cosine.amax(dim=1))
-    return torch.cat(largest).mean().item()
+    return nearest_columns(W_dec.float().T).cosines.mean().item()
 
 
 def ratio(numerator: float, denominator: float) -> float | None:

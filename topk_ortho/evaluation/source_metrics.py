@@ -3,7 +3,7 @@
 import torch
 
 from topk_ortho.activations.source import ActivationSource
-from topk_ortho.activations.synthetic import SyntheticActivations
+from topk_ortho.activations.synthetic import KnownActivations
 from topk_ortho.evaluation.ground_truth import ground_truth_metrics
 from topk_ortho.sae import ActiveFeatures, SparseAutoencoder
 
@@ -15,7 +15,7 @@ def source_metrics(sae: SparseAutoencoder, source: ActivationSource, shards: lis
     reconstructions in place of its activations, see `cross_entropy_metrics`. Any other source
     allows none. What is not defined on these shards is None.
     """
-    if isinstance(source, SyntheticActivations):
+    if isinstance(source, KnownActivations):
         x, coefficients = (torch.cat(parts) for parts in zip(*map(source.sample, shards), strict=True))
         features = sae.encode(x.to(sae.W_dec.device))
         dense = features.to_dense() if isinstance(features, ActiveFeatures) else features

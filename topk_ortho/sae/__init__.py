@@ -1,6 +1,6 @@
 """Sparse autoencoders, one architecture a file, the normalisation of their decoders, and SAELens's format."""
 
-from topk_ortho.sae.active import ActiveFeatures, firing_counts
+from topk_ortho.sae.active import ActiveFeatures, activation_norms, firing_counts
 from topk_ortho.sae.base import SAEOutput, SparseAutoencoder
 from topk_ortho.sae.batchtopk import BatchTopKSAE
 from topk_ortho.sae.decoder import DecoderNorm, keep_normalized, normalize_decoder, remove_parallel_gradient
@@ -19,6 +19,7 @@ __all__ = [
     "SparseAutoencoder",
     "StandardSAE",
     "TopKSAE",
+    "activation_norms",
     "firing_counts",
     "keep_normalized",
     "normalize_decoder",

@@ -54,6 +54,15 @@ def firing_counts(features: Tensor | ActiveFeatures) -> Tensor:
     return (features > 0).sum(dim=0)
 
 
+def activation_norms(features: Tensor | ActiveFeatures) -> Tensor:
+    """L2 norm of every feature over the batch, [n_features]; differentiable, with gradient 0 where it is 0."""
+    if not isinstance(features, ActiveFeatures):
+        norms: Tensor = torch.linalg.vector_norm(features, dim=0)
+        return norms
+    squares = features.values.new_zeros(features.n_features).index_add(0, features.features, features.values.square())
+    return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt() * (squares > 0)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # how much is selected depends on the data
 def encode_selected(x: Tensor, W_enc: Tensor, b_enc: Tensor, select: Callable[[Tensor], Tensor]) -> ActiveFeatures:
     """Features relu(x @ W_enc.T + b_enc) at the entries that `select` picks from the pre-activations.

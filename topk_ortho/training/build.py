@@ -4,6 +4,7 @@ import torch
 
 from topk_ortho.activations.source import ActivationSource
 from topk_ortho.activations.synthetic import SyntheticActivations
+from topk_ortho.activations.synthsaebench import SynthSAEBenchActivations
 from topk_ortho.sae import BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE, SparseAutoencoder, StandardSAE, TopKSAE
 from topk_ortho.training.config import SAEConfig, TrainConfig
 
@@ -12,6 +13,8 @@ def open_source(config: TrainConfig, device: torch.device) -> ActivationSource:
     """The source of activations that a configuration names; a transformer runs on the device."""
     if config.source == "synthetic":
         return SyntheticActivations(config.synthetic, config.seed)
+    if config.source == "synthsaebench":
+        return SynthSAEBenchActivations(config.synthsaebench, config.seed)
     from topk_ortho.activations.cache import TransformerActivations  # transformers and datasets take a second to import
 
     return TransformerActivations(config.model, config.text, config.cache, config.cache_dir, device)

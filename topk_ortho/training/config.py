@@ -13,6 +13,7 @@ from topk_ortho.activations.config import (
     CacheDtype,
     ModelConfig,
     SyntheticConfig,
+    SynthSAEBenchConfig,
     TextConfig,
     expanded,
     require,
@@ -56,6 +57,9 @@ class SAEConfig:
     decoder_norm: DecoderNorm = "l2"
     """Length of decoder directions: "none" (free), "l2" (1; the gradient along them is removed), "l2-hook" (1, by a
     hook after the optimizer's step alone)."""
+    train_decoder: bool = True
+    """False keeps the decoder's random directions as they are, and trains the encoder alone: a control, as in
+    arXiv:2602.14111."""
     normalize_activations: Literal["none", "rms"] = "rms"
     """"rms" scales activations to a mean square of 1 a dimension while training; the saved weights take them
     unscaled."""
@@ -65,8 +69,9 @@ class SAEConfig:
     auxk: int | None = None
     """Number of dead features that a token may use for its auxiliary reconstruction; None is half the width of the
     activations, or n_features if these are fewer."""
-    auxk_weight: float = 1 / 32
-    """Weight of the auxiliary reconstruction's error, relative to the fraction of variance unexplained."""
+    auxk_weight: float = 1 / 8
+    """Weight of the share of the residual that the auxiliary reconstruction misses, relative to the fraction of
+    variance unexplained."""
     resample_every: int = 250
     """Steps between two resamplings; none in the last fifth of the run."""
     widths: tuple[int, ...] | None = None
@@ -86,6 +91,8 @@ class SAEConfig:
             require(0 <= getattr(self, name) < math.inf, f"sae.{name}", getattr(self, name), "0 (off) or more")
         in_range = self.auxk is None or 1 <= self.auxk <= self.n_features
         require(in_range, "sae.auxk", self.auxk, f"in [1, n_features = {self.n_features}], or None")
+        allowed = "auxk or none, as sae.train_decoder is false"
+        require(self.train_decoder or self.dead_features != "resample", "sae.dead_features", "resample", allowed)
         require(0 <= self.initial_threshold < math.inf, "sae.initial_threshold", self.initial_threshold, "0 or more")
         require(0 < self.bandwidth < math.inf, "sae.bandwidth", self.bandwidth, "above 0")
         if self.widths is not None:
@@ -106,9 +113,10 @@ class PenaltyConfig:
     target: Literal["decoder", "activations", "none"] = "decoder"
     """What should not be similar: the features' decoder directions, or their activations over a batch. "none" turns
     the penalty off."""
-    op: Literal["topk_pairs", "max_cosine"] = "topk_pairs"
-    """"topk_pairs" penalises the most similar pairs of all, "max_cosine" (OrtSAE) every feature's most similar
-    one."""
+    op: Literal["topk_pairs", "max_cosine", "c2r", "random_pairs"] = "topk_pairs"
+    """"topk_pairs" penalises the most similar pairs of all, "max_cosine" (OrtSAE) every feature's most similar one,
+    "c2r" the same weighted by how active both features are (decoder), "random_pairs" as many random ones (decoder; a
+    control)."""
     weight: float = 0.3
     """Weight, relative to the fraction of variance unexplained."""
     warmup_fraction: float = 0.0
@@ -128,31 +136,46 @@ class PenaltyConfig:
     priority: Literal["firing-rate", "none"] = "firing-rate"
     """With "firing-rate" the feature of a pair that fires more often is held, so that the rarer one moves (topk_pairs);
     "none" moves both."""
+    encoder_inhibition: float = 0.0
+    """Weight, relative to that of the penalty, of a further term on the pairs that it selects (topk_pairs, decoder):
+    how much the encoder of the feature that fires more often is inhibited where the rarer one is present, which is how
+    a feature comes to be absorbed. 0 turns it off."""
     n_chunks: int = 1
-    """Number of random chunks, of two features or more, within which features are compared (max_cosine); 1 compares all
-    with all."""
+    """Number of random chunks, of two features or more, within which features are compared (max_cosine, c2r); 1
+    compares all with all."""
 
     def __post_init__(self) -> None:
         require(0 <= self.weight < math.inf, "penalty.weight", self.weight, "0 or more")
         require(0 <= self.warmup_fraction <= 1, "penalty.warmup_fraction", self.warmup_fraction, "in [0, 1]")
         require_at_least(1, self, "penalty.", "every", "n_chunks")
+        in_range = 0 <= self.encoder_inhibition < math.inf
+        require(in_range, "penalty.encoder_inhibition", self.encoder_inhibition, "0 or more")
         require(math.isfinite(self.n_std), "penalty.n_std", self.n_std, "finite")
         require(0 < self.fraction <= 1, "penalty.fraction", self.fraction, "in (0, 1]")
         if self.tau not in (None, "adaptive"):
             in_range = isinstance(self.tau, int | float) and 0 <= self.tau < 1
             require(in_range, "penalty.tau", self.tau, 'in [0, 1), "adaptive" or None')
         require_words(self, "penalty.")
+        if self.op in ("c2r", "random_pairs"):
+            allowed = f'"decoder" or "none", as penalty.op = "{self.op}" compares decoder directions'
+            require(self.target != "activations", "penalty.target", self.target, allowed)
+        if self.encoder_inhibition:
+            allowed = '0 unless penalty.op = "topk_pairs" and penalty.target = "decoder" or "none"'
+            has_pairs = self.op == "topk_pairs" and self.target != "activations"
+            require(has_pairs, "penalty.encoder_inhibition", self.encoder_inhibition, allowed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """A training run."""
 
-    source: Literal["transformer", "synthetic"] = "transformer"
-    """Where activations come from: a transformer that reads a text, or synthetic data with known features."""
+    source: Literal["transformer", "synthetic", "synthsaebench"] = "transformer"
+    """Where activations come from: a transformer that reads a text, or synthetic data with known features, of our own
+    or as SynthSAEBench makes it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     text: TextConfig = field(default_factory=TextConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    synthsaebench: SynthSAEBenchConfig = field(default_factory=SynthSAEBenchConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
 
@@ -232,9 +255,13 @@ class TrainConfig:
         name, n_tokens = {
             "transformer": ("text.n_tokens", self.text.n_tokens),
             "synthetic": ("synthetic.n_tokens", self.synthetic.n_tokens),
+            "synthsaebench": ("synthsaebench.n_tokens", self.synthsaebench.n_tokens),
         }[self.source]
         require(self.batch_size < n_tokens, "batch_size", self.batch_size, f"below {name} = {n_tokens}")
-        if self.penalty.target != "none" and self.penalty.op == "max_cosine":
+        allowed = "activations or none, as sae.train_decoder is false"
+        moves = self.sae.train_decoder or self.penalty.target != "decoder"
+        require(moves, "penalty.target", self.penalty.target, allowed)
+        if self.penalty.target != "none" and self.penalty.op in ("max_cosine", "c2r"):
             most = self.sae.n_features // 2
             allowed = f"at most {most}, two features to a chunk or more with sae.n_features = {self.sae.n_features}"
             require(self.penalty.n_chunks <= most, "penalty.n_chunks", self.penalty.n_chunks, allowed)

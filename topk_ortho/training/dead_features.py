@@ -67,11 +67,12 @@ class DeadFeatures(nn.Module):
         self.tokens_since_fired[counts > 0] = 0
 
     def auxiliary_loss(self, sae: SparseAutoencoder, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
-        """Squared error of the dead features' reconstruction of the residual, mean over the batch, [] [1]_.
+        """Share of the residual that the dead features cannot reconstruct, [] [1]_.
 
-        A token uses the `auxk` dead features of the largest pre-activations. These are taken as they are, below 0 too,
-        so that a feature far from firing gets a gradient as well. If fewer are dead, the loss is scaled down in
-        proportion. It is 0 if the configuration revives features in another way.
+        It is the squared error of their reconstruction over the squared norm of the residual, both summed over the
+        batch, so that the pull on dead features does not fade as the dictionary gets better. A token uses the `auxk`
+        dead features of the largest pre-activations. These are taken as they are, below 0 too, so that a feature far
+        from firing gets a gradient as well. The loss is 0 if the configuration revives features in another way.
 
         Parameters
         ----------
@@ -89,8 +90,10 @@ class DeadFeatures(nn.Module):
         pre_activations = linear(x - sae.b_dec, sae.W_enc[numbers], sae.b_enc[numbers])
         largest = pre_activations.topk(min(self.n_active, numbers.numel()), dim=1, sorted=False)
         features = torch.zeros_like(pre_activations).scatter(1, largest.indices, largest.values)
-        error = features.float() @ sae.W_dec[numbers] - residual.detach()
-        return error.square().sum(dim=1).mean() * min(1.0, numbers.numel() / self.n_active)
+        residual = residual.detach()
+        error = features.float() @ sae.W_dec[numbers] - residual
+        rounding = torch.finfo(residual.dtype).eps * x.detach().square().sum()
+        return error.square().sum() / torch.maximum(residual.square().sum(), rounding)
 
     def resamples_after(self, step: int) -> bool:
         """Whether dead features are restarted when so many steps are done; none are in the last fifth of the run."""

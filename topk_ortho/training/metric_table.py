@@ -45,7 +45,7 @@ METRICS = [
         "Fraction of variance unexplained: how much of the batch's variance the reconstruction misses.",
     ),
     Metric("sparsity", "The sparsity term of the loss, unweighted."),
-    Metric("auxiliary", "What dead features leave of the residual, relative to the variance; unweighted."),
+    Metric("auxiliary", "Share of the residual that dead features cannot reconstruct; unweighted."),
     Metric(
         "penalty",
         "The penalty on similar features, unweighted. Activations are compared over the batch, in the summary over "
@@ -121,10 +121,17 @@ METRICS = [
         "Excess absorption", "{excess_absorption:.1%}", "lower", is_optional=True,
     ),
     Metric(
+        "absorption_rate_level_1",
+        "The absorption rate of parents at the top of the hierarchy; `absorption_rate_level_2` is that of their "
+        "children, absorbed by grandchildren, and so on. Only where the hierarchy is so deep.",
+    ),
+    Metric("excess_absorption_level_1", "The excess absorption, level by level in the same way."),
+    Metric(
         "parent_recall",
         "How often a parent's feature fires when the parent is there.",
-        "Parent recall", "{parent_recall:.1%}", "higher", is_optional=True,
+        "Parent recall", "{parent_recall:.1%}", "higher", "Child recall: {child_recall:.1%}.", is_optional=True,
     ),
+    Metric("child_recall", "How often a child's feature fires when the child is there."),
     Metric(
         "mcc",
         "Cosine of each true direction to the learned one that is matched to it, on average; 1 is perfect.",
@@ -136,6 +143,11 @@ METRICS = [
         "f1",
         "How well the firing of a matched feature tells that the true one is there; 1 is perfect.",
         "F1", "{f1:.3f}", "higher", is_optional=True,
+    ),
+    Metric(
+        "uniqueness",
+        "Number of true features that are the closest one to a learned feature, over the number of learned features; 1 "
+        "if no two of these are closest to the same one.",
     ),
 ]  # fmt: skip
 

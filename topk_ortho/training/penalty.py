@@ -4,11 +4,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
-from topk_ortho import MaxCosineLoss, TopKOrthoLoss, TopKPairs, pair_jaccard, topk_pairs
-from topk_ortho.sae import ActiveFeatures, SparseAutoencoder
+from topk_ortho import MaxCosineLoss, TopKOrthoLoss, TopKPairs, nearest_columns, pair_jaccard, topk_pairs
+from topk_ortho.definitions import EPS, k_from_fraction
+from topk_ortho.sae import ActiveFeatures, SparseAutoencoder, activation_norms
 from topk_ortho.training.config import PenaltyConfig
 from topk_ortho.training.schedules import warmup
+
+_GATHERED_NUMBERS = 2**22
+"""Numbers of a matrix that are gathered at a time for the features of pairs; bounds memory"""
 
 
 class PenaltyTerm(NamedTuple):
@@ -16,16 +21,16 @@ class PenaltyTerm(NamedTuple):
 
     value: Tensor
     """The penalty, []"""
-    target: Tensor
-    """What the penalty is a function of, with the SAE's graph behind it: W_dec, or the values of the features"""
-    gradient: Tensor
-    """Gradient of the value with respect to the target, in the target's shape"""
+    targets: tuple[Tensor, ...]
+    """What the penalty depends on, with the SAE's graph behind it: some of W_dec, the features' values and W_enc"""
+    gradients: tuple[Tensor, ...]
+    """Gradient of the value with respect to each target, in the target's shape"""
 
 
 class Penalty(nn.Module):
-    """`topk_ortho_loss` or `max_cosine_loss` of the configured target.
+    """The configured op on the configured target, of value and gradient.
 
-    Its gradient is computed apart from the SAE's, so that its time is known and its memory is free again before the
+    The gradient is computed apart from the SAE's, so that its time is known and its memory is free again before the
     SAE's backward pass.
 
     Parameters
@@ -33,17 +38,15 @@ class Penalty(nn.Module):
     config : PenaltyConfig
         Target, op and its arguments.
     generator : torch.Generator
-        Draws the chunks of max_cosine.
+        Draws chunks and random pairs.
     """
 
     def __init__(self, config: PenaltyConfig, generator: torch.Generator):
         super().__init__()
         self.config = config
-        self.op: TopKOrthoLoss | MaxCosineLoss
-        if config.op == "max_cosine":
-            self.op = MaxCosineLoss(config.n_chunks, generator=generator)
-        else:
-            self.op = TopKOrthoLoss(config.fraction, reduction=config.reduction, **self._selection())
+        self.generator = generator
+        self.topk_pairs = TopKOrthoLoss(config.fraction, reduction=config.reduction, **self._selection())
+        self.max_cosine = MaxCosineLoss(config.n_chunks, generator=generator)
 
     def weight(self, step: int, steps: int) -> float:
         """Weight in the loss of a step, counted from 0, in a run of `steps`; 0 in a step that goes without."""
@@ -57,21 +60,83 @@ class Penalty(nn.Module):
 
         If the configuration says so, the feature of a pair that fires more often by firing_rate [n_features] is held.
         """
-        target = sae.W_dec if self.config.target == "decoder" else _values(features)
-        leaf = target.detach().requires_grad_()
-        x = leaf.T if self.config.target == "decoder" else _with_values(features, leaf)
-        if isinstance(self.op, TopKOrthoLoss):
-            value = self.op(x, firing_rate if self.config.priority == "firing-rate" else None)
-        else:
-            value = self.op(x)
-        (gradient,) = torch.autograd.grad(value, leaf)
-        return PenaltyTerm(value.detach(), target, gradient)
+        targets: tuple[Tensor, ...] = (sae.W_dec, _values(features))
+        W_dec, values = leaves = [target.detach().requires_grad_() for target in targets]
+        value = self._value(W_dec, _with_values(features, values), firing_rate)
+        gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+        value = value.detach()
+        if self.config.encoder_inhibition:
+            inhibition, gradient = self._encoder_inhibition(sae, firing_rate)
+            value = value + self.config.encoder_inhibition * inhibition
+            targets, gradients = (*targets, sae.W_enc), (*gradients, self.config.encoder_inhibition * gradient)
+        used = [pair for pair in zip(targets, gradients, strict=True) if pair[1] is not None]
+        return PenaltyTerm(value, *zip(*used, strict=True))
+
+    def _value(self, W_dec: Tensor, features: Tensor | ActiveFeatures, firing_rate: Tensor) -> Tensor:
+        """The penalty, differentiable in those of its arguments that it depends on."""
+        config = self.config
+        value: Tensor
+        priority = firing_rate if config.priority == "firing-rate" else None
+        x = W_dec.T if config.target == "decoder" else _matrix(features)
+        match config.op:
+            case "topk_pairs":
+                value = self.topk_pairs(x, priority)
+            case "max_cosine":
+                value = self.max_cosine(x)
+            case "c2r":
+                value = self._activation_weighted(x, features)
+            case "random_pairs":
+                value = self._of_random_pairs(W_dec, priority)
+        return value
+
+    def _activation_weighted(self, x: Tensor, features: Tensor | ActiveFeatures) -> Tensor:
+        """The penalty of C2R (arXiv:2606.30609): like OrtSAE's, weighted by how active both features of a pair are.
+
+        ``mean_i (n_i + n_j) * max(0, cosine(i, j)) ** 2``, where j is the most similar other feature of i's random
+        chunk and n the L2 norm of a feature's activations over the batch. The gradient goes to both.
+        """
+        nearest = nearest_columns(x, self.config.n_chunks, generator=self.generator)
+        norms = activation_norms(features)
+        return ((norms + norms[nearest.partners]) * nearest.cosines.clamp_min(0).square()).mean()
+
+    def _of_random_pairs(self, W_dec: Tensor, priority: Tensor | None) -> Tensor:
+        """A control of `topk_ortho_loss`: the same number of pairs, drawn at random with replacement.
+
+        Takes memory for two copies of the directions of every pair.
+        """
+        config, n = self.config, len(W_dec)
+        size = (k_from_fraction(n, config.fraction),)
+        rows = torch.randint(n, size, generator=self.generator)
+        cols = torch.randint(n - 1, size, generator=self.generator)
+        cols += cols >= rows
+        W_hat = normalize(W_dec, dim=1)
+        of_rows, of_cols = W_hat[rows], W_hat[cols]
+        if priority is not None:
+            is_held = (priority[rows] > priority[cols])[:, None]
+            of_rows = torch.where(is_held, of_rows.detach(), of_rows)
+            is_held = (priority[cols] > priority[rows])[:, None]
+            of_cols = torch.where(is_held, of_cols.detach(), of_cols)
+        cosines = (of_rows * of_cols).sum(dim=1)
+        if config.similarity == "positive":
+            cosines = cosines.clamp_min(0)
+        squares = cosines.square()
+        return squares.mean() if config.reduction == "mean" else squares.sum()
+
+    @torch.no_grad()
+    def _encoder_inhibition(self, sae: SparseAutoencoder, firing_rate: Tensor) -> tuple[Tensor, Tensor]:
+        """Value of `encoder_inhibition` over the selected pairs, and its gradient with respect to W_enc."""
+        # the state is that of the selection just made, of the same directions
+        state = self.topk_pairs.state
+        pairs = topk_pairs(sae.W_dec.detach().T, self.config.fraction, state=state, **self._selection())
+        row_is_rarer = firing_rate[pairs.rows] < firing_rate[pairs.cols]
+        rarer = torch.where(row_is_rarer, pairs.rows, pairs.cols)
+        return encoder_inhibition(sae.W_enc, sae.W_dec, rarer, pairs.rows + pairs.cols - rarer)
 
     @torch.no_grad()
     def select(self, sae: SparseAutoencoder, features: Tensor | ActiveFeatures) -> TopKPairs:
         """The most similar pairs of the target (of the decoder if there is none), by fraction, tau and similarity."""
         is_decoder = self.config.target != "activations"
-        x = sae.W_dec.detach().T if is_decoder else _with_values(features, _values(features).detach())
+        x = sae.W_dec.detach().T if is_decoder else _matrix(_with_values(features, _values(features).detach()))
         return topk_pairs(x, self.config.fraction, **self._selection())
 
     def _selection(self) -> dict[str, Any]:
@@ -105,10 +170,50 @@ class PairStability:
             self._last = TopKPairs(**(state | sizes), tau=None)
 
 
+@torch.no_grad()
+def encoder_inhibition(W_enc: Tensor, W_dec: Tensor, rarer: Tensor, frequent: Tensor) -> tuple[Tensor, Tensor]:
+    """How much the encoders of frequent features are inhibited by what rarer ones stand for; 0 without pairs.
+
+    In absorption a feature learns to be silent where a rarer one takes its place: the product of its encoder e with the
+    rarer one's decoder direction d_r falls below what its own decoder direction d explains. This is the mean over pairs
+    of ``max(0, d . d_r - e . d_r) ** 2``, where d_r has length 1 and d is divided by the square of its length, as e of
+    a feature that recognises its own direction is.
+
+    Parameters
+    ----------
+    W_enc, W_dec : Tensor, shape [n_features, d_in]
+        Encoder and decoder, one feature a row.
+    rarer, frequent : Tensor, shape [n_pairs], int64
+        The features of each pair.
+
+    Returns
+    -------
+    value : Tensor, shape []
+        The mean.
+    gradient : Tensor, shape [n_features, d_in]
+        Its gradient with respect to W_enc; directions are held.
+    """
+    total, gradient = W_enc.new_zeros(()), torch.zeros_like(W_enc)
+    lengths = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min(EPS)
+    size = max(1, _GATHERED_NUMBERS // W_enc.shape[1])
+    for r, q in zip(rarer.split(size), frequent.split(size), strict=True):
+        direction = W_dec[r] / lengths[r]
+        inhibited = ((W_dec[q] / lengths[q].square() - W_enc[q]) * direction).sum(dim=1).clamp_min(0)
+        total += inhibited.square().sum()
+        gradient.index_add_(0, q, -2 * inhibited[:, None] * direction)
+    n_pairs = max(1, rarer.numel())
+    return total / n_pairs, gradient / n_pairs
+
+
 def _values(features: Tensor | ActiveFeatures) -> Tensor:
     return features.values if isinstance(features, ActiveFeatures) else features
 
 
-def _with_values(features: Tensor | ActiveFeatures, values: Tensor) -> Tensor:
-    """The same features with other values, as the public ops take them."""
-    return features._replace(values=values).to_sparse() if isinstance(features, ActiveFeatures) else values
+def _with_values(features: Tensor | ActiveFeatures, values: Tensor) -> Tensor | ActiveFeatures:
+    """The same features with other values."""
+    return features._replace(values=values) if isinstance(features, ActiveFeatures) else values
+
+
+def _matrix(features: Tensor | ActiveFeatures) -> Tensor:
+    """Features [batch, n_features] as the public ops take them."""
+    return features.to_sparse() if isinstance(features, ActiveFeatures) else features

@@ -26,21 +26,49 @@ _GEMMA = TrainConfig(
     out_dir=Path("runs/gemma-2-2b"),
 )
 
+# true features in superposition, learned to convergence; without the penalty children absorb their parents
+_TOY = TrainConfig(
+    source="synthetic",
+    synthetic=SyntheticConfig(),
+    sae=SAEConfig(n_features=288, l0=5),
+    penalty=PenaltyConfig(weight=0.15, fraction=1e-2, encoder_inhibition=3.0),
+    steps=5_000,
+    held_out_tokens=50_000,
+    dead_after_tokens=100_000,
+    eval_every=500,
+    checkpoint_every=1_000,
+    out_dir=Path("runs/toy-hierarchy"),
+)
+
+_DIFFICULTIES = {
+    "orthogonal": SyntheticConfig(d_in=288, directions="orthogonal"),
+    "zipf": SyntheticConfig(zipf_exponent=1.0),
+    "correlated": SyntheticConfig(correlation=0.3),
+    "leaning": SyntheticConfig(child_parent_cosine=0.4),
+    "deep": SyntheticConfig(n_parents=12, depth=2, n_independent=36),
+}
+
 PRESETS: dict[str, TrainConfig] = {
     # a real transformer, offline, minutes on two CPU cores
     "minilm": TrainConfig(),
-    # true features in superposition; without the penalty children absorb their parents
-    "toy-hierarchy": TrainConfig(
-        source="synthetic",
-        synthetic=SyntheticConfig(),
-        sae=SAEConfig(n_features=288, l0=5),
-        penalty=PenaltyConfig(weight=0.3, fraction=1e-2),
-        steps=1_500,
-        held_out_tokens=50_000,
-        dead_after_tokens=100_000,
-        checkpoint_every=500,
-        out_dir=Path("runs/toy-hierarchy"),
+    "toy-hierarchy": _TOY,
+    # the setting that recovers most true features there: nested dictionaries and the penalty, both
+    "toy-matryoshka": replace(
+        _TOY,
+        sae=replace(_TOY.sae, architecture="matryoshka"),
+        penalty=replace(_TOY.penalty, weight=0.03, encoder_inhibition=10.0),
+        out_dir=Path("runs/toy-matryoshka"),
     ),
+    # data of as many true features that is easier, harder or harder in another way
+    **{
+        f"toy-{name}": replace(
+            _TOY,
+            synthetic=synthetic,
+            sae=replace(_TOY.sae, l0=2 if name == "deep" else 5),  # the true L0, rounded
+            out_dir=Path(f"runs/toy-{name}"),
+        )
+        for name, synthetic in _DIFFICULTIES.items()
+    },
     "gemma-2-2b": _GEMMA,
     # the experiment that this package grew from: the most similar pairs of activations, decoder kept by a hook
     "seed-baseline": replace(

@@ -98,8 +98,11 @@ class Trainer:
         self.penalty = Penalty(config.penalty, self.generator).to(self.device)
         self.pairs = PairStability()
         self.dead_features = DeadFeatures(config, source.d_in, self.generator).to(self.device)
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=config.lr, fused=True)
-        keep_normalized(self.optimizer, self.sae.W_dec, config.sae.decoder_norm)
+        self.sae.W_dec.requires_grad_(config.sae.train_decoder)
+        trained = [parameter for parameter in self.sae.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, lr=config.lr, fused=True)
+        if config.sae.train_decoder:
+            keep_normalized(self.optimizer, self.sae.W_dec, config.sae.decoder_norm)
 
         self.variance, self.scale = 1.0, 1.0  # total variance of the scaled activations; what they are scaled by
         self.seconds = 0.0  # time spent on training, without evaluations
@@ -171,7 +174,7 @@ class Trainer:
             with self._autocast():
                 output: SAEOutput = self.model(x)
                 residual = x - output.reconstruction.float()
-                auxiliary = self.dead_features.auxiliary_loss(self.sae, x, residual, dead) / self.variance
+                auxiliary = self.dead_features.auxiliary_loss(self.sae, x, residual, dead)
                 sparsity = self.sae.sparsity(output, self.variance)
             fvu = residual.square().sum(dim=1).mean() / self.variance
             inner = [(x - r.float()).square().sum(dim=1).mean() / self.variance for r in output.inner]
@@ -351,7 +354,8 @@ class Trainer:
         if term is None:
             loss.backward()
         else:
-            torch.autograd.backward([loss, term.target], [None, weight * term.gradient])
+            gradients = [weight * gradient for gradient in term.gradients]
+            torch.autograd.backward([loss, *term.targets], [None, *gradients])
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), config.clip_norm or math.inf)
         fall = decay(self.step, config.steps, config.decay_fraction * config.steps)
         self.optimizer.param_groups[0]["lr"] = config.lr * min(self._warmup(), fall)
