@@ -17,7 +17,7 @@ from topk_ortho.training.config import flatten
 from topk_ortho.training.metric_table import METRICS, is_number
 from topk_ortho.training.page import readable, render, save_figure
 
-_CURVES = ("fvu", "held_out_l0", "dead_fraction", "mean_max_decoder_cosine", "absorption_rate", "mcc")
+_CURVES = ("explained_variance", "l0", "dead_fraction", "mean_max_decoder_cosine", "absorption_rate", "mcc")
 """Metrics of metrics.jsonl that are drawn over the steps, as far as the runs have them."""
 
 
@@ -108,7 +108,8 @@ def comparisons(runs: list[FinishedRun], *, has_baseline: bool) -> list[Comparis
     """
     found = []
     for metric in METRICS:
-        numbers = [float(value) if is_number(value := run.summary.get(metric.key)) else math.nan for run in runs]
+        values = [run.summary.get(metric.key) for run in runs]
+        numbers: list[Any] = [value if is_number(value) else math.nan for value in values]
         texts = [shown(metric.key, number) for number in numbers]
         if not metric.title or len(set(texts)) == 1:
             continue
@@ -160,6 +161,7 @@ def _write(
     page = render(
         Path(__file__).parent / "study" / "compare.html.jinja",
         runs=runs,
+        folders={run.label: str(run.folder) for run in runs},
         baseline=baseline,
         settings=settings,
         metrics=metrics,

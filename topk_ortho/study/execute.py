@@ -171,11 +171,14 @@ def _progress(runs: list[PlannedRun]) -> Iterator[Callable[[Outcome], None]]:
         bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
     )
     is_over = threading.Event()
+    lock = threading.Lock()  # tqdm's own is never given back once the terminal cannot be written to
 
     def update() -> None:
-        steps.update({run.name: _step_of(run.config) for run in running})
-        bar.n = sum(steps.values())
-        bar.set_description_str(f"{n_ended} of {len(runs)} runs")
+        with lock:
+            steps.update({run.name: _step_of(run.config) for run in running})
+            bar.n = sum(steps.values())
+            bar.set_description_str(f"{n_ended} of {len(runs)} runs", refresh=False)
+            bar.refresh(nolock=True)
 
     def watch() -> None:
         while not is_over.wait(1.0):
@@ -184,19 +187,20 @@ def _progress(runs: list[PlannedRun]) -> Iterator[Callable[[Outcome], None]]:
     def ended(outcome: Outcome) -> None:
         nonlocal n_ended
         run = outcome.run
-        running.remove(run)
-        if outcome.error:
-            bar.write(f"{run.name} failed: {outcome.error}", file=sys.stderr)
-            bar.total = (bar.total or 0) - run.config.steps + _step_of(run.config)
-        elif is_finished(run.config):
-            summary = json.loads((run.config.out_dir / "summary.json").read_text())
-            numbers = ", ".join(f"{line.metric.title} {line.value}" for line in headlines(summary))
-            bar.write(f"{run.name}: {numbers}", file=sys.stderr)
-            steps[run.name] = run.config.steps
-        n_ended += 1
+        with lock:
+            running.remove(run)
+            n_ended += 1
+            if outcome.error:
+                bar.write(f"{run.name} failed: {outcome.error}", file=sys.stderr, nolock=True)
+                bar.total = (bar.total or 0) - run.config.steps + steps[run.name]
+            elif is_finished(run.config):
+                summary = json.loads((run.config.out_dir / "summary.json").read_text())
+                numbers = ", ".join(f"{line.metric.title} {line.value}" for line in headlines(summary))
+                bar.write(f"{run.name}: {numbers}", file=sys.stderr, nolock=True)
+                steps[run.name] = run.config.steps
 
-    watcher = threading.Thread(target=watch, daemon=True)
     with bar:
+        watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
             yield ended

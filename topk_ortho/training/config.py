@@ -1,5 +1,6 @@
 """Everything that decides a training run. Values out of range are refused here, by name, before any model loads."""
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -271,5 +272,11 @@ class TrainConfig:
 
     def as_json(self) -> dict[str, Any]:
         """The whole configuration as plain JSON values."""
-        values: dict[str, Any] = TypeAdapter(TrainConfig).dump_python(self, mode="json")
+        values: dict[str, Any] = adapter().dump_python(self, mode="json")
         return values
+
+
+@functools.cache
+def adapter() -> TypeAdapter[TrainConfig]:
+    """What makes JSON values of a configuration, and a configuration of them."""
+    return TypeAdapter(TrainConfig)

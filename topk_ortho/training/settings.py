@@ -13,10 +13,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from topk_ortho.activations.config import expanded
-from topk_ortho.training.config import TrainConfig, flatten
+from topk_ortho.training.config import TrainConfig, adapter, flatten
 
 _ALLOWED = {
     "bool_type": "true or false",
@@ -78,7 +78,7 @@ def apply_settings(base: TrainConfig, settings: Mapping[str, Any]) -> TrainConfi
     # JSON also for TOML: pydantic's strict mode then makes paths of strings and tuples of lists, and nothing else
     text = json.dumps(_put_over(base.as_json(), settings, ""), default=str)
     try:
-        return TypeAdapter(TrainConfig).validate_json(text, strict=True)
+        return adapter().validate_json(text, strict=True)
     except ValidationError as error:
         raise ValueError(_first_problem(error)) from error
 
