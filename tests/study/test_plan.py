@@ -51,6 +51,23 @@ def test_a_setting_that_is_a_list_needs_a_list_of_lists_to_be_swept(tmp_path):
     assert [point.label for point in swept.points] == ["none", "m,sae.widths=72-288", "m,sae.widths=None"]
 
 
+def test_several_presets_are_a_part_of_the_grid_and_each_has_its_baseline(tmp_path):
+    text = HEAD.replace('"toy-hierarchy"', '["toy-hierarchy", "toy-zipf"]') + NONE + "[variants.a]\nsae.l0 = [3, 4]\n"
+    study = load(tmp_path, text)
+    assert [point.label for point in study.points] == [
+        "none,preset=toy-hierarchy",
+        "none,preset=toy-zipf",
+        *(f"a,preset=toy-{name},sae.l0={l0}" for name in ("hierarchy", "zipf") for l0 in (3, 4)),
+    ]
+    assert [point.config.synthetic.zipf_exponent for point in study.points] == [0, 1, 0, 0, 1, 1]
+    compared_with = [study.baseline_of(point) for point in study.points]
+    assert [point and point.swept["preset"] for point in compared_with] == [
+        None, None, "toy-hierarchy", "toy-hierarchy", "toy-zipf", "toy-zipf",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"variant none: preset must be one of minilm, .*, got \[\]"):
+        load(tmp_path, HEAD.replace('"toy-hierarchy"', "[]") + NONE)
+
+
 def test_a_variant_may_have_its_own_preset_and_the_command_line_takes_the_place_of_the_study_s(tmp_path):
     text = HEAD + NONE + '[variants.gemma]\npreset = "gemma-2-2b"\n'
     assert [point.config.source for point in load(tmp_path, text).points] == ["synthetic", "transformer"]

@@ -72,7 +72,7 @@ FigureSpec = Annotated[Front | Curve | Heatmap | Steps, Field(discriminator="kin
 
 class _StudyFile(_Table):
     description: str = Field(min_length=1)
-    preset: str
+    preset: str | list[str]
     seeds: list[int] = Field(min_length=1)
     baseline: str
     base: dict[str, Any] = {}
@@ -124,10 +124,10 @@ class Study(NamedTuple):
 
     def baseline_of(self, point: Point) -> Point | None:
         """The point that another is compared with: the baseline's, at the same values of what the baseline sweeps."""
-        settings = flatten(point.config.as_json())
+        settings = flatten(point.config.as_json()) | point.swept  # a preset that is swept is no setting of its own
         for other in self.points:
             is_baseline = other.variant == self.baseline != point.variant
-            if is_baseline and all(settings[name] == value for name, value in other.swept.items()):
+            if is_baseline and all(settings.get(name) == value for name, value in other.swept.items()):
                 return other
         return None
 
@@ -194,21 +194,25 @@ def _checked(file: _StudyFile, text: str, out_dir: Path) -> Study:
     return Study(text, file.description, file.baseline, file.seeds, points, runs, file.figures, changes)
 
 
-def _points(variant: str, settings: dict[str, Any], preset: str, runs: Path) -> list[Point]:
-    """The points of a variant's grid, each with its configuration."""
-    name = settings.pop("preset", preset)
-    if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+def _points(variant: str, settings: dict[str, Any], preset: str | list[str], runs: Path) -> list[Point]:
+    """The points of a variant's grid, each with its configuration; several presets are a part of the grid."""
+    preset = settings.pop("preset", preset)
+    presets = preset if isinstance(preset, list) else [preset]
+    unknown = [name for name in presets if not isinstance(name, str) or name not in PRESETS]
+    if unknown or not presets:
+        got = unknown[0] if unknown else presets
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, or a list of some, got {got!r}")
     flat = flatten(settings)
     for given, by in _GIVEN_OTHERWISE.items():
         if given in flat:
             raise ValueError(f"{given} cannot be set here: {by}")
     grid = {setting: value for setting, value in flat.items() if _is_grid(setting, value)}
     points = []
-    for values in itertools.product(*grid.values()):
+    for name, *values in itertools.product(presets, *grid.values()):
         config = apply_settings(PRESETS[name], _chosen(settings, dict(zip(grid, values, strict=True))))
         canonical = flatten(config.as_json())
-        point = Point(variant, {setting: canonical[setting] for setting in grid}, config)
+        swept = {"preset": name} if isinstance(preset, list) else {}
+        point = Point(variant, swept | {setting: canonical[setting] for setting in grid}, config)
         points.append(point._replace(config=replace(config, out_dir=runs / point.label)))
     _refuse_duplicates("the grid", [point.label.removeprefix(f"{variant},") for point in points])
     return points
