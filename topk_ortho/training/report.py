@@ -290,8 +290,8 @@ _CHARTS: dict[str, Callable[[Figure, list[_Row]], str]] = {
             _Curve("jaccard_lag_100", _RED, "100 steps"),
         ]),
         _Panel("of the pairs", "share", [
-            _Curve("turnover", _GREY, "new since the last step", "--"),
-            _Curve("persistent_pairs", _PURPLE, "selected throughout 100 steps"),
+            _Curve("turnover", _GREY, "new in a step", "--"),
+            _Curve("persistent_pairs", _PURPLE, "persistent"),
         ]),
     ]),
     "pair_relations": partial(_draw_lines, panels=[
