@@ -235,8 +235,8 @@ _CHARTS: dict[str, Callable[..., str]] = {
             _Curve("jaccard_lag_100", RED, "100 steps"),
         ]),
         _Panel("of the pairs", "share", [
-            _Curve("turnover", GREY, "new since the last step", "--"),
-            _Curve("persistent_pairs", PURPLE, "selected throughout 100 steps"),
+            _Curve("turnover", GREY, "new in a step", "--"),
+            _Curve("persistent_pairs", PURPLE, "persistent"),
         ]),
     ]),
     "pair_relations": partial(_draw_lines, panels=[
