@@ -1,4 +1,5 @@
 # make train   environment, then the main job: an SAE on a real transformer, offline
+# make study   environment, then training runs over settings and seeds, compared; ARGS="toy --out-dir runs/study"
 # make quick   environment, then linters, type checker and one test of each kind, for every change
 # make test    environment, then linters, type checker and every test
 # make compile environment, then what the compiler makes of every kernel, for four architectures; no GPU
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train quick test lint compile bench clean
+.PHONY: help train study quick test lint compile bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -19,11 +20,14 @@ help:
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed; set PYTHON="'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,bench,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[study,bench,dev]'
 	touch $@
 
 train: $(VENV)/installed
 	$(BIN)/python train.py $(ARGS)
+
+study: $(VENV)/installed
+	$(BIN)/python -m topk_ortho.study $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-NEEDS_AN_EXTRA = ("activations", "evaluation", "files.py", "sae", "training")
+NEEDS_AN_EXTRA = ("activations", "compare.py", "evaluation", "files.py", "sae", "study", "training")
 CORE = [
     path
     for folder in ("kernels", "topk_ortho")

@@ -4,9 +4,11 @@ import json
 import re
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+import train
 from topk_ortho.study.named import named_studies
 from topk_ortho.study.plan import load_study
 from topk_ortho.training.presets import PRESETS
@@ -167,6 +169,8 @@ def test_named_studies_are_valid(name, tmp_path):
 
 
 def test_the_presets_of_the_original_experiment_are_the_runs_of_the_study(tmp_path):
+    config, _ = train.parse(["--preset", "seed-run-2", "--out_dir=run_2"])  # the original command's form
+    assert config == replace(PRESETS["seed-run-2"], out_dir=Path("run_2"))
     study = load_study("seed", tmp_path)
     points = {point.variant: point.config for point in study.points}
     kinds = {f"run_{n}-{target}" for n in range(1, 6) for target in ("activations", "decoder")}

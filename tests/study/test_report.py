@@ -107,7 +107,7 @@ def test_the_page_shows_named_metrics_alone_and_says_what_they_mean(page):
 def test_failed_runs_changes_and_the_way_to_reproduce_are_told(page):
     text = words(page.root)
     assert "on,penalty.weight=10/seed-1 ValueError: <too bad>" in text
-    assert "penalty.weight [10, 1]" in text
+    assert "on penalty.weight = [10, 1]" in text
     assert "python -m topk_ortho.study study.toml --out-dir again trains the 9 runs anew" in text
     assert "Made-up numbers." in text
     assert "have not been trained yet" not in text

@@ -15,8 +15,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
         status = _run(options)
-    except (ValueError, ModuleNotFoundError) as error:
+    except ValueError as error:
         sys.exit(f"study: {error}")
+    except ModuleNotFoundError as error:
+        package = error.name if error.name in ("distributed", "ray") else "'topk-ortho[study]'"
+        sys.exit(f"study: needs {error.name}; install it with: pip install {package}")
     sys.exit(status)
 
 

@@ -60,12 +60,17 @@ def write_report(
         rows=_rows(study, results, summary, metrics),
         figures=[(spec, image, _meanings(spec)) for spec, image in figures if image],
         undrawn=[spec.title for spec, image in figures if image is None],
-        changes={name: readable(changes, missing="None") for name, changes in study.changes.items()},
+        changes={name: _in_words(changes) for name, changes in study.changes.items()},
         failures=failures,
         n_missing=len(study.runs) - len(results) - len(failures),
         environment=readable(environment(), missing="unknown"),
     )
     (out_dir / "report.html").write_text(page, "utf-8")
+
+
+def _in_words(settings: dict[str, Any]) -> str:
+    texts = readable(settings, missing="None")
+    return ", ".join(f"{name} = {text}" for name, text in texts.items()) or "nothing"
 
 
 def _meanings(spec: FigureSpec) -> dict[str, str]:
