@@ -1,5 +1,5 @@
 # make train   environment, then the main job: an SAE on a real transformer, offline
-# make study   environment, then training runs over settings and seeds, compared; ARGS="toy --out-dir runs/study"
+# make study   environment, then what each way to keep features apart does to absorption; ARGS="NAME --out-dir FOLDER" for another study
 # make quick   environment, then linters, type checker and one test of each kind, for every change
 # make test    environment, then linters, type checker and every test
 # make compile environment, then what the compiler makes of every kernel, for four architectures; no GPU
@@ -27,7 +27,7 @@ train: $(VENV)/installed
 	$(BIN)/python train.py $(ARGS)
 
 study: $(VENV)/installed
-	$(BIN)/python -m topk_ortho.study $(ARGS)
+	$(BIN)/python -m topk_ortho.study $(or $(ARGS),methods --out-dir runs/methods)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
