@@ -11,6 +11,7 @@ seeds = [0, 1, 2]
 baseline = "none"
 [variants.none]
 penalty.target = "none"
+penalty.weight = 0.3
 [variants.on]
 penalty.weight = [10, 1]
 """
