@@ -1,15 +1,14 @@
 """Settings and fixtures of all tests."""
 
-import functools
-import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests import interpreter
 from tests.on_device import OnDevice
 from topk_ortho.backends import registry
 from topk_ortho.backends.naive import NaiveBackend
@@ -34,36 +33,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
 if launch.INTERPRETED:
-    # At every call of a device function the interpreter searches Triton's modules for what it has to patch, which takes
-    # longer than the call. What it finds at the first search does not change.
-    from triton.runtime import interpreter
-
-    @functools.cache
-    def _builtins_of(package: Any) -> list[tuple[str, Any]]:
-        return [item for item in inspect.getmembers(package) if interpreter.tl.core.is_builtin(item[1])]
-
-    def _patch_builtin(package: Any, *arguments: Any) -> None:
-        for name, member in _builtins_of(package):
-            if getattr(package, name) is member:
-                interpreter._patch_attr(package, name, member, *arguments)
-
-    interpreter._patch_builtin = _patch_builtin
-
-    def _remember(owner: Any, name: str, key: Callable[..., object]) -> None:
-        """Let a function of the interpreter make only once what it makes anew for every operation: types."""
-        function, known = getattr(owner, name), {}
-
-        def remembered(*arguments: Any) -> Any:
-            place = key(*arguments)
-            if place not in known:
-                known[place] = function(*arguments)
-            return known[place]
-
-        setattr(owner, name, remembered)
-
-    _remember(interpreter, "_get_np_dtype", lambda dtype: dtype.scalar.name)
-    _remember(interpreter.tl.block_type, "with_element_ty", lambda block, scalar: (block.name, scalar.name))
-    _remember(interpreter.InterpreterBuilder, "get_block_ty", lambda builder, dtype, shape: (dtype.name, str(shape)))
+    interpreter.speed_up()
 
 
 def _triton(least_screened_features: int) -> TritonBackend:
