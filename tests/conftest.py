@@ -1,11 +1,12 @@
 """Settings and fixtures of all tests."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from hypothesis import HealthCheck, settings
 
 from tests import interpreter
@@ -59,7 +60,7 @@ _WITH_KERNELS = ("triton", "triton_screened", "sparse_kernels")
 _SUITE = [name for name in BACKEND_CASES if name != "sparse_kernels" or not launch.INTERPRETED]
 
 
-def _parameters(*names: str) -> list[object]:
+def _parameters(*names: str) -> list[ParameterSet]:
     on_gpu = [] if launch.INTERPRETED else [pytest.mark.gpu]
     return [pytest.param(name, marks=on_gpu if name in _WITH_KERNELS else []) for name in names]
 
@@ -90,6 +91,23 @@ def use_case(name: str, patch: pytest.MonkeyPatch) -> str:
 def on(*names: str) -> pytest.MarkDecorator:
     """Run a test that asks for `backend` on these alone."""
     return pytest.mark.parametrize("backend", _parameters(*names), indirect=True)
+
+
+def crossed(
+    arguments: str, cases: Sequence[ParameterSet], *, triton: Container[str], screened: Container[str] = ()
+) -> pytest.MarkDecorator:
+    """Run cases that have ids on every backend; in the interpreter, "triton" and its screen run those named alone."""
+    interpreted = {"triton": triton, "triton_screened": screened} if launch.INTERPRETED else {}
+    return pytest.mark.parametrize(
+        f"{arguments}, backend",
+        [
+            pytest.param(*case.values, *backend.values, id=f"{case.id}-{name}", marks=[*case.marks, *backend.marks])
+            for case in cases
+            for name, backend in zip(_SUITE, _parameters(*_SUITE), strict=True)
+            if name not in interpreted or case.id in interpreted[name]
+        ],
+        indirect=["backend"],
+    )
 
 
 with_screen = on(*_SUITE)
