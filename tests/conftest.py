@@ -1,15 +1,15 @@
 """Settings and fixtures of all tests."""
 
-import functools
-import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from hypothesis import HealthCheck, settings
 
+from tests import interpreter
 from tests.on_device import OnDevice
 from topk_ortho.backends import registry
 from topk_ortho.backends.naive import NaiveBackend
@@ -34,36 +34,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
 if launch.INTERPRETED:
-    # At every call of a device function the interpreter searches Triton's modules for what it has to patch, which takes
-    # longer than the call. What it finds at the first search does not change.
-    from triton.runtime import interpreter
-
-    @functools.cache
-    def _builtins_of(package: Any) -> list[tuple[str, Any]]:
-        return [item for item in inspect.getmembers(package) if interpreter.tl.core.is_builtin(item[1])]
-
-    def _patch_builtin(package: Any, *arguments: Any) -> None:
-        for name, member in _builtins_of(package):
-            if getattr(package, name) is member:
-                interpreter._patch_attr(package, name, member, *arguments)
-
-    interpreter._patch_builtin = _patch_builtin
-
-    def _remember(owner: Any, name: str, key: Callable[..., object]) -> None:
-        """Let a function of the interpreter make only once what it makes anew for every operation: types."""
-        function, known = getattr(owner, name), {}
-
-        def remembered(*arguments: Any) -> Any:
-            place = key(*arguments)
-            if place not in known:
-                known[place] = function(*arguments)
-            return known[place]
-
-        setattr(owner, name, remembered)
-
-    _remember(interpreter, "_get_np_dtype", lambda dtype: dtype.scalar.name)
-    _remember(interpreter.tl.block_type, "with_element_ty", lambda block, scalar: (block.name, scalar.name))
-    _remember(interpreter.InterpreterBuilder, "get_block_ty", lambda builder, dtype, shape: (dtype.name, str(shape)))
+    interpreter.speed_up()
 
 
 def _triton(least_screened_features: int) -> TritonBackend:
@@ -89,7 +60,7 @@ _WITH_KERNELS = ("triton", "triton_screened", "sparse_kernels")
 _SUITE = [name for name in BACKEND_CASES if name != "sparse_kernels" or not launch.INTERPRETED]
 
 
-def _parameters(*names: str) -> list[object]:
+def _parameters(*names: str) -> list[ParameterSet]:
     on_gpu = [] if launch.INTERPRETED else [pytest.mark.gpu]
     return [pytest.param(name, marks=on_gpu if name in _WITH_KERNELS else []) for name in names]
 
@@ -120,6 +91,23 @@ def use_case(name: str, patch: pytest.MonkeyPatch) -> str:
 def on(*names: str) -> pytest.MarkDecorator:
     """Run a test that asks for `backend` on these alone."""
     return pytest.mark.parametrize("backend", _parameters(*names), indirect=True)
+
+
+def crossed(
+    arguments: str, cases: Sequence[ParameterSet], *, triton: Container[str], screened: Container[str] = ()
+) -> pytest.MarkDecorator:
+    """Run cases that have ids on every backend; in the interpreter, "triton" and its screen run those named alone."""
+    interpreted = {"triton": triton, "triton_screened": screened} if launch.INTERPRETED else {}
+    return pytest.mark.parametrize(
+        f"{arguments}, backend",
+        [
+            pytest.param(*case.values, *backend.values, id=f"{case.id}-{name}", marks=[*case.marks, *backend.marks])
+            for case in cases
+            for name, backend in zip(_SUITE, _parameters(*_SUITE), strict=True)
+            if name not in interpreted or case.id in interpreted[name]
+        ],
+        indirect=["backend"],
+    )
 
 
 with_screen = on(*_SUITE)

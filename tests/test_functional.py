@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests import oracle
-from tests.conftest import not_interpreted, on, with_screen
+from tests.conftest import crossed, not_interpreted, on, with_screen
 from tests.inputs import EDGES, FLOATING, VIEWS, activations, dyadic, normal, seeded
 from tests.tolerances import (
     PLAIN_FACTOR,
@@ -55,13 +55,29 @@ SELECTIONS = {
         N_PAIRS,
     ),
 }
-selections = pytest.mark.parametrize(
-    ("arguments", "k"),
-    [
-        pytest.param(*case, id=name, marks=pytest.mark.quick if name in ("tau_cuts", "positive_adaptive") else ())
-        for name, case in SELECTIONS.items()
-    ],
+_PARAMETERS = [
+    pytest.param(*case, id=name, marks=pytest.mark.quick if name in ("tau_cuts", "positive_adaptive") else ())
+    for name, case in SELECTIONS.items()
+]
+# an adaptive tau is not screened
+selections = crossed(
+    "arguments, k", _PARAMETERS, triton=SELECTIONS, screened=[name for name in SELECTIONS if "adaptive" not in name]
 )
+# of what is selected the gradient sees only the pairs: all places taken, padding, or nothing but padding
+selections_of_a_loss = crossed(
+    "arguments, k",
+    _PARAMETERS,
+    triton=("k_is_one", "k_is_all", "tau_cuts", "adaptive_refuses_all", "positive_adaptive"),
+)
+
+PRECISIONS = [
+    pytest.param(torch.float32, "highest", id="float32_highest"),
+    pytest.param(torch.float32, "high", id="float32_high"),
+    pytest.param(torch.float32, "medium", id="float32_medium"),
+    pytest.param(torch.float64, "high", id="float64"),
+    pytest.param(torch.bfloat16, "highest", id="bfloat16"),
+    pytest.param(torch.float16, "medium", id="float16"),
+]
 
 # `fraction` and `k` become one number before a backend sees them
 SIZES = {
@@ -127,14 +143,12 @@ class TestSelection:
     """`topk_pairs` is exact."""
 
     @selections
-    @with_screen
     def test_arguments(self, arguments, k, backend):
         """On non-negative columns, many of which never meet; TestLoss has the same for columns of any sign."""
         x = activations(16, 43, seed=1)
         assert_selection(topk_pairs(x, **arguments, backend=backend), x, **definition(arguments, k))
 
     @selections
-    @with_screen
     def test_ties_are_broken_by_row_and_col(self, arguments, k, backend):
         x = dyadic(8, 43, seed=2)
         pairs = topk_pairs(x, **arguments, backend=backend)
@@ -148,19 +162,14 @@ class TestSelection:
         x = activations(16, 43, seed=1)
         assert_selection(topk_pairs(x, **arguments), x, k=k)
 
-    # only products of float32 have a choice of precision: the other dtypes see each word once between them
-    @pytest.mark.parametrize(
-        ("dtype", "precision"),
-        [
-            pytest.param(torch.float32, "highest", id="float32_highest"),
-            pytest.param(torch.float32, "high", id="float32_high"),
-            pytest.param(torch.float32, "medium", id="float32_medium"),
-            pytest.param(torch.float64, "high", id="float64"),
-            pytest.param(torch.bfloat16, "highest", id="bfloat16"),
-            pytest.param(torch.float16, "medium", id="float16"),
-        ],
+    # Only products of float32 have a choice of precision: the other dtypes see each word once between them. Those of
+    # float32 at "highest" alone are screened.
+    @crossed(
+        "dtype, precision",
+        PRECISIONS,
+        triton=[case.id for case in PRECISIONS],
+        screened=["float32_highest"],
     )
-    @with_screen
     def test_dtypes_and_precisions(self, dtype, precision, backend):
         x = normal(24, 43, seed=3, dtype=dtype)
         pairs = topk_pairs(x, k=100, backend=backend, precision=precision)
@@ -182,7 +191,6 @@ class TestSelection:
     def test_edges(self, x, backend):
         n_pairs = x.shape[1] * (x.shape[1] - 1) // 2
         for arguments in (
-            {"k": 1},
             {"k": n_pairs, "tau": 0.3},
             {"k": n_pairs, "tau": "adaptive"},
             {"k": (n_pairs + 1) // 2, "similarity": "positive"},
@@ -222,7 +230,7 @@ class TestSelection:
     def test_adaptive_tau(self, spread, dtype, backend):
         """mean + n_std * std, also where the std is tiny beside the mean and a difference of sums would cancel."""
         x = (torch.ones(16, 1) + spread * normal(16, 43, seed=29)).to(dtype)
-        for n_std in (-1.0, 0.0, 3.0):
+        for n_std in (-1.0, 3.0):
             pairs = topk_pairs(x, k=10, tau="adaptive", n_std=n_std, backend=backend)
             expected = oracle.tau_of(oracle.cosines(float64(x)), "adaptive", n_std)
             assert_within(actual=pairs.tau, expected=expected, bound=(1 + abs(n_std)) * cosine_bound(x))
@@ -280,7 +288,7 @@ class TestSelection:
 class TestLoss:
     """`topk_ortho_loss`: its value and its gradient."""
 
-    @selections
+    @selections_of_a_loss
     def test_arguments(self, arguments, k, backend):
         self.check(normal(16, 43, seed=6), arguments, k, "mean", backend)
 
@@ -659,9 +667,10 @@ class TestDeterminism:
             assert torch.equal(value, value_again)
             assert torch.equal(gradient, gradient_again)
 
-    # cosines of `dyadic` are multiples of 1/4: a guess may hit ties, in the middle or at either end
-    @pytest.mark.parametrize(
-        ("make", "arguments", "first_guess"),
+    # Cosines of `dyadic` are multiples of 1/4: a guess may hit ties, in the middle or at either end. Of the kernels
+    # tests/kernels/test_repair.py has every kind of guess.
+    @crossed(
+        "make, arguments, first_guess",
         [
             pytest.param(dyadic, {}, -1.0, id="no_guess"),
             pytest.param(normal, {}, 0.05, id="far_too_low"),
@@ -681,6 +690,7 @@ class TestDeterminism:
             pytest.param(normal, {"similarity": "positive"}, 0.999, id="positive_far_too_high"),
             pytest.param(dyadic, {"similarity": "positive", "tau": 0.3}, 0.5, id="positive_tau_at_a_tie"),
         ],
+        triton=("far_too_low", "at_a_tie", "far_too_high", "at_tau", "above_an_adaptive_tau", "positive_tau_at_a_tie"),
     )
     def test_warm_start_changes_no_bit(self, make, arguments, first_guess, backend):
         x = make(16, 43, seed=23)
@@ -703,7 +713,7 @@ class TestDeterminism:
     def test_state_follows_a_moving_matrix(self, backend):
         generator, state = seeded(0), initial_state()
         x = normal(16, 67, seed=24)
-        for _ in range(12):
+        for _ in range(7):
             x = x + 0.05 * torch.randn(x.shape, generator=generator)
             pairs = topk_pairs(x, k=150, backend=backend, state=state)
             assert_selection(pairs, x, k=150)
@@ -748,11 +758,19 @@ class TestSurroundings:
             pytest.param(torch.bfloat16, False, id="bfloat16"),
         ],
     )
-    def test_autocast(self, dtype, backward_inside, small_backend):
-        x = normal(64, 43, seed=26, dtype=dtype)
+    @not_interpreted
+    def test_autocast(self, dtype, backward_inside, backend):
+        self.check_autocast(normal(64, 43, seed=26, dtype=dtype), backward_inside, backend)
+
+    @on("triton")
+    def test_autocast_around_kernels(self, backend):
+        self.check_autocast(normal(16, 43, seed=26), True, backend)
+
+    @staticmethod
+    def check_autocast(x, backward_inside, backend):
         for loss in (
-            lambda x: topk_ortho_loss(x, k=60, tau="adaptive", backend=small_backend),
-            lambda x: max_cosine_loss(x, 3, generator=seeded(0), backend=small_backend),
+            lambda x: topk_ortho_loss(x, k=60, tau="adaptive", backend=backend),
+            lambda x: max_cosine_loss(x, 3, generator=seeded(0), backend=backend),
         ):
             expected = loss_and_gradient(loss, x)
             x.requires_grad_()

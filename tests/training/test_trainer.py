@@ -368,10 +368,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(architecture, open_trainer, t
     assert comparable(tmp_path / "parts") == comparable(tmp_path / "whole")
 
 
+@pytest.fixture
+def ctrl_c_is_heard():
+    """A shell starts a process in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 @pytest.mark.parametrize("where", ["train_step", "evaluation"])
 def test_a_signal_saves_and_the_previous_handler_is_back(where, open_trainer, out_dir, monkeypatch):
     trainer = open_trainer(steps=10**6, eval_every=5)
-    method, before = getattr(trainer, where), signal.getsignal(signal.SIGINT)
+    method = getattr(trainer, where)
 
     def interrupted(*arguments):
         if trainer.step >= 4:
@@ -383,7 +392,7 @@ def test_a_signal_saves_and_the_previous_handler_is_back(where, open_trainer, ou
         trainer.fit()
     assert stop.value.exit_code == 130
     assert [load_checkpoint(path).step for path in checkpoints(out_dir / "checkpoints")] == [5]
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not (out_dir / "summary.json").exists()
 
 
