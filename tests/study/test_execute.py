@@ -106,7 +106,7 @@ def test_a_run_of_a_study_is_a_folder_that_train_py_goes_on_with(toy, monkeypatc
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out-dir", str(folder)])
     monkeypatch.setattr("topk_ortho.training.results.write_report", lambda *_: None)
     train.main()
-    assert "going on at step 100" in capsys.readouterr().err
+    assert "going on at step 300" in capsys.readouterr().err
     assert (folder / "sae" / "sae_weights.safetensors").read_bytes() == weights
 
 
