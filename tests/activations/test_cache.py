@@ -32,6 +32,22 @@ def few_documents():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once():
+    """Transformers of the same weights share what takes most of a second to load."""
+    load, loaded = Transformer.bridge.func, {}
+
+    def bridge(transformer):
+        key = (transformer.weights_identity, transformer.config.dtype, transformer.config.hook)
+        if key not in loaded:
+            loaded[key] = load(transformer)
+        return loaded[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Transformer, "bridge", property(bridge))
+        yield
+
+
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("activations")
