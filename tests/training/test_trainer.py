@@ -580,10 +580,10 @@ def test_divergence_in_the_last_step_is_loud(target, what, open_trainer, out_dir
 
 def test_only_numbers_that_overflow_are_divergence(open_trainer):
     trainer = open_trainer(penalty={"op": "max_cosine"})
-    trainer.penalty.op.n_chunks = 100  # as no configuration allows
+    trainer.penalty.max_cosine.n_chunks = 100  # as no configuration allows
     with pytest.raises(ValueError, match="n_chunks must be in"):
         trainer.train_step(next(trainer.batches))
-    trainer.penalty.op.n_chunks = 1
+    trainer.penalty.max_cosine.n_chunks = 1
     trainer.sae.W_dec.data[3] = torch.tensor([3e38, -3e38]).repeat(8)  # finite as their sum is, and their norm is not
     with pytest.raises(FloatingPointError, match="training diverged by step 0: x has 1 column whose norm is too large"):
         trainer.train_step(next(trainer.batches))
