@@ -4,10 +4,12 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
+from topk_ortho import files
 from topk_ortho.files import finished_as, finished_folder, remove_abandoned, write_whole
 
 
@@ -111,7 +113,7 @@ def test_files_and_folders_get_the_permissions_of_the_umask(umask, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from topk_ortho.files import finished_as, finished_folder
+from files import finished_as, finished_folder
 with finished_as(Path(sys.argv[1]) / "file") as file, finished_folder(Path(sys.argv[1]) / "folder") as folder:
     file.write_text("half")
     (folder / "tokens.bin").write_text("half")
@@ -124,9 +126,11 @@ with finished_as(Path(sys.argv[1]) / "file") as file, finished_folder(Path(sys.a
 
 def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path):
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    assert subprocess.run([*command, "killed"], check=False).returncode == -9
+    # a module of the folder, not of the package, which takes seconds to import
+    options = {"env": os.environ | {"PYTHONPATH": str(Path(files.__file__).parent)}, "text": True}
+    assert subprocess.run([*command, "killed"], check=False, **options).returncode == -9
     assert len(names(tmp_path)) == 2
-    with subprocess.Popen([*command, "living"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as living:
+    with subprocess.Popen([*command, "living"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options) as living:
         assert living.stdout.readline() == "writing\n"
         assert len(names(tmp_path)) == 4
         with finished_as(tmp_path / "own") as own:

@@ -35,9 +35,9 @@ def run_python(code, *flags, cwd, arguments=(), environment=None):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_import_needs_only_the_core_and_prints_nothing():
-    code = """
-import sys
+IMPORT = """
+import importlib.util, pathlib, sys
+sys.path.insert(0, sys.argv[1])
 blocked = set("transformer_lens transformers datasets safetensors tqdm matplotlib sae_bench pytest hypothesis".split())
 class Without:
     def __init__(self, finder):
@@ -50,9 +50,24 @@ import torch
 topk_ortho.topk_ortho_loss(torch.eye(4))
 assert not blocked & set(sys.modules)
 assert not {"topk_ortho.training", "topk_ortho.sae", "topk_ortho.evaluation"} & set(sys.modules)
+print("imported")
+print(pathlib.Path(topk_ortho.kernels.__file__).parent)
+sys.path.remove(sys.argv[1])
+spec = importlib.util.find_spec("kernels")
+print(None if spec is None else spec.origin)
 """
-    result = run_python(code, "-W", "error", cwd=ROOT)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """What a process prints that imports the package, from a folder where nothing of it lies."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    return run_python(IMPORT, "-I", "-W", "error", cwd=folder, arguments=[str(ROOT)])
+
+
+def test_import_needs_only_the_core_and_prints_nothing(imported):
+    assert (imported.returncode, imported.stderr) == (0, "")
+    assert imported.stdout.startswith("imported\n")
 
 
 @pytest.mark.quick
@@ -68,20 +83,9 @@ def test_public_names():
     assert all(hasattr(topk_ortho, name) for name in topk_ortho.__all__)
 
 
-def test_kernels_folder_is_a_subpackage(tmp_path):
+def test_kernels_folder_is_a_subpackage(imported):
     """`topk_ortho.kernels` is kernels/, and the top-level name stays free for the package of that name."""
-    code = """
-import importlib.util, pathlib, sys
-sys.path.insert(0, sys.argv[1])
-import topk_ortho.kernels
-print(pathlib.Path(topk_ortho.kernels.__file__).parent)
-sys.path.remove(sys.argv[1])
-spec = importlib.util.find_spec("kernels")
-print(None if spec is None else spec.origin)
-"""
-    result = run_python(code, "-I", cwd=tmp_path, arguments=[str(ROOT)])
-    assert result.returncode == 0, result.stderr
-    mapped, free = result.stdout.splitlines()
+    _, mapped, free = imported.stdout.splitlines()
     assert Path(mapped) == ROOT / "kernels"
     assert free == "None" or "site-packages" in free
 

@@ -244,9 +244,17 @@ class TestLoss:
             dtype=dtype,
         )
 
-    @with_kernels
     @pytest.mark.parametrize("priority", PRIORITIES.values(), ids=PRIORITIES)
     def test_priority(self, priority):
+        self.check_priority(priority)
+
+    @with_kernels
+    def test_priority_on_kernels(self):
+        """They see no priority, only what it makes of the weights of the pairs."""
+        self.check_priority(PRIORITIES["ties_int"])
+
+    @staticmethod
+    def check_priority(priority):
         x = activations(16, 43, seed=11)
         selected = separated_selection(x, {}, 90)
         value, gradient = loss_and_gradient(topk_ortho_loss, SparseFeatures.from_dense, x, k=90, priority=priority)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, ByT5Tokenizer
 
+from topk_ortho.activations import text as text_module
 from topk_ortho.activations.config import ModelConfig, TextConfig
 from topk_ortho.activations.text import Text, python_documentation, token_windows, tokenizer_identity
 from topk_ortho.activations.transformer import resolve_model
@@ -85,11 +86,27 @@ def test_a_file_is_known_by_its_content_not_its_name(tmp_path):
     assert first == second
 
 
-def test_python_documentation_is_ample_and_in_a_fixed_order():
+def test_python_documentation_is_ample_and_in_a_fixed_order(monkeypatch):
+    """To read all of it takes seconds: a quarter of the standard library's files stands for them."""
+    files = text_module._standard_library()[::4]
+    monkeypatch.setattr(text_module, "_standard_library", lambda: files)
     documents = list(python_documentation())
-    assert documents[:2000] == list(islice(python_documentation(), 2000))
-    assert sum(map(len, documents)) > 1_500_000
+    assert documents == list(python_documentation())
+    assert sum(map(len, documents)) > 700_000
     assert all(isinstance(document, str) and document for document in documents)
+
+
+def test_documents_come_once_and_as_they_are_read(monkeypatch):
+    """Without waiting for those that follow."""
+
+    def documents():
+        yield from ("first", "second", "first")
+        pytest.fail("more was read than was asked for")
+
+    monkeypatch.setattr(text_module, "python_documentation", documents)
+    assert [*islice(Text(TextConfig(source="python-docs")).documents(), 2)] == ["first", "second"]
+    monkeypatch.setattr(text_module, "python_documentation", lambda: iter(["first", "second", "first", "third"]))
+    assert [*Text(TextConfig(source="python-docs")).documents()] == ["first", "second", "third"]
 
 
 def test_missing_file_is_refused(tmp_path):

@@ -101,7 +101,7 @@ class TestTiles:
             assert row * n + col > highest_of_earlier_panels
         assert (seen.triu(1) == torch.ones(n, n, dtype=torch.int64).triu(1)).all()
 
-    @settings(max_examples=100)
+    @settings(max_examples=2 * settings().max_examples)
     @given(data=st.data())
     def test_any_shape_any_ties(self, data):
         rows = data.draw(st.integers(1, 20))
@@ -259,7 +259,7 @@ class TestOverflow:
     def test_ties_at_the_bound(self, shape, similarity, passes):
         """The bound rises in mid-panel to a value that pairs to come share, some of lower and some of higher index."""
         x = dyadic(6, 43, seed=3)
-        for k in (1, 3, 20, 77, 300):
+        for k in (1, 20, 77, 300):
             backend = TiledBackend(tile=TileShape(*shape), capacity=k)
             pairs, _ = select(x, k, backend=backend, similarity=similarity)
             assert_equals_oracle(pairs, x, k, similarity=similarity)
@@ -313,8 +313,11 @@ class TestMemory:
             NaiveBackend().topk_pairs(normal(8, 300), Query(k=10), None)
         assert largest.n_elements >= 300 * 299 // 2
 
-    @pytest.mark.parametrize("query", [{}, {"n_std": 1.0}, {"similarity": "positive"}], ids=str)
-    @pytest.mark.parametrize("make", [normal, torch.ones], ids=["normal", "all_equal"])
+    @pytest.mark.parametrize(
+        ("query", "make"),
+        [({}, normal), ({"n_std": 1.0}, normal), ({"similarity": "positive"}, torch.ones)],
+        ids=["normal", "adaptive", "all_equal"],
+    )
     def test_topk_pairs(self, query, make):
         backend = TiledBackend(tile=TileShape(64, 128))
         n, m, k = 1500, 20, 1000

@@ -1,8 +1,7 @@
 import json
-import os
+import resource
 import shutil
-import subprocess
-import sys
+import signal
 
 import pytest
 import torch
@@ -119,26 +118,22 @@ def test_what_a_killed_process_left_unfinished_is_neither_seen_nor_in_the_way(tm
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
-_FULL_DISK = """
-import resource, signal, sys, torch
-from pathlib import Path
-from topk_ortho.training.checkpoint import Checkpoint, save_checkpoint
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # as of a full disk: writing stops in the middle
-try:
-    save_checkpoint(Path(sys.argv[1]), Checkpoint(9, {"weights": torch.zeros(100_000)}, {}, {}))
-except OSError as error:
-    print(error)
-"""
+@pytest.fixture
+def full_disk():
+    """Writing stops in the middle of a file, after 100 kB."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_disk_that_fills_up_loses_nothing(tmp_path):
+def test_a_disk_that_fills_up_loses_nothing(tmp_path, full_disk):
     save_checkpoint(tmp_path, checkpoint(2))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    process = subprocess.run(
-        [sys.executable, "-c", _FULL_DISK, str(tmp_path)], capture_output=True, text=True, env=os.environ, check=False
-    )
-    assert "step-00000009 could not be written" in process.stdout, process.stderr
+    with pytest.raises(OSError, match="step-00000009 could not be written"):
+        save_checkpoint(tmp_path, Checkpoint(9, {"weights": torch.zeros(100_000)}, {}, {}))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 

@@ -352,10 +352,12 @@ def test_a_colleague_can_read_what_a_run_leaves(config):
 
 
 def test_what_a_killed_process_left_unfinished_goes(config):
-    code = "import os, sys; from pathlib import Path; from topk_ortho.files import finished_as\n"
+    code = "import os, sys; from pathlib import Path; from files import finished_as\n"
     code += "with finished_as(Path(sys.argv[1]) / 'config.json') as path: os.kill(os.getpid(), 9)\n"
     config.out_dir.mkdir()
-    process = subprocess.run([sys.executable, "-c", code, str(config.out_dir)], cwd=ROOT, check=False)
+    # a module of the folder, not of the package, which takes seconds to import
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "topk_ortho")}
+    process = subprocess.run([sys.executable, "-c", code, str(config.out_dir)], env=environment, check=False)
     assert process.returncode == -9
     assert len(list(config.out_dir.glob("unfinished-*"))) == 1
     left = config.out_dir / "checkpoints" / ".unfinished-step-00000099"

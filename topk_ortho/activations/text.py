@@ -55,7 +55,7 @@ class Text:
             return read_documents(self._file, self.config.column)
         if self.is_on_hub:
             return texts_of(self._rows_of_hub(), self.config.column)
-        return iter(dict.fromkeys(python_documentation()))
+        return _distinct(python_documentation())
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -211,6 +211,15 @@ def _docstrings(path: Path) -> Iterator[str]:
             docstring = ast.get_docstring(node)
             if docstring:
                 yield docstring
+
+
+def _distinct(documents: Iterable[str]) -> Iterator[str]:
+    """The documents without repetitions, each as soon as it is read: a short run needs few of them."""
+    seen: set[str] = set()
+    for document in documents:
+        if document not in seen:
+            seen.add(document)
+            yield document
 
 
 def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
