@@ -191,7 +191,8 @@ class Device(NamedTuple):
     n_multiprocessors: int
     """Multiprocessors (NVIDIA) or compute units (AMD)"""
     has_tf32: bool
-    """Whether its matrix unit can multiply tf32 numbers, as every NVIDIA GPU from sm_80 on can, and AMD's gfx942"""
+    """Whether it multiplies matrices of tf32 (float32 with a mantissa of 10 bits) in hardware: NVIDIA GPUs from sm_80
+    on do, and AMD's gfx942"""
     sum_error: float | None
     """Bound on the rounding error of its sums of fp16 products, see `_sum_error`; None where no bound is known"""
 
@@ -228,7 +229,8 @@ class Operand:
     """float32 [N], powers of two; None multiplies x as it is"""
     kind: Kind
     is_lean: bool = False
-    """Whether it is for a plain first pass, whose block sizes are in `DESCRIBED_CONFIGS` or `LEAN_CONFIGS`"""
+    """Whether it is for a first pass that neither scales x nor takes moments. Such a pass needs fewer registers, and
+    has block sizes of its own, in `DESCRIBED_CONFIGS` or `LEAN_CONFIGS`"""
 
     @property
     def config(self) -> TileConfig:
@@ -242,7 +244,7 @@ class Operand:
 
     @property
     def is_described(self) -> bool:
-        """Whether a plain first pass lets the hardware copy tiles of x, for which it describes x to it.
+        """Whether tiles of x are copied into shared memory by the hardware, which needs a tensor descriptor of x.
 
         This needs an entry in `DESCRIBED_CONFIGS` for the device, and an x that `is_describable`.
         """
@@ -269,9 +271,10 @@ class Operand:
 
     @property
     def transposes_addresses(self) -> bool:
-        """Whether a tile is transposed by the order of its addresses; otherwise it is loaded as it is, then transposed.
+        """Whether the first operand of a product, x.T, is loaded through the addresses of a transposed tile.
 
-        `TRANSPOSED_AFTER_LOADING` says where the second is better for a row-major x.
+        Otherwise a tile of x is loaded as it lies in memory, and transposed by an instruction.
+        `TRANSPOSED_AFTER_LOADING` lists the devices and kinds for which that is better, if x is row-major.
         """
         key = current_device().architecture, self.kind, self.scale is not None
         return self.x.stride(1) == 1 and key not in TRANSPOSED_AFTER_LOADING
@@ -325,7 +328,7 @@ class Operand:
 
 
 def is_describable(x: Tensor) -> bool:
-    """Whether the hardware can copy tiles of x [M, N], which it knows by a tensor descriptor.
+    """Whether x [M, N] can have a tensor descriptor: shape and strides by which the hardware copies tiles on its own.
 
     The rows of x, or its columns, have to be contiguous, and to begin at multiples of DESCRIPTOR_BYTES.
     """
@@ -349,7 +352,7 @@ def n_loaded(x: Tensor) -> int:
 
 
 def is_aligned(x: Tensor) -> bool:
-    """Whether a thread that loads x [M, N] through a pointer gets several neighbouring entries by one instruction.
+    """Whether the compiler can load several neighbouring entries of x [M, N] by one instruction of a thread.
 
     The rows of x, or its columns, have to be contiguous, and begin and end at multiples of LINE_STEP entries. A row may
     end there beyond the last column, if x has room for that.

@@ -124,7 +124,7 @@ class SyntheticConfig:
     n_independent: int = 48
     """Number of features without a parent and without children."""
     directions: Literal["random", "orthogonal"] = "random"
-    """Whether the true directions are random or orthonormal, for which d_in must be at least their number."""
+    """Directions of the true features: "random" ones, or "orthogonal" ones, of which there can be no more than d_in."""
     child_parent_cosine: float | None = None
     """Cosine of every child's direction to its parent's. None leaves the directions as they are drawn."""
     zipf_exponent: float = 0.0

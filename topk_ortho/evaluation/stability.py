@@ -1,7 +1,8 @@
 """How stable a selection of pairs is through training, and what its features stand for where the truth is known.
 
-Every so many steps a window begins. The pairs that are selected in its first step are compared with those of 1, 2, 5,
-10, 20, 50 and 100 steps later. Each selection is kept as one tensor of pair numbers, ``row * N + col``.
+`PairStability` compares each evaluation with the one before. `PairWindows` looks closer: every so many steps a window
+begins, and the pairs that are selected in its first step are compared with those of 1, 2, 5, 10, 20, 50 and 100 steps
+later. There a selection is kept as one tensor of pair numbers, ``row * N + col``.
 """
 
 import math
@@ -13,13 +14,40 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from topk_ortho import TopKPairs
+from topk_ortho import TopKPairs, pair_jaccard
 from topk_ortho.activations.true_features import TrueFeatures
 
 LAGS = (1, 2, 5, 10, 20, 50, 100)
 """Steps from the beginning of a window to the selections that its first one is compared with"""
 RELATIONS = ("unmatched", "same", "parent_child", "siblings", "relatives", "unrelated")
 """What the two features of a pair may be to each other, see `pair_relations`"""
+
+
+class PairStability:
+    """How many of the most similar pairs stay the same from one evaluation to the next."""
+
+    def __init__(self) -> None:
+        self._last: TopKPairs | None = None
+
+    def jaccard_with_last(self, pairs: TopKPairs) -> float | None:
+        """`pair_jaccard` with the pairs of the last call; None at the first, and if neither has a pair to share."""
+        last, self._last = self._last, pairs
+        if last is None or last.rows.numel() == pairs.rows.numel() == 0:
+            return None
+        device = pairs.rows.device
+        return pair_jaccard(last._replace(rows=last.rows.to(device), cols=last.cols.to(device)), pairs)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The last pairs as tensors by name; empty before the first call."""
+        fields = {} if self._last is None else self._last._asdict()
+        fields.pop("tau", None)  # it may be None, and nothing is compared with it
+        return {name: torch.as_tensor(value) for name, value in fields.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over the last pairs."""
+        if state:
+            sizes: dict[str, Any] = {name: int(state[name]) for name in ("n_features", "k")}
+            self._last = TopKPairs(**(state | sizes), tau=None)
 
 
 @dataclass
@@ -46,7 +74,7 @@ class PairWindows:
         self._windows: dict[int, _Window] = {}
 
     def begins(self, step: int) -> bool:
-        """Whether a window begins at a step."""
+        """Whether the pairs selected at this step are those that later ones will be compared with."""
         return self._every > 0 and step % self._every == 0
 
     def is_due(self, step: int) -> bool:

@@ -146,6 +146,7 @@ def _train_quietly(config: TrainConfig, threads: int) -> str | None:
     from topk_ortho.training.trainer import Trainer
 
     torch.set_num_threads(threads)
+    # no bars in the log, those of libraries neither: every bar is made by this, and the process trains runs alone
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[assignment, method-assign]
     config.out_dir.mkdir(parents=True, exist_ok=True)
     with (config.out_dir / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from topk_ortho import MaxCosineLoss, TopKOrthoLoss, TopKPairs, nearest_columns, pair_jaccard, topk_pairs
+from topk_ortho import MaxCosineLoss, TopKOrthoLoss, TopKPairs, nearest_columns, topk_pairs
 from topk_ortho.definitions import EPS, k_from_fraction
 from topk_ortho.sae import ActiveFeatures, SparseAutoencoder, activation_norms
 from topk_ortho.training.config import PenaltyConfig
@@ -141,33 +141,6 @@ class Penalty(nn.Module):
 
     def _selection(self) -> dict[str, Any]:
         return {name: getattr(self.config, name) for name in ("tau", "n_std", "similarity")}
-
-
-class PairStability:
-    """How many of the most similar pairs stay the same from one evaluation to the next."""
-
-    def __init__(self) -> None:
-        self._last: TopKPairs | None = None
-
-    def jaccard_with_last(self, pairs: TopKPairs) -> float | None:
-        """`pair_jaccard` with the pairs of the last call; None at the first, and if neither has a pair to share."""
-        last, self._last = self._last, pairs
-        if last is None or last.rows.numel() == pairs.rows.numel() == 0:
-            return None
-        device = pairs.rows.device
-        return pair_jaccard(last._replace(rows=last.rows.to(device), cols=last.cols.to(device)), pairs)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The last pairs as tensors by name; empty before the first call."""
-        fields = {} if self._last is None else self._last._asdict()
-        fields.pop("tau", None)  # it may be None, and nothing is compared with it
-        return {name: torch.as_tensor(value) for name, value in fields.items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over the last pairs."""
-        if state:
-            sizes: dict[str, Any] = {name: int(state[name]) for name in ("n_features", "k")}
-            self._last = TopKPairs(**(state | sizes), tau=None)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from topk_ortho.activations.batches import Batches, Stopped
 from topk_ortho.activations.source import ActivationSource, generator_of, mean_and_variance, split_shards
 from topk_ortho.activations.synthetic import KnownActivations
 from topk_ortho.evaluation import (
+    PairStability,
     PairWindows,
     evaluate,
     mean_max_cosine,
@@ -39,7 +40,7 @@ from topk_ortho.training.config import TrainConfig, differences, flatten
 from topk_ortho.training.dead_features import DeadFeatures
 from topk_ortho.training.interrupt import Interrupted, SignalGuard
 from topk_ortho.training.loggers import open_loggers, open_pairs_log
-from topk_ortho.training.penalty import PairStability, Penalty, PenaltyTerm
+from topk_ortho.training.penalty import Penalty, PenaltyTerm
 from topk_ortho.training.results import save_results
 from topk_ortho.training.run_folder import Run
 from topk_ortho.training.schedules import decay, warmup
