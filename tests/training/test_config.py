@@ -130,6 +130,14 @@ def test_nonsense_is_refused_by_name(build, message):
             lambda: SAEConfig(train_decoder=False, dead_features="resample"),
             "sae.dead_features must be auxk or none, as sae.train_decoder is false, got resample",
         ),
+        (
+            lambda: TrainConfig(sae=SAEConfig(initial_decoder="truth")),
+            'sae.initial_decoder must be "random" with source = "transformer", .*, got truth',
+        ),
+        (
+            lambda: replace(PRESETS["toy-hierarchy"], sae=SAEConfig(initial_decoder="truth", n_features=289)),
+            'sae.n_features must be 288, the number of true features, as sae.initial_decoder is "truth", got 289',
+        ),
         (lambda: TrainConfig(warmup_fraction=0.6, decay_fraction=0.5), r"warmup_fraction \+ decay_fraction must be at"),
         (lambda: TrainConfig(batch_size=9, text=TextConfig(n_tokens=9)), "batch_size must be below text.n_tokens = 9"),
         (

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import sae_lens
@@ -618,6 +619,16 @@ def test_a_frozen_decoder_stays_and_the_encoder_learns(architecture, open_traine
     assert torch.equal(resumed.sae.W_dec, W_dec)
 
 
+@pytest.mark.parametrize("architecture", ["standard", "batchtopk"])
+def test_a_dictionary_can_start_from_the_true_features(architecture):
+    source = SyntheticActivations(SyntheticConfig(d_in=16, n_parents=4, n_children=4, n_independent=4), seed=1)
+    config = SAEConfig(architecture=architecture, initial_decoder="truth", n_features=24, l0=4)
+    sae = build_sae(config, source, torch.Generator())
+    torch.testing.assert_close(sae.W_dec, source.truth.directions)
+    # the encoder is tied, for the L1 penalty by the share of features that a token can be made of
+    torch.testing.assert_close(sae.W_enc, source.truth.directions * (16 / 24 if architecture == "standard" else 1))
+
+
 @pytest.mark.parametrize("op", ["c2r", "random_pairs"])
 def test_further_ops_train_and_resume(op, open_trainer, tmp_path):
     settings = {"sae": {"architecture": "topk"}, "penalty": {"op": op, "weight": 0.1, "n_chunks": 3}}
@@ -667,7 +678,7 @@ def test_unknown_device_is_refused():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_configuration_names_its_sae(architecture):
     config = SAEConfig(architecture=architecture, n_features=32, l0=4, widths=(8, 32))
-    sae = build_sae(config, 16, torch.Generator())
+    sae = build_sae(config, SimpleNamespace(d_in=16), torch.Generator())
     assert type(sae).__name__.lower() == f"{architecture}sae"
     assert sae.W_dec.shape == (32, 16)
     assert architecture == "standard" or sae.l0 == 4

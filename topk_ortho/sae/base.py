@@ -53,11 +53,19 @@ class SparseAutoencoder(nn.Module, ABC):
         self, d_in: int, n_features: int, *, encoder_scale: float = 1.0, generator: torch.Generator | None = None
     ):
         super().__init__()
-        self.W_dec = nn.Parameter(torch.randn(n_features, d_in, generator=generator))
-        normalize_decoder(self.W_dec)
-        self.W_enc = nn.Parameter(self.W_dec.detach() * encoder_scale)
+        self._encoder_scale = encoder_scale
+        self.W_dec = nn.Parameter(torch.empty(n_features, d_in))
+        self.W_enc = nn.Parameter(torch.empty(n_features, d_in))
+        self.start_from(torch.randn(n_features, d_in, generator=generator))
         self.b_enc = nn.Parameter(torch.zeros(n_features))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    @torch.no_grad()
+    def start_from(self, directions: Tensor) -> None:
+        """Take directions [n_features, d_in], of any length but 0, for the decoder and for the tied encoder."""
+        self.W_dec.copy_(directions)
+        normalize_decoder(self.W_dec)
+        self.W_enc.copy_(self.W_dec * self._encoder_scale)
 
     @property
     def n_features(self) -> int:

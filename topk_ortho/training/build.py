@@ -3,7 +3,7 @@
 import torch
 
 from topk_ortho.activations.source import ActivationSource
-from topk_ortho.activations.synthetic import SyntheticActivations
+from topk_ortho.activations.synthetic import KnownActivations, SyntheticActivations
 from topk_ortho.activations.synthsaebench import SynthSAEBenchActivations
 from topk_ortho.sae import BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE, SparseAutoencoder, StandardSAE, TopKSAE
 from topk_ortho.training.config import SAEConfig, TrainConfig
@@ -20,8 +20,16 @@ def open_source(config: TrainConfig, device: torch.device) -> ActivationSource:
     return TransformerActivations(config.model, config.text, config.cache, config.cache_dir, device)
 
 
-def build_sae(config: SAEConfig, d_in: int, generator: torch.Generator) -> SparseAutoencoder:
-    """The SAE of a configuration, for activations of width d_in."""
+def build_sae(config: SAEConfig, source: ActivationSource, generator: torch.Generator) -> SparseAutoencoder:
+    """The SAE of a configuration as it is before training, for the activations of a source."""
+    sae = _random_sae(config, source.d_in, generator)
+    if config.initial_decoder == "truth":
+        assert isinstance(source, KnownActivations)  # the configuration names no other source with it
+        sae.start_from(source.truth.directions)
+    return sae
+
+
+def _random_sae(config: SAEConfig, d_in: int, generator: torch.Generator) -> SparseAutoencoder:
     sizes = (d_in, config.n_features)
     match config.architecture:
         case "standard":

@@ -57,9 +57,12 @@ class SAEConfig:
     decoder_norm: DecoderNorm = "l2"
     """Length of decoder directions: "none" (free), "l2" (1; the gradient along them is removed), "l2-hook" (1, by a
     hook after the optimizer's step alone)."""
+    initial_decoder: Literal["random", "truth"] = "random"
+    """Directions that the decoder starts from: random ones, or the true ones of synthetic data (a control, which
+    shows how good a dictionary can be, and whether training stays there)."""
     train_decoder: bool = True
-    """False keeps the decoder's random directions as they are, and trains the encoder alone: a control, as in
-    arXiv:2602.14111."""
+    """False keeps the decoder's directions as they are, and trains the encoder alone: a control, with random
+    directions that of arXiv:2602.14111."""
     normalize_activations: Literal["none", "rms"] = "rms"
     """"rms" scales activations to a mean square of 1 a dimension while training; the saved weights take them
     unscaled."""
@@ -262,6 +265,7 @@ class TrainConfig:
             "synthsaebench": ("synthsaebench.n_tokens", self.synthsaebench.n_tokens),
         }[self.source]
         require(self.batch_size < n_tokens, "batch_size", self.batch_size, f"below {name} = {n_tokens}")
+        self._check_initial_decoder()
         allowed = "activations or none, as sae.train_decoder is false"
         moves = self.sae.train_decoder or self.penalty.target != "decoder"
         require(moves, "penalty.target", self.penalty.target, allowed)
@@ -269,6 +273,16 @@ class TrainConfig:
             most = self.sae.n_features // 2
             allowed = f"at most {most}, two features to a chunk or more with sae.n_features = {self.sae.n_features}"
             require(self.penalty.n_chunks <= most, "penalty.n_chunks", self.penalty.n_chunks, allowed)
+
+    def _check_initial_decoder(self) -> None:
+        """Refuse to start from the truth where there is none, or as many features as there are not."""
+        if self.sae.initial_decoder == "random":
+            return
+        allowed = '"random" with source = "transformer", whose true features nobody knows'
+        require(self.source != "transformer", "sae.initial_decoder", self.sae.initial_decoder, allowed)
+        n_true = (self.synthetic if self.source == "synthetic" else self.synthsaebench).n_true
+        allowed = f'{n_true}, the number of true features, as sae.initial_decoder is "truth"'
+        require(self.sae.n_features == n_true, "sae.n_features", self.sae.n_features, allowed)
 
     def as_json(self) -> dict[str, Any]:
         """The whole configuration as plain JSON values."""

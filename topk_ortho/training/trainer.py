@@ -103,7 +103,7 @@ class Trainer:
             raise ValueError(f"{source.name}: the shards that are held out have no tokens, so nothing can be measured")
         self.batches = Batches(source, training, config.batch_size, config.buffer_tokens, config.seed, self.step)
 
-        self.sae = build_sae(config.sae, source.d_in, self.generator).to(self.device)
+        self.sae = build_sae(config.sae, source, self.generator).to(self.device)
         self.model: Callable[[Tensor], Any] = torch.compile(self.sae) if config.compile else self.sae
         self.penalty = Penalty(config.penalty, self.generator).to(self.device)
         self.pairs = PairStability()
