@@ -372,6 +372,23 @@ class TestLoss:
             dtype=x.dtype,
         )
 
+    def test_priority_reaches_the_pairs(self, small_backend):
+        """The gradient of the values goes where that of the loss does; the pairs are the same."""
+        x, priority = normal(16, 43, seed=11), PRIORITIES["ties_int"]
+        pairs = []
+
+        def loss_of_pairs(x, **options):
+            pairs.append(topk_pairs(x, k=90, backend=small_backend, **options))
+            return pairs[-1].values.square().mean()
+
+        _, expected = loss_and_gradient(topk_ortho_loss, x, k=90, priority=priority, backend=small_backend)
+        _, actual = loss_and_gradient(loss_of_pairs, x, priority=priority)
+        _, without = loss_and_gradient(loss_of_pairs, x)
+        torch.testing.assert_close(actual, expected)
+        assert not torch.allclose(actual, without)
+        assert torch.equal(pairs[0].rows, pairs[1].rows)
+        assert torch.equal(pairs[0].values, pairs[1].values)
+
     def test_priority_with_tau(self, small_backend):
         """Padding names pair (0, 0), whose priorities are equal: it must not carry gradient."""
         x, priority = normal(16, 43, seed=12), torch.arange(43)

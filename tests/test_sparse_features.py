@@ -248,6 +248,16 @@ class TestLoss:
     def test_priority(self, priority):
         self.check_priority(priority)
 
+    def test_priority_reaches_the_pairs(self):
+        x, priority = activations(16, 43, seed=11), PRIORITIES["ties_int"]
+
+        def loss_of_pairs(x, **options):
+            return topk_pairs(x, **options).values.square().mean()
+
+        _, expected = loss_and_gradient(topk_ortho_loss, SparseFeatures.from_dense, x, k=90, priority=priority)
+        _, actual = loss_and_gradient(loss_of_pairs, SparseFeatures.from_dense, x, k=90, priority=priority)
+        torch.testing.assert_close(actual, expected)
+
     @with_kernels
     def test_priority_on_kernels(self):
         """They see no priority, only what it makes of the weights of the pairs."""

@@ -130,10 +130,11 @@ def test_common_arguments(op, bad, error, message):
         op(X, **bad)
 
 
+@pytest.mark.parametrize("op", [topk_pairs, topk_ortho_loss])
 @table(BAD_PRIORITY)
-def test_priority(bad, error, message):
+def test_priority(bad, error, message, op):
     with pytest.raises(error, match=message):
-        topk_ortho_loss(X, k=5, priority=bad)
+        op(X, k=5, priority=bad)
 
 
 @table(BAD_MAX_COSINE)

@@ -35,6 +35,7 @@ def topk_pairs(
     tau: Tau = None,
     n_std: float = 1.0,
     similarity: Similarity = "abs",
+    priority: Tensor | None = None,
     backend: BackendName = "auto",
     precision: Precision = "highest",
     state: Tensor | None = None,
@@ -59,6 +60,10 @@ def topk_pairs(
         Standard deviations above the mean of the adaptive tau.
     similarity : {"abs", "positive"}
         "positive" orders by the signed cosine and drops cosines <= 0.
+    priority : Tensor, shape [N], optional
+        One real number a column; for an SAE, how often each feature fires. In each selected pair the column of higher
+        priority is held constant, so that only the other one gets gradient; equal priorities move both. Which pairs are
+        selected, and their values, do not depend on it.
     backend : {"auto", "naive", "tiled", "triton", "sparse"}
         See `available_backends`. An explicit choice never falls back to another. "auto" is "sparse" for a sparse x,
         and on the CPU also for a dense x that has so many zeros that this is expected to take less time.
@@ -122,14 +127,15 @@ def topk_pairs(
     query = resolve_query(
         x.shape[1], fraction=fraction, k=k, tau=tau, n_std=n_std, similarity=similarity, precision=precision
     )
+    priority = resolve_priority(priority, x.shape[1], x.device)
     check_state(state, x.device)
     chosen = resolve_backend(backend, x.device, is_sparse=not is_dense(x))
     if is_dense(x):
-        selection = _select(x, query, chosen, None, state)
+        selection = _select(x, query, chosen, priority, state)
         is_full = tau is None and similarity == "abs"
     else:
         coordinates, n_products = coordinates_of(x)
-        selection = _select_sparse(coordinates, n_products, query, None, is_ordered=True)
+        selection = _select_sparse(coordinates, n_products, query, priority, is_ordered=True)
         is_full = False
     rows, cols, cosines = selection.rows, selection.cols, selection.cosines
     if not is_full:
@@ -168,11 +174,7 @@ def topk_ortho_loss(
         As in `topk_pairs`.
     reduction : {"mean", "sum"}
         What is made of the squared cosines of the selected pairs. The mean over no pair is 0 with zero gradient.
-    priority : Tensor, shape [N], optional
-        One real number a column; for an SAE, how often each feature fires. In each selected pair the column of higher
-        priority is held constant, so that only the other one gets gradient; equal priorities move both. The value of
-        the loss does not change.
-    backend, precision, state
+    priority, backend, precision, state
         As in `topk_pairs`.
     structural_zeros : bool, default False
         Give zeros of a dense x no gradient. This changes nothing where ReLU or TopK made them, which pass none on, and
@@ -187,7 +189,7 @@ def topk_ortho_loss(
     Raises
     ------
     TypeError, ValueError
-        As in `topk_pairs`; also if `priority` does not have one real number a column, or `reduction` is unknown.
+        As in `topk_pairs`; also if `reduction` is unknown.
 
     Notes
     -----

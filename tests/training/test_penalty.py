@@ -121,14 +121,15 @@ class TestEncoderInhibition:
         assert value == 0
         assert not gradient.any()
 
-    def test_it_is_added_to_the_penalty_with_its_weight(self):
+    @pytest.mark.parametrize("changed", [{}, {"reduction": "sum"}, {"priority": "none"}, {"similarity": "abs"}])
+    def test_it_is_added_to_the_penalty_with_its_weight(self, changed):
         sae = make(TopKSAE)
         sae.W_enc.data.mul_(0.5)  # tied weights are not inhibited
         features = sae(inputs()).features
-        settings = {"fraction": 0.2, "similarity": "positive"}
+        settings = {"fraction": 0.2, "similarity": "positive", **changed}
         plain = penalty_of(**settings)(sae, features, FIRING_RATE)
         term = penalty_of(encoder_inhibition=3.0, **settings)(sae, features, FIRING_RATE)
-        pairs = topk_pairs(sae.W_dec.detach().T, 0.2, similarity="positive")
+        pairs = topk_pairs(sae.W_dec.detach().T, 0.2, similarity=settings["similarity"])
         listed = zip(pairs.rows.tolist(), pairs.cols.tolist(), strict=True)  # rows are rarer by FIRING_RATE
         expected = 3 * self.expected(sae.W_enc, sae.W_dec.detach(), list(listed))
         torch.testing.assert_close(term.value.double(), plain.value + expected.detach(), rtol=1e-5, atol=0)
@@ -136,6 +137,12 @@ class TestEncoderInhibition:
         torch.testing.assert_close(by_target[sae.W_dec], plain.gradients[0])
         wanted = torch.autograd.grad(expected, sae.W_enc)[0]
         torch.testing.assert_close(by_target[sae.W_enc], wanted, rtol=1e-4, atol=1e-6)
+
+    def test_above_tau_there_may_be_no_pair(self):
+        sae = make(TopKSAE)
+        term = penalty_of(encoder_inhibition=3.0, tau=0.999)(sae, sae(inputs()).features, FIRING_RATE)
+        assert term.value == 0
+        assert not any(gradient.any() for gradient in term.gradients)
 
 
 class TestRandomPairs:

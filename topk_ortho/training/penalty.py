@@ -62,11 +62,16 @@ class Penalty(nn.Module):
         """
         targets: tuple[Tensor, ...] = (sae.W_dec, _values(features))
         W_dec, values = leaves = [target.detach().requires_grad_() for target in targets]
-        value = self._value(W_dec, _with_values(features, values), firing_rate)
+        pairs = None
+        if self.config.encoder_inhibition:  # needs the pairs themselves, not only the loss of them
+            pairs = self._pairs(W_dec, firing_rate)
+            value = self._reduced(pairs.values.square())
+        else:
+            value = self._value(W_dec, _with_values(features, values), firing_rate)
         gradients = torch.autograd.grad(value, leaves, allow_unused=True)
         value = value.detach()
-        if self.config.encoder_inhibition:
-            inhibition, gradient = self._encoder_inhibition(sae, firing_rate)
+        if pairs is not None:
+            inhibition, gradient = encoder_inhibition(sae.W_enc, sae.W_dec, *_rarer_first(pairs, firing_rate))
             value = value + self.config.encoder_inhibition * inhibition
             targets, gradients = (*targets, sae.W_enc), (*gradients, self.config.encoder_inhibition * gradient)
         used = [pair for pair in zip(targets, gradients, strict=True) if pair[1] is not None]
@@ -76,7 +81,7 @@ class Penalty(nn.Module):
         """The penalty, differentiable in those of its arguments that it depends on."""
         config = self.config
         value: Tensor
-        priority = firing_rate if config.priority == "firing-rate" else None
+        priority = self._priority(firing_rate)
         x = W_dec.T if config.target == "decoder" else _matrix(features)
         match config.op:
             case "topk_pairs":
@@ -119,18 +124,20 @@ class Penalty(nn.Module):
         cosines = (of_rows * of_cols).sum(dim=1)
         if config.similarity == "positive":
             cosines = cosines.clamp_min(0)
-        squares = cosines.square()
-        return squares.mean() if config.reduction == "mean" else squares.sum()
+        return self._reduced(cosines.square())
 
-    @torch.no_grad()
-    def _encoder_inhibition(self, sae: SparseAutoencoder, firing_rate: Tensor) -> tuple[Tensor, Tensor]:
-        """Value of `encoder_inhibition` over the selected pairs, and its gradient with respect to W_enc."""
-        # the state is that of the selection just made, of the same directions
-        state = self.topk_pairs.state
-        pairs = topk_pairs(sae.W_dec.detach().T, self.config.fraction, state=state, **self._selection())
-        row_is_rarer = firing_rate[pairs.rows] < firing_rate[pairs.cols]
-        rarer = torch.where(row_is_rarer, pairs.rows, pairs.cols)
-        return encoder_inhibition(sae.W_enc, sae.W_dec, rarer, pairs.rows + pairs.cols - rarer)
+    def _pairs(self, W_dec: Tensor, firing_rate: Tensor) -> TopKPairs:
+        """The pairs that `topk_ortho_loss` penalises, whose cosines are differentiable in W_dec."""
+        priority, state = self._priority(firing_rate), self.topk_pairs.state
+        return topk_pairs(W_dec.T, self.config.fraction, priority=priority, state=state, **self._selection())
+
+    def _priority(self, firing_rate: Tensor) -> Tensor | None:
+        return firing_rate if self.config.priority == "firing-rate" else None
+
+    def _reduced(self, squares: Tensor) -> Tensor:
+        """Sum of the squared cosines of pairs, or their mean, which is 0 over no pair."""
+        total = squares.sum()
+        return total / max(1, squares.numel()) if self.config.reduction == "mean" else total
 
     @torch.no_grad()
     def select(self, sae: SparseAutoencoder, features: Tensor | ActiveFeatures) -> TopKPairs:
@@ -176,6 +183,12 @@ def encoder_inhibition(W_enc: Tensor, W_dec: Tensor, rarer: Tensor, frequent: Te
         gradient.index_add_(0, q, -2 * inhibited[:, None] * direction)
     n_pairs = max(1, rarer.numel())
     return total / n_pairs, gradient / n_pairs
+
+
+def _rarer_first(pairs: TopKPairs, firing_rate: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each pair the feature that fires more seldom, and the other one."""
+    rarer = torch.where(firing_rate[pairs.rows] < firing_rate[pairs.cols], pairs.rows, pairs.cols)
+    return rarer, pairs.rows + pairs.cols - rarer
 
 
 def _values(features: Tensor | ActiveFeatures) -> Tensor:
