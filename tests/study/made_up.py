@@ -23,12 +23,14 @@ def plan(folder, text=STUDY):
     return load_study(str(folder / "my.toml"), folder)
 
 
-def finish(run, summary, rows=()):
-    """Leave in the folder of a run what training would."""
+def finish(run, summary, rows=(), pairs=None):
+    """Leave in the folder of a run what training would; lines of pairs.jsonl only if there are any."""
     run.config.out_dir.mkdir(parents=True)
     (run.config.out_dir / "config.json").write_text(json.dumps(run.config.as_json()))
     (run.config.out_dir / "summary.json").write_text(json.dumps(summary))
     (run.config.out_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if pairs is not None:
+        (run.config.out_dir / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
 
 
 def finish_all(study, numbers, rows=()):

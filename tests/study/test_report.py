@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.study.made_up import STUDY, finish_all, plan
+from tests.study.made_up import STUDY, finish, finish_all, plan
 from tests.training.test_report import Page
 from topk_ortho.study.figures import draw_figures
 from topk_ortho.study.report import write_report
@@ -161,6 +161,41 @@ def test_a_heat_map_over_two_settings(tmp_path):
         "on, 10.0 and 0.5: 20.0%. on, 1.0 and adaptive: 30.0%. on, 1.0 and 0.5: 40.0%."
     )
     assert "3 of the 15 runs of the study have not been trained yet" in page.text()
+
+
+PAIRS = """
+[[figures]]
+kind = "lags"
+title = "Lags"
+caption = "Of two selections."
+[[figures]]
+kind = "steps"
+y = "pair_relations.parent_child"
+title = "Relations"
+caption = "Over the steps."
+"""
+
+
+def test_how_the_selected_pairs_change(tmp_path):
+    """Runs that noted no pairs are left out, and so is a lag that no window was long enough for."""
+    study = plan(tmp_path, STUDY + PAIRS)
+    for run in study.runs:
+        if run.point.variant == "none":
+            finish(run, summary(0.5, 0.9))
+        else:
+            jaccard = {"jaccard_lag_1": 0.9, "jaccard_lag_10": 0.5 + 0.1 * run.seed}
+            lines = [{"step": 100, "parent_child": 0.25, **jaccard}, {"step": 200, "parent_child": 0.75, **jaccard}]
+            finish(run, summary(0.5, 0.9, pair_stability=jaccard), pairs=lines)
+    results = collect(study)
+    write_report(study, tmp_path, results, summarise(study, results), {})
+    texts = [image.get("alt") for image in Page(tmp_path / "report.html").all("img")]
+    assert texts == [
+        "Line chart of the pairs that two selections share against the steps between them. "
+        "on,penalty.weight=10: from 90.0% at 1 to 60.0% at 10. on,penalty.weight=1: from 90.0% at 1 to 60.0% at 10.",
+        "Line chart of pair_relations.parent_child over the training steps. "
+        "on,penalty.weight=10: from 25.0% at step 100 to 75.0% at step 200. "
+        "on,penalty.weight=1: from 25.0% at step 100 to 75.0% at step 200.",
+    ]
 
 
 def test_a_curve_over_words_has_a_place_for_each(tmp_path):

@@ -13,7 +13,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, PercentFormatter
 
-from topk_ortho.study.plan import Curve, FigureSpec, Front, Heatmap, Point, Steps, Study
+from topk_ortho.evaluation.stability import LAGS
+from topk_ortho.study.plan import Curve, FigureSpec, Front, Heatmap, Lags, Point, Steps, Study
 from topk_ortho.study.results import mean_interval, metric_of, shown
 from topk_ortho.training.metric_table import is_number
 from topk_ortho.training.page import (
@@ -51,9 +52,13 @@ def draw_figures(study: Study, summary: pd.DataFrame, folder: Path) -> list[Imag
 
 
 def over_steps(folder: Path, metric: str) -> dict[int, float]:
-    """The values of a metric in the metrics.jsonl of a run, by step."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return {row["step"]: row[metric] for row in rows if is_number(row.get(metric))}
+    """The values of a metric in the metrics.jsonl of a run, by step; of a metric of pairs, those in its pairs.jsonl."""
+    group, _, name = metric.rpartition(".")
+    path = folder / ("pairs.jsonl" if group in ("pair_stability", "pair_relations") else "metrics.jsonl")
+    if not path.is_file():  # the run has noted no pairs
+        return {}
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return {row["step"]: row[name] for row in rows if is_number(row.get(name))}
 
 
 def draw_steps(figure: Figure, runs: dict[str, list[Path]], metric: str, baseline: str = "") -> str:
@@ -67,7 +72,7 @@ def draw_steps(figure: Figure, runs: dict[str, list[Path]], metric: str, baselin
         Folders of finished runs, by the label of their line. Of several runs the mean is drawn, with its 95% interval
         as a band.
     metric : str
-        Its name in metrics.jsonl.
+        Its name among the metrics, such as ``fvu`` or ``pair_stability.turnover``.
     baseline : str
         Label of the line that others are compared with, which is grey.
     """
@@ -107,6 +112,8 @@ def _draw(figure: Figure, *, spec: FigureSpec, study: Study, points: list[Point]
             return _draw_curve(figure, spec, study.baseline, points, summary)
         case Heatmap():
             return _draw_heatmap(figure, spec, points, summary)
+        case Lags():
+            return _draw_lags(figure, study.baseline, points, summary)
         case Steps():
             finished = {p.label: [r.config.out_dir for r in study.runs if r.point.label == p.label] for p in points}
             folders = {label: [f for f in found if (f / "summary.json").is_file()] for label, found in finished.items()}
@@ -208,6 +215,30 @@ def _draw_heatmap(figure: Figure, spec: Heatmap, points: list[Point], summary: p
         axes.grid(False)
     axes.set_xlabel(spec.x)
     return f"Heat map of {metric_of(spec.metric).title} over {spec.x} and {spec.y}. " + " ".join(sentences)
+
+
+def _draw_lags(figure: Figure, baseline: str, points: list[Point], summary: pd.DataFrame) -> str:
+    by_lag = {lag: _of_metric(summary, f"pair_stability.jaccard_lag_{lag}") for lag in LAGS}
+    axes, sentences = figure.subplots(), []
+    styles = _styles([point.label for point in points], baseline)
+    for point in points:
+        lags = [lag for lag, rows in by_lag.items() if point.label in rows.index]
+        if not lags:
+            continue
+        means, low, high = zip(*(by_lag[lag].loc[point.label, ["mean", "low", "high"]] for lag in lags), strict=True)
+        axes.plot(lags, means, label=point.label, markersize=5, **styles[point.label])
+        axes.fill_between(lags, low, high, color=styles[point.label]["color"], alpha=0.15, linewidth=0)
+        sentences.append(f"{point.label}: from {means[0]:.1%} at {lags[0]} to {means[-1]:.1%} at {lags[-1]}.")
+    if not sentences:
+        return ""
+    axes.set_xscale("log")
+    axes.set_xticks(LAGS, [str(lag) for lag in LAGS])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel("steps between the selections")
+    axes.set_title("Pairs in common (Jaccard)")
+    _add_legend(figure)
+    return "Line chart of the pairs that two selections share against the steps between them. " + " ".join(sentences)
 
 
 def _of_metric(summary: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -61,13 +61,19 @@ class Heatmap(_Figure):
 
 
 class Steps(_Figure):
-    """A metric of metrics.jsonl over the training steps, with a line for every point."""
+    """A metric of metrics.jsonl or pairs.jsonl over the training steps, with a line for every point."""
 
     kind: Literal["steps"]
     y: str
 
 
-FigureSpec = Annotated[Front | Curve | Heatmap | Steps, Field(discriminator="kind")]
+class Lags(_Figure):
+    """How many pairs two selections share, against the steps between them, with a line for every point."""
+
+    kind: Literal["lags"]
+
+
+FigureSpec = Annotated[Front | Curve | Heatmap | Steps | Lags, Field(discriminator="kind")]
 
 
 class _StudyFile(_Table):

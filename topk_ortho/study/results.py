@@ -50,7 +50,7 @@ class Interval(NamedTuple):
 def metric_of(key: str) -> Metric:
     """The metric of a name in results.csv; one that the table of metrics lacks has its name for a title."""
     metric = _METRICS.get(key) or Metric(key, "")
-    return metric if metric.title else metric._replace(title=key, value=f"{{{key}:.4g}}")
+    return metric if metric.title else metric._replace(title=key, value=metric.value or f"{{{key}:.4g}}")
 
 
 def shown(key: str, value: float, sign: str = "") -> str:

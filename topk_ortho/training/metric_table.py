@@ -20,7 +20,7 @@ class Metric(NamedTuple):
     title: str = ""
     """What a headline of the terminal and of the report calls it; empty if it is no headline"""
     value: str = ""
-    """How a headline shows it, a format of the summary"""
+    """How readers see it, a format of the summary; empty for four digits"""
     better: Literal["higher", "lower", "trade-off"] = "trade-off"
     detail: str = ""
     """What a headline adds, a format of the summary, left out if the summary lacks a value"""
@@ -34,6 +34,10 @@ class Headline(NamedTuple):
     metric: Metric
     value: str
     detail: str
+
+
+def _share(key: str, meaning: str) -> Metric:
+    return Metric(key, meaning, value=f"{{{key}:.1%}}")
 
 
 METRICS = [
@@ -98,25 +102,25 @@ METRICS = [
     Metric("pair_stability", "Means over the windows of pairs.jsonl, if `--pairs-every` is not 0:"),
     Metric("pair_stability.n_pairs", "Pairs that were selected in the first step of a window, in its own batch."),
     *(
-        Metric(
+        _share(
             f"pair_stability.jaccard_lag_{lag}",
             f"Share of these pairs and of those selected {lag} step{'s' if lag > 1 else ''} later that is in both.",
         )
         for lag in LAGS
     ),
-    Metric("pair_stability.turnover", "Share of the selected pairs that were not selected in the step before."),
-    Metric("pair_stability.persistent_pairs", "Share of the pairs that were selected at all of these lags, up to 100."),
+    _share("pair_stability.turnover", "Share of the selected pairs that were not selected in the step before."),
+    _share("pair_stability.persistent_pairs", "Share of the pairs that were selected at all of these lags, up to 100."),
     Metric(
         "pair_relations",
         "What the selected pairs stand for in a known truth, as shares. A feature stands for its closest true one, if "
         "the cosine is 0.5 or more:",
     ),
-    Metric("pair_relations.unmatched", "One of the two features stands for nothing."),
-    Metric("pair_relations.same", "Both stand for the same true feature."),
-    Metric("pair_relations.parent_child", "For a parent and its child."),
-    Metric("pair_relations.siblings", "For two children of one parent."),
-    Metric("pair_relations.relatives", "For two others of one tree."),
-    Metric("pair_relations.unrelated", "For two true features of different trees."),
+    _share("pair_relations.unmatched", "One of the two features stands for nothing."),
+    _share("pair_relations.same", "Both stand for the same true feature."),
+    _share("pair_relations.parent_child", "For a parent and its child."),
+    _share("pair_relations.siblings", "For two children of one parent."),
+    _share("pair_relations.relatives", "For two others of one tree."),
+    _share("pair_relations.unrelated", "For two true features of different trees."),
     Metric(
         "tokens_per_second",
         "Tokens learned from in a second, the penalty included.",
