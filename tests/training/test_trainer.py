@@ -506,6 +506,26 @@ def test_a_run_with_other_settings_is_not_resumed(open_trainer, capsys):
     assert open_trainer(steps=6, log_every=1, keep_checkpoints=9, resume=True).step == 6
 
 
+def test_a_run_of_an_older_version_goes_on(open_trainer, out_dir, monkeypatch):
+    """It knows nothing of settings that came later, and was made as if they had their defaults."""
+    as_json = TrainConfig.as_json
+
+    def as_it_was(config):
+        settings = as_json(config)
+        del settings["pairs_every"]
+        return settings
+
+    monkeypatch.setattr(TrainConfig, "as_json", as_it_was)
+    trainer = open_trainer(steps=10)
+    for _ in range(4):
+        trainer.train_step(trainer.next_batch())
+    trainer.save()
+    monkeypatch.undo()
+    assert open_trainer(steps=10, resume=True).step == 4
+    with pytest.raises(ValueError, match="of another run: pairs_every was 0, is 5"):
+        open_trainer(steps=10, pairs_every=5, resume=True)
+
+
 def test_a_torn_checkpoint_is_passed_over_aloud(open_trainer, out_dir, capsys):
     trainer = open_trainer(checkpoint_every=4, steps=10)
     trainer.fit()

@@ -112,8 +112,6 @@ def open_run(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
 def is_finished(config: TrainConfig) -> bool:
     """Whether the folder of a run holds it, finished.
 
-    Settings that the run there was made without count as having their defaults.
-
     Raises
     ------
     ValueError
@@ -122,8 +120,7 @@ def is_finished(config: TrainConfig) -> bool:
     found = _settings_in(config.out_dir)
     if found is None:
         return False
-    before = _without(_FREE, TrainConfig().as_json()) | _without(_FREE, found)
-    if changes := differences(before, _without(_FREE, config.as_json())):
+    if changes := _changes(found, config, but=_FREE):
         raise ValueError(f"{config.out_dir} holds a run of other settings ({changes}): choose another --out-dir")
     return _is_finished(config.out_dir)
 
@@ -157,9 +154,13 @@ def _without(names: set[str], settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flatten(settings).items() if name not in names}
 
 
-def _changes(before: dict[str, Any], config: TrainConfig) -> str:
-    """In words, the settings that decide the weights and differ from those of before; empty if none does."""
-    return differences(_without(_FREE | _NAMES, before), _without(_FREE | _NAMES, config.as_json()))
+def _changes(before: dict[str, Any], config: TrainConfig, *, but: set[str] = _FREE | _NAMES) -> str:
+    """In words, the settings that differ from those of before, but for some; empty if none does.
+
+    Settings that did not exist before, in an older version, had what are now their defaults.
+    """
+    defaults = _without(but, TrainConfig().as_json())
+    return differences(defaults | _without(but, before), _without(but, config.as_json()))
 
 
 def _is_finished(folder: Path) -> bool:
