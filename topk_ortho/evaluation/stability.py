@@ -88,7 +88,7 @@ class PairWindows:
             if step - begin in LAGS:
                 _compare(window, step - begin, index)
         if self.begins(step):
-            self._windows[step] = _Window(index, index, dict(relations))
+            self._windows[step] = _Window(index, index.clone(), dict(relations))
 
     def lines(self, step: int, *, is_end: bool = False) -> list[dict[str, Any]]:
         """The windows that are over, each as a line of pairs.jsonl, once; at the end also those that are cut short.
