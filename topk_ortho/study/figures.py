@@ -30,8 +30,8 @@ from topk_ortho.training.page import (
     save_figure,
 )
 
-_COLORS = (BLUE, ORANGE, RED, PURPLE, "#55a868", "#937860", "#64b5cd", "#b8a03a")
-_MARKERS = "osD^vP*X"
+_COLORS = (BLUE, ORANGE, RED, PURPLE, "#55a868", "#937860", "#64b5cd", "#b8a03a", "#d977b0", "#3d3d5c")
+_MARKERS = "osD^vP*X<"  # one fewer than colors, so that 90 lines differ
 _Styles = dict[str, dict[str, Any]]
 
 
@@ -93,7 +93,7 @@ def draw_steps(figure: Figure, runs: dict[str, list[Path]], metric: str, baselin
         everything += means
     if not everything:
         return ""
-    if min(everything) > 0 and max(everything) > 10 * min(everything):
+    if not _is_share(metric) and min(everything) > 0 and max(everything) > 10 * min(everything):
         axes.set_yscale("log")
     _format(axes.yaxis, metric)
     axes.set_title(_title(metric))
@@ -283,9 +283,13 @@ def _title(metric: str) -> str:
     return metric_of(metric).title + ("" if better == "trade-off" else f" ({better} is better)")
 
 
+def _is_share(metric: str) -> bool:
+    return "%}" in metric_of(metric).value
+
+
 def _format(axis: Axis, metric: str) -> None:
     """Write shares as percentages."""
-    if "%}" in metric_of(metric).value:
+    if _is_share(metric):
         axis.set_major_formatter(PercentFormatter(1))
 
 
