@@ -444,7 +444,7 @@ def test_the_pairs_that_a_step_selects_are_noted(target, open_trainer, out_dir):
 
 
 def test_stability_of_pairs_over_a_run_with_known_truth(open_trainer, tmp_path):
-    """Interrupted within a window and where one begins, it leaves the file and the summary of a run that was left alone."""
+    """Interrupted within a window and where one begins, it leaves the file and the summary of a run left alone."""
     config = SyntheticConfig(d_in=12, n_parents=3, n_children=3, n_independent=4, n_tokens=4_000)
     settings = {"source": SyntheticActivations(config, 0), "steps": 210, "pairs_every": 40, "eval_every": 210}
     summary = open_trainer(**settings, out_dir=tmp_path / "whole").fit()
