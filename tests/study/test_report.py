@@ -192,7 +192,7 @@ def test_how_the_selected_pairs_change(tmp_path):
     assert texts == [
         "Line chart of the pairs that two selections share against the steps between them. "
         "on,penalty.weight=10: from 90.0% at 1 to 60.0% at 10. on,penalty.weight=1: from 90.0% at 1 to 60.0% at 10.",
-        "Line chart of pair_relations.parent_child over the training steps. "
+        "Line chart of parent child over the training steps. "
         "on,penalty.weight=10: from 25.0% at step 100 to 75.0% at step 200. "
         "on,penalty.weight=1: from 25.0% at step 100 to 75.0% at step 200.",
     ]

@@ -48,9 +48,11 @@ class Interval(NamedTuple):
 
 
 def metric_of(key: str) -> Metric:
-    """The metric of a name in results.csv; one that the table of metrics lacks has its name for a title."""
+    """The metric of a name in results.csv; one without a title has the last part of its name for one."""
     metric = _METRICS.get(key) or Metric(key, "")
-    return metric if metric.title else metric._replace(title=key, value=metric.value or f"{{{key}:.4g}}")
+    if metric.title:
+        return metric
+    return metric._replace(title=key.rpartition(".")[2].replace("_", " "), value=metric.value or f"{{{key}:.4g}}")
 
 
 def shown(key: str, value: float, sign: str = "") -> str:
