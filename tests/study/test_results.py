@@ -152,6 +152,8 @@ def test_values_are_shown_as_the_table_of_metrics_has_them():
     ]
     assert [shown("mcc", math.nan), shown("my.number", 1234.5678)] == ["not measured", "1235"]
     assert metric_of("my.number").title == "my.number"
+    assert metric_of("pair_relations.parent_child").title == "parent child"
+    assert shown("pair_relations.parent_child", 0.25) == "25.0%"
 
 
 def test_the_environment_names_machine_versions_and_date():

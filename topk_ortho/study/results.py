@@ -48,11 +48,10 @@ class Interval(NamedTuple):
 
 
 def metric_of(key: str) -> Metric:
-    """The metric of a name in results.csv; one without a title has the last part of its name for one."""
-    metric = _METRICS.get(key) or Metric(key, "")
-    if metric.title:
-        return metric
-    return metric._replace(title=key.rpartition(".")[2].replace("_", " "), value=metric.value or f"{{{key}:.4g}}")
+    """The metric of a name in results.csv; one without a title is called by its name."""
+    metric = _METRICS.get(key, Metric(key, "", title=key))
+    title = metric.title or key.rpartition(".")[2].replace("_", " ")
+    return metric._replace(title=title, value=metric.value or f"{{{key}:.4g}}")
 
 
 def shown(key: str, value: float, sign: str = "") -> str:
