@@ -183,9 +183,11 @@ class TestPairGradient:
         if len(live) > 1:
             self.check(backend, x[:, live].contiguous(), 30)
 
-    def test_columns_below_eps(self, backend):
-        """x_hat = x / eps there: no part of the gradient is removed."""
-        x = EDGES["tiny_column_1e-15_below_eps"]
+    @pytest.mark.parametrize("norm", [1e-15, 8e-13])
+    def test_columns_below_eps(self, norm, backend):
+        """x_hat = x / eps there: no part of the gradient is removed, which shows most just below eps."""
+        x = normal(20, 43, seed=3)
+        x[:, 8] *= norm / x[:, 8].norm()
         norms, rows, cols, values, grad_rows, grad_cols = self.arguments(x, 300)
         actual = BACKENDS[backend].pair_gradient(x, norms, values, WeightedPairs(rows, cols, grad_rows, grad_cols))
         expected = self.expected(x, rows, cols, grad_rows, grad_cols)
