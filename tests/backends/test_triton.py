@@ -25,6 +25,7 @@ from topk_ortho.backends.triton import TritonBackend
 from topk_ortho.definitions import Query
 from topk_ortho.kernels import gram_survivors, launch, pair_gradient
 from topk_ortho.kernels.norms import Norms
+from topk_ortho.warm_start import GUESS
 
 on_the_cpu = pytest.mark.skipif(not launch.INTERPRETED, reason="it runs the kernels on the CPU, and here is a GPU")
 
@@ -453,6 +454,19 @@ class TestScreened:
         x = torch.ones(1, device=DEVICE).expand(m, n)
         operands = TritonBackend()._operands(x, norms, Query(k=1, **arguments))
         assert (operands.deviation is not None) == is_screened
+
+    def test_a_record_is_counted_once_though_x_is_rescored_by_slabs(self):
+        """Too high a guess lets too few pairs pass; counted once a slab they would seem enough."""
+        x = torch.zeros(256, 43, device=DEVICE)
+        x[:16] = normal(16, 43, seed=4)  # so that products are whole after the first slab
+        expected = BACKENDS["naive"].topk_pairs(x, Query(k=90), None)
+        state = initial_state().to(DEVICE)
+        state[GUESS] = expected.cosines[60].abs()
+        backend = TritonBackend(spare_records=200, slab_bytes=1, least_screened_features=2, least_aligned_features=32)
+        selection = backend.topk_pairs(x, Query(k=90), state)
+        assert set(zip(selection.rows.tolist(), selection.cols.tolist(), strict=True)) == set(
+            zip(expected.rows.tolist(), expected.cols.tolist(), strict=True)
+        )
 
 
 class TestTooLarge:
