@@ -191,8 +191,8 @@ class Device(NamedTuple):
     n_multiprocessors: int
     """Multiprocessors (NVIDIA) or compute units (AMD)"""
     has_tf32: bool
-    """Whether it multiplies matrices of tf32 (float32 with a mantissa of 10 bits) in hardware: NVIDIA GPUs from sm_80
-    on do, and AMD's gfx942"""
+    """Whether the device has matrix instructions for tf32, which is float32 with a mantissa of 10 bits. NVIDIA GPUs
+    from sm_80 on have them, and so has AMD's gfx942"""
     sum_error: float | None
     """Bound on the rounding error of its sums of fp16 products, see `_sum_error`; None where no bound is known"""
 
@@ -229,8 +229,8 @@ class Operand:
     """float32 [N], powers of two; None multiplies x as it is"""
     kind: Kind
     is_lean: bool = False
-    """Whether it is for a first pass that neither scales x nor takes moments. Such a pass needs fewer registers, and
-    has block sizes of its own, in `DESCRIBED_CONFIGS` or `LEAN_CONFIGS`"""
+    """Whether these operands are for a first pass over the gram in which x is not scaled and no moments are taken. The
+    kernel of such a pass needs fewer registers, so its block sizes are others: `DESCRIBED_CONFIGS`, `LEAN_CONFIGS`"""
 
     @property
     def config(self) -> TileConfig:
@@ -244,9 +244,9 @@ class Operand:
 
     @property
     def is_described(self) -> bool:
-        """Whether tiles of x are copied into shared memory by the hardware, which needs a tensor descriptor of x.
+        """Whether the kernel loads tiles of x through a tensor descriptor, so that the hardware copies whole tiles.
 
-        This needs an entry in `DESCRIBED_CONFIGS` for the device, and an x that `is_describable`.
+        It does where `DESCRIBED_CONFIGS` has an entry for the device and x `is_describable`.
         """
         return (current_device().architecture, self.kind) in DESCRIBED_CONFIGS and is_describable(self.x)
 
@@ -271,10 +271,10 @@ class Operand:
 
     @property
     def transposes_addresses(self) -> bool:
-        """Whether the first operand of a product, x.T, is loaded through the addresses of a transposed tile.
+        """Whether the kernel reads a tile of x.T directly, by pointers in the order of the transpose.
 
-        Otherwise a tile of x is loaded as it lies in memory, and transposed by an instruction.
-        `TRANSPOSED_AFTER_LOADING` lists the devices and kinds for which that is better, if x is row-major.
+        Otherwise it reads the tile of x as it lies in memory, and transposes it in registers.
+        `TRANSPOSED_AFTER_LOADING` lists the devices and kinds for which that is faster, if x is row-major.
         """
         key = current_device().architecture, self.kind, self.scale is not None
         return self.x.stride(1) == 1 and key not in TRANSPOSED_AFTER_LOADING
@@ -328,9 +328,10 @@ class Operand:
 
 
 def is_describable(x: Tensor) -> bool:
-    """Whether x [M, N] can have a tensor descriptor: shape and strides by which the hardware copies tiles on its own.
+    """Whether a tensor descriptor can be made for x [M, N].
 
-    The rows of x, or its columns, have to be contiguous, and to begin at multiples of DESCRIPTOR_BYTES.
+    A tensor descriptor tells the GPU's copy engine where x lies, in which shape and with which strides. The rows of x,
+    or its columns, have to be contiguous, and to begin at multiples of DESCRIPTOR_BYTES.
     """
     lines = x if x.stride(1) == 1 else x.T
     line, entry = lines.stride()
@@ -352,7 +353,7 @@ def n_loaded(x: Tensor) -> int:
 
 
 def is_aligned(x: Tensor) -> bool:
-    """Whether the compiler can load several neighbouring entries of x [M, N] by one instruction of a thread.
+    """Whether a thread can load several neighbouring entries of x [M, N] by one instruction.
 
     The rows of x, or its columns, have to be contiguous, and begin and end at multiples of LINE_STEP entries. A row may
     end there beyond the last column, if x has room for that.

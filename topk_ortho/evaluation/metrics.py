@@ -38,9 +38,9 @@ def evaluate(sae: SparseAutoencoder, activations: Tensor) -> dict[str, Any]:
         squared_error += (x - output.reconstruction).double().square().sum().item()
         squared_norm += x.double().square().sum().item()
     _, variance = mean_and_variance(activations)
-    unexplained = ratio(squared_error, n_tokens * variance)
+    fvu = ratio(squared_error, n_tokens * variance)
     return {
-        "explained_variance": None if unexplained is None else 1 - unexplained,
+        "explained_variance": None if fvu is None else 1 - fvu,
         "normalized_mse": ratio(squared_error, squared_norm),
         "l0": counts.sum().item() / n_tokens,
         "density_histogram": _density_histogram(counts, n_tokens),

@@ -30,6 +30,7 @@ def build_sae(config: SAEConfig, source: ActivationSource, generator: torch.Gene
 
 
 def _random_sae(config: SAEConfig, d_in: int, generator: torch.Generator) -> SparseAutoencoder:
+    """The SAE of a configuration with random directions, for activations of width d_in."""
     sizes = (d_in, config.n_features)
     match config.architecture:
         case "standard":

@@ -275,7 +275,7 @@ class TrainConfig:
             require(self.penalty.n_chunks <= most, "penalty.n_chunks", self.penalty.n_chunks, allowed)
 
     def _check_initial_decoder(self) -> None:
-        """Refuse to start from the truth where there is none, or as many features as there are not."""
+        """Refuse to start from the true features where they are unknown, or where their number is another."""
         if self.sae.initial_decoder == "random":
             return
         allowed = '"random" with source = "transformer", whose true features nobody knows'

@@ -186,7 +186,7 @@ def encoder_inhibition(W_enc: Tensor, W_dec: Tensor, rarer: Tensor, frequent: Te
 
 
 def _rarer_first(pairs: TopKPairs, firing_rate: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each pair the feature that fires more seldom, and the other one."""
+    """The features of every pair as (rarer, more frequent), two tensors [n_pairs]."""
     rarer = torch.where(firing_rate[pairs.rows] < firing_rate[pairs.cols], pairs.rows, pairs.cols)
     return rarer, pairs.rows + pairs.cols - rarer
 
