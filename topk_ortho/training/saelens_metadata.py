@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from topk_ortho.activations.config import MINILM_ON_THE_HUB, ModelConfig, TextConfig
+from topk_ortho.activations.smollm2 import SMOLLM2_ON_THE_HUB
 from topk_ortho.activations.source import ActivationSource
 from topk_ortho.training.config import TrainConfig
 
 _ARCHITECTURE_NAMES = {"matryoshka": "matryoshka_batchtopk"}
 """Names of architectures for training in SAELens, where they differ from ours."""
+_ON_THE_HUB = {"minilm": MINILM_ON_THE_HUB, "smollm2": SMOLLM2_ON_THE_HUB}
+"""Names on the hub of the models that a package carries; those weights of smollm2 are not reduced to four bits."""
 
 
 def saelens_metadata(config: TrainConfig, source: ActivationSource, summary: dict[str, Any]) -> dict[str, Any]:
@@ -41,10 +44,8 @@ def saelens_metadata(config: TrainConfig, source: ActivationSource, summary: dic
 
 def _model(model: ModelConfig) -> dict[str, Any]:
     """Which model it is, by a name that is known outside this package, and how to load it."""
-    name = model.name
-    if name == "minilm":
-        name = MINILM_ON_THE_HUB
-    elif Path(name).is_dir():
+    name = _ON_THE_HUB.get(model.name, model.name)
+    if Path(name).is_dir():
         name = str(Path(name).resolve())
     return {
         "model_name": name,
