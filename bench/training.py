@@ -69,6 +69,7 @@ def make_call(case: Case, device: torch.device) -> Call:
         identity={"source": "mixtures", "M": case.M, "N": case.N, "L0": case.L0},
         d_in=_D_IN,
         tokens_per_second=None,
+        left_out={},
         shard_sizes=[case.M] * _N_SHARDS,
         shard=x.split(case.M).__getitem__,
     )

@@ -15,6 +15,7 @@ class MemorySource:
         self.shards = shards
         self.d_in = shards[0].shape[1]
         self.shard_sizes = [len(shard) for shard in shards]
+        self.left_out = {}
         self.asked = []
         digests = [hashlib.sha256(shard.numpy().tobytes()).hexdigest() for shard in shards]
         self.identity = {"source": "memory", "d_in": self.d_in, "shards": digests}

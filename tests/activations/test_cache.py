@@ -386,3 +386,58 @@ def test_a_token_beyond_the_vocabulary_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=complaint):
         open_source(tmp_path / "cache", model, text)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def with_sinks(monkeypatch, sinks):
+    """Let the transformer give 100 times longer activations to the tokens whose ids are sinks."""
+    run = Transformer.activations
+
+    def activations(transformer, tokens, dtype=None):
+        scale = torch.where(torch.isin(tokens, sinks), 100.0, 1.0)[..., None]
+        return run(transformer, tokens, dtype) * scale.to(dtype)
+
+    monkeypatch.setattr(Transformer, "activations", activations)
+
+
+@pytest.mark.parametrize("cache", ["float16", "off"])
+def test_very_long_activations_are_left_out_and_counted(source, tmp_path, monkeypatch, cache):
+    sinks = torch.tensor([1996, 2003])  # "the" and "is" in BERT's vocabulary
+    with_sinks(monkeypatch, sinks)
+    limited = open_source(tmp_path, dataclasses.replace(MODEL, max_norm_ratio=10.0), cache=cache)
+    tokens = [source.tokens(number) for number in range(3)]
+    special = [torch.isin(t, torch.tensor([101, 102])) for t in tokens]
+    n_sinks = sum(int(torch.isin(t, sinks).sum()) for t in tokens)
+    assert n_sinks > 20
+    assert limited.left_out == {"special": sum(int(s.sum()) for s in special), "high_norm": n_sinks}
+    assert source.left_out == {"special": limited.left_out["special"]}
+    for number in range(3):
+        is_sink = torch.isin(tokens[number], sinks)
+        assert torch.equal(limited.is_used(number), ~special[number] & ~is_sink)
+        assert torch.equal(source.is_used(number), ~special[number])
+        expected = source.shard(number)[~is_sink[~special[number]]]
+        assert limited.shard_sizes[number] == len(expected)
+        torch.testing.assert_close(limited.shard(number), expected, rtol=2**-10, atol=2**-10, check_dtype=False)
+    # another limit shares the activations, and the norms are read
+    no_transformer(monkeypatch)
+    if cache == "off":
+        return
+    everything = open_source(tmp_path, dataclasses.replace(MODEL, max_norm_ratio=1000.0))
+    assert everything.left_out["high_norm"] == 0
+    assert everything.shard_sizes == source.shard_sizes
+    assert everything.identity != limited.identity
+    assert {path.parent for path in tmp_path.glob("*/manifest.json")} == {next(tmp_path.glob("*/norms.*")).parent}
+
+
+def test_half_of_all_tokens_are_no_longer_than_the_median(tmp_path):
+    limited = open_source(tmp_path, dataclasses.replace(MODEL, max_norm_ratio=1.0))
+    n_ordinary = sum(limited.shard_sizes) + limited.left_out["high_norm"]
+    assert abs(2 * sum(limited.shard_sizes) - n_ordinary) <= 2
+
+
+def test_a_damaged_file_of_norms_is_named(tmp_path):
+    model = dataclasses.replace(MODEL, max_norm_ratio=10.0)
+    open_source(tmp_path, model)
+    (path,) = tmp_path.glob("*/norms.safetensors")
+    save_file({"activations": torch.ones(3, 1)}, path)
+    with pytest.raises(ValueError, match=r"norms\.safetensors is damaged, delete it"):
+        open_source(tmp_path, model)

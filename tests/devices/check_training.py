@@ -139,7 +139,7 @@ class SourceOn:
         self._device = device
         self._shards = source.shards
         self.name, self.tokens_per_second, self.d_in = source.name, source.tokens_per_second, source.d_in
-        self.shard_sizes, self.identity = source.shard_sizes, source.identity
+        self.shard_sizes, self.identity, self.left_out = source.shard_sizes, source.identity, source.left_out
 
     def shard(self, number):
         return self._shards[number].to(self._device)

@@ -143,3 +143,16 @@ def test_a_model_without_logits_has_no_cross_entropy(tmp_path):
     text = TextConfig(source=str(tmp_path / "corpus.txt"), context_size=16, n_tokens=50)
     source = TransformerActivations(ModelConfig(), text, "off", tmp_path / "cache", CPU)
     assert cross_entropy_metrics(StandardSAE(384, 8), source, [0]) == {}
+
+
+def test_tokens_that_are_left_out_keep_their_activations(model, tmp_path):
+    everything = open_source(tmp_path, model, [FOX] * 40)
+    model_config = ModelConfig(name=str(model), hook="blocks.0.hook_resid_post", max_norm_ratio=1.0)
+    text = TextConfig(source=str(tmp_path / "corpus.txt"), context_size=16, n_tokens=1500)
+    source = TransformerActivations(model_config, text, "float32", tmp_path / "cache", CPU)
+    assert source.shard_sizes[0] < everything.shard_sizes[0]
+    # it reconstructs those that are trained on, so a left-out one that it were given would change the loss
+    losses = cross_entropy_metrics(Exact(source.shard(0)), source, [0])
+    assert losses["ce_loss_reconstructed"] == pytest.approx(losses["ce_loss_clean"], rel=1e-5)
+    everywhere = cross_entropy_metrics(Exact(source.shard(0)), everything, [0])
+    assert abs(everywhere["ce_loss_reconstructed"] - everywhere["ce_loss_clean"]) > 1e-3

@@ -26,7 +26,7 @@ _FORMAT = 2
 
 
 class TransformerActivations:
-    """Activations at a hook of a transformer, without those of special tokens, kept in a folder.
+    """Activations at a hook of a transformer, without those of special and of very long ones, kept in a folder.
 
     The folder is named by a hash of all that decides its content. It holds a manifest that spells this out, the token
     ids, and a safetensors file for every shard that was needed so far. Files appear under their names when they are
@@ -57,7 +57,7 @@ class TransformerActivations:
         tokenizer = self.transformer.load_tokenizer()
         self.special_tokens = special_tokens_of(tokenizer)
         self._text = Text(text)
-        self.identity: dict[str, Any] = {
+        self._kept_identity: dict[str, Any] = {
             "source": "transformer",
             "weights": self.transformer.weights_identity,
             "model_dtype": model.dtype,
@@ -70,8 +70,11 @@ class TransformerActivations:
             "format": _FORMAT,
         }
         if self._text.is_on_hub:
-            self.identity["commit"] = _commit_of(self._text, self.identity, cache_dir)
-        self._folder = cache_dir / _digest(self.identity)
+            self._kept_identity["commit"] = _commit_of(self._text, self._kept_identity, cache_dir)
+        self.identity = self._kept_identity | (
+            {} if model.max_norm_ratio is None else {"max_norm_ratio": model.max_norm_ratio}
+        )
+        self._folder = cache_dir / _digest(self._kept_identity)
         remove_abandoned(self._folder)
         if not self._folder.is_dir():
             self._tokenize(text, tokenizer)
@@ -82,9 +85,18 @@ class TransformerActivations:
         n_windows, context_size = self._windows.shape
         per_shard = max(1, min(65_536, max(1_024, n_windows * context_size // 64)) // context_size)
         self._starts = [*range(0, n_windows, per_shard), n_windows]
-        self.shard_sizes = [int((~self._is_special(n)).sum()) for n in range(len(self._starts) - 1)]
+        self._n_ordinary = [int((~self._is_special(n)).sum()) for n in range(len(self._starts) - 1)]
         self._is_unsaved = False
-        self.d_in = self.shard(0).shape[1]
+        self._is_short: list[Tensor] | None = None  # for each shard, whether each of its ordinary tokens stays
+        if model.max_norm_ratio is not None:
+            norms = self._norms()
+            self._is_short = list((norms <= model.max_norm_ratio * norms.median()).split(self._n_ordinary))
+        self.shard_sizes = self._n_ordinary if self._is_short is None else [int(s.sum()) for s in self._is_short]
+        n_ordinary = sum(self._n_ordinary)
+        self.left_out = {"special": n_windows * context_size - n_ordinary}
+        if self._is_short is not None:
+            self.left_out["high_norm"] = n_ordinary - sum(self.shard_sizes)
+        self.d_in = self._ordinary(0).shape[1]
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -95,30 +107,48 @@ class TransformerActivations:
         """Windows of token ids [n_windows, context_size] of a shard, int32, special tokens included."""
         return torch.from_numpy(self._windows[self._starts[number] : self._starts[number + 1]].copy())
 
-    def is_special(self, tokens: Tensor) -> Tensor:
-        """True where a token id is that of a special token, bool in the shape of `tokens`. Shards leave these out."""
-        return torch.isin(tokens, self._special)
+    def is_used(self, number: int) -> Tensor:
+        """True for the tokens of a shard's windows whose activations it has, bool [n_windows, context_size]."""
+        is_used = ~self._is_special(number)
+        if self._is_short is not None:
+            is_used[is_used.clone()] = self._is_short[number]
+        return is_used
 
     def shard(self, number: int) -> Tensor:
         """Activations [n_tokens, d_in] of a shard, on the CPU: read from disk, or made by the transformer."""
+        activations = self._ordinary(number)
+        return activations if self._is_short is None else activations[self._is_short[number]]
+
+    def _ordinary(self, number: int) -> Tensor:
+        """Activations [n_ordinary, d_in] of all tokens of a shard but the special ones, which is what is kept."""
         path = self._path(number)
         if path.is_file():
-            return self._read(path, self.shard_sizes[number])
+            return self._read(path, self._n_ordinary[number], self._dtype)
         activations = self._compute(number)
         if self._is_kept:
             self._save(activations, path)
         return activations
 
-    def _read(self, path: Path, n_tokens: int) -> Tensor:
+    def _read(self, path: Path, n_tokens: int, dtype: torch.dtype) -> Tensor:
         """The activations in a file, which must be as many as are expected."""
         try:
             activations: Tensor = load_file(path)["activations"]
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{path} is damaged, delete it: {error}") from error
-        if activations.ndim != 2 or len(activations) != n_tokens or activations.dtype != self._dtype:
+        if activations.ndim != 2 or len(activations) != n_tokens or activations.dtype != dtype:
             found = f"{activations.dtype} {list(activations.shape)}"
-            raise ValueError(f"{path} is damaged, delete it: it holds {found}, not {n_tokens} tokens in {self._dtype}")
+            raise ValueError(f"{path} is damaged, delete it: it holds {found}, not {n_tokens} tokens in {dtype}")
         return activations
+
+    def _norms(self) -> Tensor:
+        """Norms of the activations of all ordinary tokens, float32 [sum(n_ordinary)], in the order of the shards."""
+        path = self._folder / "norms.safetensors"
+        if path.is_file():
+            return self._read(path, sum(self._n_ordinary), torch.float32).flatten()
+        shards = map(self._ordinary, range(len(self._n_ordinary)))
+        norms = torch.cat([torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32) for x in shards])
+        self._save(norms, path)
+        return norms.flatten()
 
     def _save(self, activations: Tensor, path: Path) -> None:
         """Keep activations, if they can be; that they cannot is said once."""
@@ -152,12 +182,12 @@ class TransformerActivations:
                 "special_ids": tokenizer.all_special_ids,
                 "made_with": _versions(),
             }
-            (unfinished / "manifest.json").write_text(json.dumps(self.identity | more, indent=2) + "\n")
+            (unfinished / "manifest.json").write_text(json.dumps(self._kept_identity | more, indent=2) + "\n")
 
     def _manifest(self) -> dict[str, Any]:
         """The manifest of the folder, which must be of these activations."""
         manifest = _read_manifest(self._folder)
-        for key, value in self.identity.items():
+        for key, value in self._kept_identity.items():
             if manifest.get(key) != value:
                 raise ValueError(f"{self._folder} is of {key} {manifest.get(key)!r}, not {value!r}: delete it")
         if manifest.get("made_with") != _versions():
@@ -172,7 +202,7 @@ class TransformerActivations:
         return self._folder / f"shard-{number:05}.safetensors"
 
     def _is_special(self, number: int) -> Tensor:
-        return self.is_special(self.tokens(number))
+        return torch.isin(self.tokens(number), self._special)
 
     def _compute(self, number: int) -> Tensor:
         """Run the transformer over the windows of a shard."""
@@ -190,7 +220,7 @@ class TransformerActivations:
     @cached_property
     def _progress(self) -> "tqdm[Any]":
         """The progress bar over the shards that are missing when the transformer first runs."""
-        missing = [n for n in range(len(self.shard_sizes)) if not self._path(n).is_file()]
+        missing = [n for n in range(len(self._n_ordinary)) if not self._path(n).is_file()]
         total = sum(self.tokens(n).numel() for n in missing)
         return tqdm(total=total, desc="transformer", unit=" tokens", unit_scale=True, mininterval=0.5)
 

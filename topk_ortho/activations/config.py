@@ -73,9 +73,15 @@ class ModelConfig:
     checked always."""
     batch_size: int = 32
     """Context windows in one forward pass."""
+    max_norm_ratio: float | None = None
+    """Tokens whose activations are longer than this many times the median are left out, of training and of what is
+    measured: the few that a language model uses as attention sinks would be most of the variance. The transformer then
+    reads all the text before training starts. None leaves out none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", expanded("model.name", self.name))
+        ratio = self.max_norm_ratio
+        require(ratio is None or 1 <= ratio < math.inf, "model.max_norm_ratio", ratio, "1 or more, or None")
         require_at_least(1, self, "model.", "batch_size")
         require_words(self, "model.")
 

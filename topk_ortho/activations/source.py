@@ -20,6 +20,8 @@ class ActivationSource(Protocol):
     """Width of the activations"""
     shard_sizes: list[int]
     """Number of tokens in each shard"""
+    left_out: dict[str, int]
+    """Numbers of tokens that are in no shard, by the reason why they are left out"""
 
     @property
     def identity(self) -> dict[str, Any]:

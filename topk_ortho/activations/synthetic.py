@@ -43,6 +43,7 @@ class KnownActivations(ABC):
         self._seed = seed
         size = max(1, min(_SHARD_TOKENS, config.n_tokens // 2, _SHARD_COEFFICIENTS // config.n_true))
         self.shard_sizes = [size] * (config.n_tokens // size)
+        self.left_out: dict[str, int] = {}
         self._kept: dict[int, Tensor] = {}
 
     def shard(self, number: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 Only ordinary tokens are judged, those that the dictionary was trained on. As in SAELens and SAEBench, special tokens
 (the beginning of a window, separators, padding) keep their activations, and the predictions that they make are not
-counted. A prediction that an ordinary token makes counts whatever comes next, a special token too.
+counted; so it is with tokens that are left out for their long activations. A prediction that an ordinary token makes
+counts whatever comes next, a special token too.
 """
 
 import math
@@ -39,7 +40,7 @@ def cross_entropy_metrics(
     if not transformer.has_logits:
         return {}
     tokens = torch.cat([source.tokens(number) for number in shards])[:_N_WINDOWS]
-    is_ordinary = ~source.is_special(tokens)
+    is_ordinary = torch.cat([source.is_used(number) for number in shards])[:_N_WINDOWS]
     total = torch.zeros(source.d_in, dtype=torch.float64)
 
     def add_to_total(x: Tensor) -> Tensor:

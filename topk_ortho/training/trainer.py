@@ -335,6 +335,7 @@ class Trainer:
             "seconds": self.seconds,
             "tokens_per_second": ratio(self._n_tokens, self.seconds),
             "transformer_tokens_per_second": self.source.tokens_per_second,
+            "left_out_tokens": self.source.left_out,
             "l0": evaluation["held_out_l0"],
             **{name: value for name, value in evaluation.items() if name not in of_the_moment},
             "dead_features": n_dead,
