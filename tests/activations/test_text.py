@@ -88,12 +88,43 @@ def test_a_file_is_known_by_its_content_not_its_name(tmp_path):
 
 def test_python_documentation_is_ample_and_in_a_fixed_order(monkeypatch):
     """To read all of it takes seconds: a quarter of the standard library's files stands for them."""
-    files = text_module._standard_library()[::4]
-    monkeypatch.setattr(text_module, "_standard_library", lambda: files)
+    files = text_module._code("python-docs")[::4]
+    monkeypatch.setattr(text_module, "_code", lambda source: files)
     documents = list(python_documentation())
     assert documents == list(python_documentation())
     assert sum(map(len, documents)) > 700_000
     assert all(isinstance(document, str) and document for document in documents)
+
+
+def test_docstrings_of_what_is_installed(monkeypatch, tmp_path):
+    """Those of all packages mixed, without tests, and without files that cannot be read."""
+    files = {
+        "first/__init__.py": '"""Documentation of the first package."""',
+        "first/tests/test.py": '"""Documentation of a test."""',
+        "second/other.py": 'def f():\n    """What f does."""',
+        "second/python_2.py": 'print "no longer"\n"""Documentation of old code."""',
+        "second/half.py": '"""Half a character: \\ud800."""',
+        "second/nul.py": '"""Documentation."""\0',
+        **{f"many/{number}.py": f'"""Number {number}."""' for number in range(9)},
+    }
+    for name, code in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(code)
+    monkeypatch.setattr(text_module.sysconfig, "get_paths", lambda: {"purelib": tmp_path, "platlib": tmp_path})
+    text_module._hash_of_code.cache_clear()
+    text = Text(TextConfig(source="installed-docs"))
+    documents = list(text.documents())
+    expected = ["Documentation of the first package.", "What f does.", *(f"Number {number}." for number in range(9))]
+    assert sorted(documents) == sorted(expected)
+    assert documents == list(text.documents())
+    numbers = [document for document in documents if document.startswith("Number")]
+    assert numbers != sorted(numbers)
+
+    identity = text.identity
+    (tmp_path / "many" / "9.py").write_text('"""One more."""')
+    text_module._hash_of_code.cache_clear()
+    assert text.identity != identity
+    text_module._hash_of_code.cache_clear()
 
 
 def test_documents_come_once_and_as_they_are_read(monkeypatch):

@@ -75,6 +75,8 @@ def test_minilm_by_the_name_that_others_know(tmp_path, monkeypatch):
     assert metadata.model_name == "sentence-transformers/all-MiniLM-L6-v2"
     assert metadata.dataset_path is None  # no data set of that name exists elsewhere
     assert metadata.training_config["text"]["source"] == "python-docs"
+    installed_docs = replace(config, text=replace(config.text, source="installed-docs"))
+    assert loaded(tmp_path, installed_docs, source).cfg.metadata.dataset_path is None
     # windows open with [CLS], which is no beginning of sequence, and what SAELens would put there is another token
     assert (metadata.prepend_bos, metadata.begin_batch_token, metadata.sequence_separator_token) == (False, 101, 102)
     assert metadata.exclude_special_tokens == [0, 100, 101, 102, 103]

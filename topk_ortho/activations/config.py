@@ -11,6 +11,8 @@ from typing import Literal, get_args, get_type_hints
 
 CacheDtype = Literal["float16", "bfloat16", "float32", "off"]
 
+DOCUMENTATION = ("python-docs", "installed-docs")
+"""The sources of text that are neither files nor data sets: what code on this machine says of itself."""
 MINILM_ON_THE_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 """The model that "minilm" means, as everybody calls it."""
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -91,7 +93,8 @@ class TextConfig:
     """The text that the transformer reads."""
 
     source: str = "python-docs"
-    """"python-docs" (Python's own documentation and docstrings, offline), a file in UTF-8, or a data set on the hub,
+    """"python-docs" (Python's own documentation and docstrings, offline), "installed-docs" (the docstrings of all
+    packages that are installed, offline; the more there are, the more text), a file in UTF-8, or a data set on the hub,
     which is streamed. The file is .txt (blank lines separate documents), .jsonl (an object in each line), .json (an
     array of objects, {"data": [...]}, or lines) or .parquet."""
     subset: str | None = None

@@ -1,4 +1,4 @@
-"""Text as windows of token ids: of a local file, of Python's documentation, or of a data set on the hub."""
+"""Text as windows of token ids: of a local file, of the documentation in Python code, or of a data set on the hub."""
 
 import ast
 import functools
@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import platform
+import random
 import sys
 import sysconfig
 import tempfile
@@ -21,18 +22,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from topk_ortho.activations.config import TextConfig
+from topk_ortho.activations.config import DOCUMENTATION, TextConfig
 from topk_ortho.activations.documents import FILE_KINDS, read_documents, texts_of
 from topk_ortho.files import sha256_of
 
-_PYTHON_DOCS = "python-docs"
+_PYTHON_DOCS, _INSTALLED_DOCS = DOCUMENTATION
 _NOT_DOCUMENTATION = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo"}
 _CHARACTERS_AT_A_TIME = 1_000_000
 """How much text is tokenised at a time, apart from a document that is longer"""
 
 
 class Text:
-    """A source of documents: a local file, Python's documentation, or a data set on the hub, which is streamed.
+    """A source of documents: a local file, documentation, or a data set on the hub, which is streamed.
 
     Parameters
     ----------
@@ -46,8 +47,8 @@ class Text:
 
     @property
     def is_on_hub(self) -> bool:
-        """Whether the text is a data set on the hub; otherwise it is a local file or Python's documentation."""
-        return self._file is None and self.config.source != _PYTHON_DOCS
+        """Whether the text is a data set on the hub; otherwise it is a local file or documentation."""
+        return self._file is None and self.config.source not in DOCUMENTATION
 
     def documents(self) -> Iterator[str]:
         """The documents, read as they are asked for."""
@@ -55,7 +56,7 @@ class Text:
             return read_documents(self._file, self.config.column)
         if self.is_on_hub:
             return texts_of(self._rows_of_hub(), self.config.column)
-        return _distinct(python_documentation())
+        return _distinct(python_documentation() if self.config.source == _PYTHON_DOCS else installed_documentation())
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -68,8 +69,8 @@ class Text:
             names = {"text": self.config.source, "subset": self.config.subset, "split": self.config.split}
             return names | {"column": self.config.column}
         if self._file is None:
-            version, digest = platform.python_version(), _hash_of_standard_library()
-            return {"text": f"{_PYTHON_DOCS} of Python {version}, sha256 {digest}"}
+            version, digest = platform.python_version(), _hash_of_code(self.config.source)
+            return {"text": f"{self.config.source} of Python {version}, sha256 {digest}"}
         kind = self._file.suffix.lower()
         identity = {"text": f"sha256 {sha256_of(self._file)}", "text_format": kind}
         return identity if kind == ".txt" else identity | {"column": self.config.column}
@@ -181,31 +182,51 @@ def python_documentation() -> Iterator[str]:
     from pydoc_data.topics import topics
 
     yield from (topics[name] for name in sorted(topics))
-    for path in _standard_library():
+    for path in _code(_PYTHON_DOCS):
         yield from _docstrings(path)
     for name in sorted(sys.builtin_module_names):
         members = [member for _, member in inspect.getmembers(importlib.import_module(name), callable)]
         yield from filter(None, map(inspect.getdoc, members))
 
 
-def _standard_library() -> list[Path]:
-    """The files of the standard library whose docstrings are read."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    return [path for path in sorted(root.rglob("*.py")) if _NOT_DOCUMENTATION.isdisjoint(path.relative_to(root).parts)]
+def installed_documentation() -> Iterator[str]:
+    """Docstrings of the packages that are installed for this Python, file by file in an order that mixes the packages.
+
+    It is the same for the same files; some of the text repeats.
+    """
+    files = _code(_INSTALLED_DOCS)
+    random.Random(0).shuffle(files)
+    for path in files:
+        with suppress(SyntaxError, RecursionError, ValueError):  # code for another Python, or what is not text
+            for docstring in _docstrings(path):
+                docstring.encode()
+                yield docstring
+
+
+def _code(source: str) -> list[Path]:
+    """The files whose docstrings are read: of the standard library, or of what is installed beside it."""
+    paths = sysconfig.get_paths()
+    roots = [paths["stdlib"]] if source == _PYTHON_DOCS else dict.fromkeys((paths["purelib"], paths["platlib"]))
+    return [
+        path
+        for root in map(Path, roots)
+        for path in sorted(root.rglob("*.py"))
+        if _NOT_DOCUMENTATION.isdisjoint(path.relative_to(root).parts)
+    ]
 
 
 @functools.cache
-def _hash_of_standard_library() -> str:
+def _hash_of_code(source: str) -> str:
     """A hash of the files; those of one version of Python can differ, as distributions leave some out."""
-    return hashlib.sha256("".join(map(sha256_of, _standard_library())).encode()).hexdigest()
+    return hashlib.sha256("".join(map(sha256_of, _code(source))).encode()).hexdigest()
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    source = path.read_text(encoding="utf-8", errors="ignore")
-    if '"""' not in source:
+    code = path.read_text(encoding="utf-8", errors="ignore")
+    if '"""' not in code:
         return
     with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
-        tree = ast.parse(source)
+        tree = ast.parse(code)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node)
@@ -243,7 +264,7 @@ def _as_list(token: int | None) -> list[int]:
 
 def _local_file(source: str) -> Path | None:
     """The file that a text source names, if it does not name something else."""
-    if source == _PYTHON_DOCS:
+    if source in DOCUMENTATION:
         return None
     path = Path(source)
     is_known = path.suffix.lower() in FILE_KINDS

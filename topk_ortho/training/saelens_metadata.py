@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from topk_ortho.activations.config import MINILM_ON_THE_HUB, ModelConfig, TextConfig
+from topk_ortho.activations.config import DOCUMENTATION, MINILM_ON_THE_HUB, ModelConfig, TextConfig
 from topk_ortho.activations.smollm2 import SMOLLM2_ON_THE_HUB
 from topk_ortho.activations.source import ActivationSource
 from topk_ortho.training.config import TrainConfig
@@ -58,7 +58,7 @@ def _model(model: ModelConfig) -> dict[str, Any]:
 
 def _windows(text: TextConfig) -> dict[str, Any]:
     """Which text the model read, and in which pieces."""
-    is_on_the_hub = text.source != "python-docs" and not Path(text.source).is_file()
+    is_on_the_hub = text.source not in DOCUMENTATION and not Path(text.source).is_file()
     return {
         "dataset_path": text.source if is_on_the_hub else None,  # SAELens would look for any other on the hub too
         "dataset_trust_remote_code": False,
