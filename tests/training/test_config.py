@@ -21,6 +21,10 @@ from topk_ortho.training.presets import PRESETS
         (lambda: TrainConfig(clip_norm=0.0), "clip_norm must be above 0, or None, got 0.0"),
         (lambda: TrainConfig(held_out_tokens=0), "held_out_tokens must be at least 1, got 0"),
         (lambda: TrainConfig(checkpoint_every=-1), r"checkpoint_every must be 0 \(off\) or more, got -1"),
+        (
+            lambda: TrainConfig(source="synthetic", token_classes=True),
+            'token_classes must be false with source = "synthetic", which has no tokens, got True',
+        ),
         (lambda: TrainConfig(pairs_every=-1), r"pairs_every must be 0 \(off\) or more, got -1"),
         (lambda: TrainConfig(keep_checkpoints=0), "keep_checkpoints must be at least 1, got 0"),
         (lambda: TrainConfig(source="web"), "source must be one of .*, got web"),

@@ -206,6 +206,9 @@ class TrainConfig:
     """Precision of the activations on disk. "off" keeps none: the transformer runs each time they are needed."""
     held_out_tokens: int = 16_384
     """Number of tokens that are never trained on and that the dictionary is judged by, at most half of all."""
+    token_classes: bool = False
+    """At the end, measure on the held-out tokens how classes of tokens (capitals, digits, endings, first letters) are
+    absorbed, on a transformer's activations. 50,000 tokens or more should be held out for it."""
 
     dead_after_tokens: int = 200_000
     """A feature that has not fired for this many training tokens counts as dead."""
@@ -265,6 +268,8 @@ class TrainConfig:
             "synthsaebench": ("synthsaebench.n_tokens", self.synthsaebench.n_tokens),
         }[self.source]
         require(self.batch_size < n_tokens, "batch_size", self.batch_size, f"below {name} = {n_tokens}")
+        allowed = f'false with source = "{self.source}", which has no tokens'
+        require(not self.token_classes or self.source == "transformer", "token_classes", self.token_classes, allowed)
         self._check_initial_decoder()
         allowed = "activations or none, as sae.train_decoder is false"
         moves = self.sae.train_decoder or self.penalty.target != "decoder"

@@ -51,6 +51,19 @@ _DIFFICULTIES = {
 PRESETS: dict[str, TrainConfig] = {
     # a real transformer, offline, minutes on two CPU cores
     "minilm": TrainConfig(),
+    # a causal language model, offline, an hour or more on two CPU cores
+    "smollm2": TrainConfig(
+        model=ModelConfig(name="smollm2", hook="blocks.10.hook_resid_post", batch_size=8, max_norm_ratio=5.0),
+        text=TextConfig(source="installed-docs", n_tokens=2_000_000),
+        steps=4_000,
+        lr=1e-3,
+        held_out_tokens=60_000,
+        token_classes=True,
+        log_every=50,
+        eval_every=500,
+        checkpoint_every=500,
+        out_dir=Path("runs/smollm2"),
+    ),
     "toy-hierarchy": _TOY,
     # the setting that recovers most true features there: an inner dictionary of a quarter, and the penalty
     "toy-matryoshka": replace(

@@ -343,7 +343,19 @@ class Trainer:
             "penalty": penalty,
             "device": str(self.device),
             **self._mean_stability(),
+            **self._token_classes(),
         }
+
+    def _token_classes(self) -> dict[str, Any]:
+        """How classes of tokens are absorbed; empty if it is not asked for."""
+        if not self.config.token_classes:
+            return {}
+        # transformers and datasets take a second to import
+        from topk_ortho.activations.cache import TransformerActivations
+        from topk_ortho.evaluation.token_classes import token_class_metrics
+
+        assert isinstance(self.source, TransformerActivations)
+        return token_class_metrics(self.inference_sae(), self.source, self.held_out_shards)
 
     def _mean_stability(self) -> dict[str, dict[str, float]]:
         """How stable the selected pairs were through the run, and what they stood for; empty if it was not measured."""

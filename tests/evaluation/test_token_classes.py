@@ -1,0 +1,189 @@
+import pytest
+import torch
+
+from topk_ortho.activations.cache import TransformerActivations
+from topk_ortho.activations.config import ModelConfig, TextConfig
+from topk_ortho.evaluation import token_classes
+from topk_ortho.evaluation.token_classes import (
+    _RIDGE,
+    CLASSES,
+    _fit_probes,
+    _half,
+    absorption_of_classes,
+    token_class_metrics,
+)
+from topk_ortho.sae import BatchTopKSAE, StandardSAE
+
+D = 24
+GENERAL, OTHER = 0, 1
+"""Latents, and the dimensions that they read"""
+
+
+def absorbing_sae(*, n_children, dense=True, absorbs=True):
+    """Latent 0 stands for dimension 0, but is silent where one of the dimensions 2, 3, ... is on, which have latents.
+
+    Each of these writes dimension 0 too, in place of latent 0.
+    """
+    sae = StandardSAE(D, 2 + n_children) if dense else BatchTopKSAE(D, 2 + n_children, 2)
+    with torch.no_grad():
+        for parameter in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec):
+            parameter.zero_()
+        sae.W_enc[GENERAL, 0] = sae.W_dec[GENERAL, 0] = 1.0
+        sae.W_enc[OTHER, 1] = sae.W_dec[OTHER, 1] = 1.0
+        for child in range(2, 2 + n_children):
+            sae.W_enc[GENERAL, child] = -2.0
+            sae.W_enc[child, child] = sae.W_dec[child, child] = 1.0
+            sae.W_dec[child, 0] = 1.0 if absorbs else 0.0
+        sae.b_enc.fill_(-0.5)
+    return sae.eval()
+
+
+def samples(n=4_000, n_children=10, child_rate=0.02, seed=0):
+    """Activations with dimension 0 on in a third of them and, in some of these, a child's dimension too."""
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.rand(n, generator=generator) < 1 / 3
+    child = (torch.rand(n, generator=generator) / child_rate).long()
+    x = 0.01 * torch.randn(n, D, generator=generator)
+    x[:, 0] += label.float()
+    x[torch.arange(n), 1] += (torch.rand(n, generator=generator) < 0.3).float()
+    is_child = label & (child < n_children)
+    x[is_child, 2 + child[is_child]] += 1.0
+    return x, label, is_child
+
+
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "sparse"])
+def test_tokens_that_specific_latents_take_over_are_absorbed(dense):
+    x, label, is_child = samples()
+    result = absorption_of_classes(absorbing_sae(n_children=10, dense=dense), x, label[:, None], ["general"])
+    second = slice(len(x) // 2, None)
+    expected = (is_child[second].sum() / label[second].sum()).item()
+    assert 0.1 < expected < 0.3
+    values = result["token_class"]["general"]
+    assert values["absorption_rate"] == pytest.approx(expected)
+    assert values["tokens"] == label[second].sum()
+    assert values["probe_f1"] == pytest.approx(1.0, abs=0.01)
+    assert values["latent_f1"] == pytest.approx(2 * (1 - expected) / (2 - expected))  # precision 1, the rest recalled
+    assert values["latents"] == 1
+    assert result["token_classes"] == {
+        "known": 1,
+        "with_latent": 1,
+        "latent_f1": values["latent_f1"],
+        "absorption_rate": values["absorption_rate"],
+    }
+
+
+def test_silence_alone_is_no_absorption():
+    x, label, _ = samples()
+    result = absorption_of_classes(absorbing_sae(n_children=10, absorbs=False), x, label[:, None], ["general"])
+    assert result["token_class"]["general"]["absorption_rate"] == 0
+    assert result["token_class"]["general"]["latent_f1"] < 0.95
+
+
+def test_a_large_feature_that_points_elsewhere_absorbs_nothing():
+    x, label, _ = samples()
+    sae = absorbing_sae(n_children=10)
+    sae.W_dec.data[2:, 20] = 100.0
+    result = absorption_of_classes(sae, x, label[:, None], ["general"])
+    assert result["token_class"]["general"]["absorption_rate"] == 0
+
+
+def test_tokens_that_the_probe_does_not_read_do_not_count():
+    """A tenth of the class has nothing of it in its activations."""
+    x, label, is_child = samples()
+    unread = label & ~is_child & (torch.arange(len(x)) % 10 == 0)
+    x[unread, 0] = 0.0
+    result = absorption_of_classes(absorbing_sae(n_children=10), x, label[:, None], ["general"])
+    second = slice(len(x) // 2, None)
+    expected = (is_child[second].sum() / (label & ~unread)[second].sum()).item()
+    assert result["token_class"]["general"]["absorption_rate"] == pytest.approx(expected)
+
+
+def test_a_class_that_is_split_among_latents_is_not_absorbed():
+    """One child has a fifth of the class: its latent counts as one of the class's own."""
+    x, label, is_child = samples(n_children=1, child_rate=0.2)
+    assert is_child.sum() > 200
+    values = absorption_of_classes(absorbing_sae(n_children=1), x, label[:, None], ["general"])["token_class"][
+        "general"
+    ]
+    assert values["latents"] == 2
+    assert values["absorption_rate"] == 0
+    assert values["latent_f1"] < 0.95  # of the best one alone
+
+
+def test_without_a_latent_there_is_no_rate():
+    """Latent 1 tells nothing of the class, and no other fires."""
+    x, label, _ = samples()
+    sae = absorbing_sae(n_children=10)
+    sae.b_enc.data[GENERAL] = sae.b_enc.data[2:] = -100.0
+    result = absorption_of_classes(sae, x, label[:, None], ["general"])
+    assert result["token_class"]["general"]["absorption_rate"] is None
+    assert result["token_class"]["general"]["latent_f1"] < 0.5
+    assert result["token_classes"]["with_latent"] == 0
+    assert result["token_classes"]["absorption_rate"] is None
+
+
+def test_classes_that_are_rare_or_unknown_to_the_model_are_left_out():
+    x, label, _ = samples()
+    generator = torch.Generator().manual_seed(1)
+    rare = torch.zeros_like(label)
+    rare[:2_000:100] = rare[2_000::10] = True
+    unknown = torch.rand(len(x), generator=generator) < 0.2
+    labels = torch.stack([rare, label, unknown], dim=1)
+    result = absorption_of_classes(absorbing_sae(n_children=10), x, labels, ["rare", "general", "unknown"])
+    assert list(result["token_class"]) == ["general"]
+    nothing = absorption_of_classes(absorbing_sae(n_children=10), x, unknown[:, None], ["unknown"])
+    means = {"known": 0, "with_latent": 0, "latent_f1": None, "absorption_rate": None}
+    assert nothing == {"token_classes": means, "token_class": {}}
+
+
+def test_probes_are_those_of_logistic_regression():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(500, D, generator=generator) * 3 + 5
+    labels = x[:, :2] + 2 * torch.randn(500, 2, generator=generator) > torch.tensor([5.0, 8.0])
+    probes = _fit_probes(_half(absorbing_sae(n_children=1), x, labels))
+    centered = (x - x.mean(dim=0)) / (x - x.mean(dim=0)).square().mean().sqrt()
+    for number in range(2):
+        reference = linear_model.LogisticRegression(C=1 / (2 * _RIDGE * len(x)), tol=1e-8, max_iter=10_000)
+        reference.fit(centered.numpy(), labels[:, number].numpy())
+        weights = torch.from_numpy(reference.coef_[0]).float()
+        torch.testing.assert_close(probes.directions[number], weights / weights.norm(), rtol=1e-2, atol=2e-3)
+        reads = probes.projections(x)[:, number] > probes.thresholds[number]
+        agree = reads == torch.from_numpy(reference.predict(centered.numpy()))
+        assert agree.float().mean() > 0.99
+
+
+def test_labels_are_those_of_the_tokens_that_activations_belong_to(tmp_path, monkeypatch):
+    (tmp_path / "corpus.txt").write_text("the year 1990 and 12 dogs running\n\n" * 400)
+    text = TextConfig(source=str(tmp_path / "corpus.txt"), context_size=16, n_tokens=2_000)
+    source = TransformerActivations(ModelConfig(max_norm_ratio=1.0), text, "float32", tmp_path, torch.device("cpu"))
+    assert len(source.shard_sizes) == 3
+    seen = []
+    monkeypatch.setattr(token_classes, "absorption_of_classes", lambda *arguments: seen.append(arguments))
+    token_class_metrics(None, source, [2, 0])
+    ((_, activations, labels, names),) = seen
+    assert torch.equal(activations, torch.cat([source.shard(2), source.shard(0)]))
+    used = torch.cat([source.tokens(number)[source.is_used(number)] for number in (2, 0)])
+    words = source.transformer.load_tokenizer().convert_ids_to_tokens(used.tolist())
+    expected = [word in {"1990", "12"} for word in words]
+    assert 0 < sum(expected) < len(expected)
+    assert labels[:, names.index("digit")].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "classes"),
+    [
+        (" Dogs", {"leading_space", "capital", "ends_with_s", "begins_with_d"}),
+        ("running", {"ends_with_ing"}),
+        (" if", {"leading_space", "python_keyword", "begins_with_i"}),
+        (" 12", {"leading_space", "digit"}),
+        (")\n", {"punctuation", "newline"}),
+        ("\n\n", {"newline"}),
+        (" ", {"leading_space"}),
+        ("is", {"python_keyword"}),
+        (" _x", {"leading_space"}),
+        ("", set()),
+    ],
+)
+def test_what_a_token_is(text, classes):
+    assert {name for name, has in CLASSES.items() if has(text)} == classes
