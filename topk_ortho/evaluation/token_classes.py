@@ -109,10 +109,23 @@ def token_class_metrics(sae: SparseAutoencoder, source: TransformerActivations, 
     tokenizer = source.transformer.load_tokenizer()
     ids = torch.cat([source.tokens(number)[source.is_used(number)] for number in shards])
     distinct, which = ids.unique(return_inverse=True)
-    texts = [str(tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in distinct.tolist()]
+    texts = [_text(tokenizer, token) for token in distinct.tolist()]
     labels = torch.tensor([[has(text) for has in CLASSES.values()] for text in texts])[which]
     activations = torch.cat([source.shard(number) for number in shards])
     return absorption_of_classes(sae, activations, labels, list(CLASSES))
+
+
+def _text(tokenizer: Any, token: int) -> str:
+    """The text of a token, which begins with a space if it begins a word after one.
+
+    WordPiece marks the pieces that go on with a word instead; the others stand for the space before them too.
+    """
+    text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    mark = getattr(model, "continuing_subword_prefix", None)
+    if not mark:
+        return text
+    return text.removeprefix(mark) if text.startswith(mark) else f" {text}"
 
 
 @torch.no_grad()
