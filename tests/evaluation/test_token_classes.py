@@ -154,7 +154,7 @@ def test_probes_are_those_of_logistic_regression():
 
 
 def test_labels_are_those_of_the_tokens_that_activations_belong_to(tmp_path, monkeypatch):
-    (tmp_path / "corpus.txt").write_text("the year 1990 and 12 dogs running qzz\n\n" * 400)
+    (tmp_path / "corpus.txt").write_text("the year 1990 and 12 dogs running foxish\n\n" * 400)
     text = TextConfig(source=str(tmp_path / "corpus.txt"), context_size=16, n_tokens=2_000)
     source = TransformerActivations(ModelConfig(max_norm_ratio=1.0), text, "float32", tmp_path, torch.device("cpu"))
     assert len(source.shard_sizes) == 3
@@ -171,9 +171,9 @@ def test_labels_are_those_of_the_tokens_that_activations_belong_to(tmp_path, mon
     # a piece that goes on with a word has no space before it
     spaced = labels[:, names.index("leading_space")].tolist()
     assert spaced == [not word.startswith("##") for word in words]
-    assert set(words) >= {"##zz", "year"}
+    assert set(words) >= {"##ish", "year"}
     assert labels[:, names.index("begins_with_y")].sum() == words.count("year")
-    assert labels[:, names.index("begins_with_z")].sum() == 0
+    assert labels[:, names.index("begins_with_i")].sum() == 0
 
 
 @pytest.mark.parametrize(
