@@ -110,6 +110,7 @@ def test_docstrings_of_what_is_installed(monkeypatch, tmp_path):
     for name, code in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(code)
+    (tmp_path / "many" / "folder.py").mkdir()
     monkeypatch.setattr(text_module.sysconfig, "get_paths", lambda: {"purelib": tmp_path, "platlib": tmp_path})
     text_module._hash_of_code.cache_clear()
     text = Text(TextConfig(source="installed-docs"))

@@ -38,10 +38,10 @@ def absorbing_sae(*, n_children, dense=True, absorbs=True):
     return sae.eval()
 
 
-def samples(n=4_000, n_children=10, child_rate=0.02, seed=0):
-    """Activations with dimension 0 on in a third of them and, in some of these, a child's dimension too."""
+def samples(n=6_000, n_children=10, child_rate=0.02, seed=0):
+    """Activations with dimension 0 on in a quarter of them and, in some of these, a child's dimension too."""
     generator = torch.Generator().manual_seed(seed)
-    label = torch.rand(n, generator=generator) < 1 / 3
+    label = torch.rand(n, generator=generator) < 1 / 4
     child = (torch.rand(n, generator=generator) / child_rate).long()
     x = 0.01 * torch.randn(n, D, generator=generator)
     x[:, 0] += label.float()
@@ -51,16 +51,21 @@ def samples(n=4_000, n_children=10, child_rate=0.02, seed=0):
     return x, label, is_child
 
 
+def measure(sae, x, labels, names=("general",), types=None):
+    """The result for samples that are each of a type of its own, unless types are given."""
+    types = torch.arange(len(x)) if types is None else types
+    return absorption_of_classes(sae, x, types, labels.view(len(labels), -1), list(names))
+
+
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "sparse"])
-def test_tokens_that_specific_latents_take_over_are_absorbed(dense):
+def test_samples_that_specific_latents_take_over_are_absorbed(dense):
     x, label, is_child = samples()
-    result = absorption_of_classes(absorbing_sae(n_children=10, dense=dense), x, label[:, None], ["general"])
-    second = slice(len(x) // 2, None)
-    expected = (is_child[second].sum() / label[second].sum()).item()
+    result = measure(absorbing_sae(n_children=10, dense=dense), x, label)
+    expected = (is_child[1::2].sum() / label[1::2].sum()).item()  # every second type is measured
     assert 0.1 < expected < 0.3
     values = result["token_class"]["general"]
     assert values["absorption_rate"] == pytest.approx(expected)
-    assert values["tokens"] == label[second].sum()
+    assert values["samples"] == label[1::2].sum()
     assert values["probe_f1"] == pytest.approx(1.0, abs=0.01)
     assert values["latent_f1"] == pytest.approx(2 * (1 - expected) / (2 - expected))  # precision 1, the rest recalled
     assert values["latents"] == 1
@@ -72,29 +77,45 @@ def test_tokens_that_specific_latents_take_over_are_absorbed(dense):
     }
 
 
+def test_the_center_of_the_dictionary_is_not_carried_by_latents():
+    """Where the decoder's bias is the origin, latents carry as much of the direction wherever the origin lies."""
+    x, label, _ = samples()
+    sae = absorbing_sae(n_children=10)
+    expected = measure(sae, x, label)["token_classes"]
+    sae.b_dec.data[0] = 7.0
+    assert measure(sae, x + sae.b_dec.data, label)["token_classes"] == pytest.approx(expected)
+
+
 def test_silence_alone_is_no_absorption():
     x, label, _ = samples()
-    result = absorption_of_classes(absorbing_sae(n_children=10, absorbs=False), x, label[:, None], ["general"])
-    assert result["token_class"]["general"]["absorption_rate"] == 0
-    assert result["token_class"]["general"]["latent_f1"] < 0.95
+    values = measure(absorbing_sae(n_children=10, absorbs=False), x, label)["token_class"]["general"]
+    assert values["absorption_rate"] == 0
+    assert values["latent_f1"] < 0.95
 
 
 def test_a_large_feature_that_points_elsewhere_absorbs_nothing():
     x, label, _ = samples()
     sae = absorbing_sae(n_children=10)
     sae.W_dec.data[2:, 20] = 100.0
-    result = absorption_of_classes(sae, x, label[:, None], ["general"])
-    assert result["token_class"]["general"]["absorption_rate"] == 0
+    assert measure(sae, x, label)["token_class"]["general"]["absorption_rate"] == 0
 
 
-def test_tokens_that_the_probe_does_not_read_do_not_count():
+def test_where_a_feature_that_points_elsewhere_carries_most_nothing_is_absorbed():
+    x, label, is_child = samples()
+    sae = absorbing_sae(n_children=10)
+    sae.W_dec.data[OTHER, 0], sae.W_dec.data[OTHER, 20] = 2.4, 100.0
+    expected = ((is_child & (x[:, 1] < 0.5))[1::2].sum() / label[1::2].sum()).item()
+    values = measure(sae, x, label)["token_class"]["general"]
+    assert values["absorption_rate"] == pytest.approx(expected)
+
+
+def test_samples_that_the_probe_does_not_read_do_not_count():
     """A tenth of the class has nothing of it in its activations."""
     x, label, is_child = samples()
-    unread = label & ~is_child & (torch.arange(len(x)) % 10 == 0)
+    unread = label & ~is_child & (torch.arange(len(x)) % 20 < 2)
     x[unread, 0] = 0.0
-    result = absorption_of_classes(absorbing_sae(n_children=10), x, label[:, None], ["general"])
-    second = slice(len(x) // 2, None)
-    expected = (is_child[second].sum() / (label & ~unread)[second].sum()).item()
+    result = measure(absorbing_sae(n_children=10), x, label)
+    expected = (is_child[1::2].sum() / (label & ~unread)[1::2].sum()).item()
     assert result["token_class"]["general"]["absorption_rate"] == pytest.approx(expected)
 
 
@@ -102,12 +123,10 @@ def test_a_class_that_is_split_among_latents_is_not_absorbed():
     """One child has a fifth of the class: its latent counts as one of the class's own."""
     x, label, is_child = samples(n_children=1, child_rate=0.2)
     assert is_child.sum() > 200
-    values = absorption_of_classes(absorbing_sae(n_children=1), x, label[:, None], ["general"])["token_class"][
-        "general"
-    ]
+    values = measure(absorbing_sae(n_children=1), x, label)["token_class"]["general"]
     assert values["latents"] == 2
     assert values["absorption_rate"] == 0
-    assert values["latent_f1"] < 0.95  # of the best one alone
+    assert values["latent_f1"] == pytest.approx(1.0)  # of both together
 
 
 def test_without_a_latent_there_is_no_rate():
@@ -115,25 +134,42 @@ def test_without_a_latent_there_is_no_rate():
     x, label, _ = samples()
     sae = absorbing_sae(n_children=10)
     sae.b_enc.data[GENERAL] = sae.b_enc.data[2:] = -100.0
-    result = absorption_of_classes(sae, x, label[:, None], ["general"])
+    result = measure(sae, x, label)
     assert result["token_class"]["general"]["absorption_rate"] is None
     assert result["token_class"]["general"]["latent_f1"] < 0.5
     assert result["token_classes"]["with_latent"] == 0
     assert result["token_classes"]["absorption_rate"] is None
 
 
-def test_classes_that_are_rare_or_unknown_to_the_model_are_left_out():
+def test_classes_that_are_rare_common_or_unknown_to_the_model_are_left_out():
     x, label, _ = samples()
     generator = torch.Generator().manual_seed(1)
     rare = torch.zeros_like(label)
-    rare[:2_000:100] = rare[2_000::10] = True
+    rare[:38:2] = rare[1:100:2] = True  # 19 types in the first half
+    x[rare, 21] = 1.0
+    common = label | (torch.arange(len(x)) % 5 == 0)
     unknown = torch.rand(len(x), generator=generator) < 0.2
-    labels = torch.stack([rare, label, unknown], dim=1)
-    result = absorption_of_classes(absorbing_sae(n_children=10), x, labels, ["rare", "general", "unknown"])
+    labels = torch.stack([rare, label, common, unknown], dim=1)
+    result = measure(absorbing_sae(n_children=10), x, labels, ["rare", "general", "common", "unknown"])
     assert list(result["token_class"]) == ["general"]
-    nothing = absorption_of_classes(absorbing_sae(n_children=10), x, unknown[:, None], ["unknown"])
     means = {"known": 0, "with_latent": 0, "latent_f1": None, "absorption_rate": None}
-    assert nothing == {"token_classes": means, "token_class": {}}
+    for nothing in (unknown, rare):
+        assert measure(absorbing_sae(n_children=10), x, nothing) == {"token_classes": means, "token_class": {}}
+
+
+def test_a_frequent_token_counts_four_times():
+    x, label, is_child = samples()
+    types = torch.arange(len(x))
+    (child,) = is_child[1::2].nonzero()[:1].flatten().tolist()
+    child = 2 * child + 1
+    often = torch.full((500,), child)
+    generator = torch.Generator().manual_seed(3)
+    order = torch.randperm(len(x) + 500, generator=generator)
+    x, types = torch.cat([x, x[often]])[order], torch.cat([types, often])[order]
+    values = measure(absorbing_sae(n_children=10), x, label, types=types)["token_class"]["general"]
+    assert values["samples"] == label[1::2].sum() + 3
+    expected = ((is_child[1::2].sum() + 3) / (label[1::2].sum() + 3)).item()
+    assert values["absorption_rate"] == pytest.approx(expected)
 
 
 def test_probes_are_those_of_logistic_regression():
@@ -142,14 +178,14 @@ def test_probes_are_those_of_logistic_regression():
     x = torch.randn(500, D, generator=generator) * 3 + 5
     labels = x[:, :2] + 2 * torch.randn(500, 2, generator=generator) > torch.tensor([5.0, 8.0])
     probes = _fit_probes(_half(absorbing_sae(n_children=1), x, labels))
+    reads = probes.read(x)
     centered = (x - x.mean(dim=0)) / (x - x.mean(dim=0)).square().mean().sqrt()
     for number in range(2):
         reference = linear_model.LogisticRegression(C=1 / (2 * _RIDGE * len(x)), tol=1e-8, max_iter=10_000)
         reference.fit(centered.numpy(), labels[:, number].numpy())
         weights = torch.from_numpy(reference.coef_[0]).float()
         torch.testing.assert_close(probes.directions[number], weights / weights.norm(), rtol=1e-2, atol=2e-3)
-        reads = probes.projections(x)[:, number] > probes.thresholds[number]
-        agree = reads == torch.from_numpy(reference.predict(centered.numpy()))
+        agree = reads[:, number] == torch.from_numpy(reference.predict(centered.numpy()))
         assert agree.float().mean() > 0.99
 
 
@@ -161,7 +197,8 @@ def test_labels_are_those_of_the_tokens_that_activations_belong_to(tmp_path, mon
     seen = []
     monkeypatch.setattr(token_classes, "absorption_of_classes", lambda *arguments: seen.append(arguments))
     token_class_metrics(None, source, [2, 0])
-    ((_, activations, labels, names),) = seen
+    ((_, activations, types, labels, names),) = seen
+    labels = labels[types]
     assert torch.equal(activations, torch.cat([source.shard(2), source.shard(0)]))
     used = torch.cat([source.tokens(number)[source.is_used(number)] for number in (2, 0)])
     words = source.transformer.load_tokenizer().convert_ids_to_tokens(used.tolist())

@@ -11,10 +11,12 @@ import pytest
 import sae_lens
 import torch
 
+from tests.activations.models import save_tiny_gemma
 from tests.activations.sources import MemorySource, sparse_mixtures
 from topk_ortho import topk_ortho_loss, topk_pairs
 from topk_ortho.activations.batches import Batches
-from topk_ortho.activations.config import SyntheticConfig
+from topk_ortho.activations.cache import TransformerActivations
+from topk_ortho.activations.config import ModelConfig, SyntheticConfig, TextConfig
 from topk_ortho.activations.source import split_shards
 from topk_ortho.activations.synthetic import SyntheticActivations
 from topk_ortho.evaluation.stability import RELATIONS
@@ -714,3 +716,21 @@ def test_a_compiled_sae_takes_the_same_step(architecture, open_trainer):
         results.append((trainer.train_step(next(trainer.batches)).loss, weights(trainer)["W_enc"]))
     torch.testing.assert_close(results[1][0], results[0][0])
     torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_of_a_transformer_that_are_left_out_are_counted_and_classes_measured(open_trainer, out_dir, tmp_path):
+    (tmp_path / "corpus.txt").write_text("".join(chr(97 + number * number % 26) for number in range(3_000)))
+    model = ModelConfig(
+        name=str(save_tiny_gemma(tmp_path / "model")), hook="blocks.0.hook_resid_post", max_norm_ratio=1.1
+    )
+    text = TextConfig(source=str(tmp_path / "corpus.txt"), context_size=16, n_tokens=2_500)
+    settings = {"model": model, "text": text, "token_classes": True}
+    activations = TransformerActivations(model, text, "float32", tmp_path / "activations", torch.device("cpu"))
+    open_trainer(activations, steps=2, **settings).fit()
+    summary = json.loads((out_dir / "summary.json").read_text())
+    assert summary["left_out_tokens"] == activations.left_out
+    assert min(activations.left_out.values()) > 0
+    assert summary["token_classes"] == {"known": 0, "with_latent": 0, "latent_f1": None, "absorption_rate": None}
+
+    with pytest.raises(ValueError, match="token_classes needs the activations of a transformer, not memory"):
+        open_trainer(steps=2, overwrite=True, **settings).fit()

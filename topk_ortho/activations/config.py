@@ -78,7 +78,8 @@ class ModelConfig:
     max_norm_ratio: float | None = None
     """Tokens whose activations are longer than this many times the median are left out, of training and of what is
     measured: the few that a language model uses as attention sinks would be most of the variance. The transformer then
-    reads all the text before training starts. None leaves out none."""
+    reads all the text before training starts. They must not exceed the range of the cache's precision. None leaves out
+    none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", expanded("model.name", self.name))

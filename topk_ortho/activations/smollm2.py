@@ -6,6 +6,7 @@ the model in C++, and its code is not used here.
 """
 
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
@@ -73,4 +74,8 @@ def _take_apart(weights: Path, folder: Path) -> None:
     model.load_state_dict(quantized.state_dict(), assign=True)
     model.tie_weights()
     model.save_pretrained(folder)
+    # the version of transformers would make other activations of it, by name
+    saved = json.loads((folder / "config.json").read_text())
+    del saved["transformers_version"]
+    (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
     AutoTokenizer.from_pretrained(source, gguf_file=weights.name).save_pretrained(folder)

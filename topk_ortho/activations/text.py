@@ -211,7 +211,7 @@ def _code(source: str) -> list[Path]:
         path
         for root in map(Path, roots)
         for path in sorted(root.rglob("*.py"))
-        if _NOT_DOCUMENTATION.isdisjoint(path.relative_to(root).parts)
+        if path.is_file() and _NOT_DOCUMENTATION.isdisjoint(path.relative_to(root).parts)
     ]
 
 

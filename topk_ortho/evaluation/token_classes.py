@@ -1,15 +1,22 @@
-"""Absorption on real text, of classes of tokens that are known exactly from the token: capitals, digits, endings.
+"""Absorption on real text, of classes of tokens that are known from the token: capitals, endings, first letters.
 
-The measure is that of "A is for Absorption" [1] as SAEBench [2] takes it, for any property of a token in the place of
-its first letter. A linear probe finds the direction of a class in the model's activations. The latents of the class are
-those whose firing tells it best. A token of the class is *absorbed* if the probe sees its class, no latent of the class
-fires, and another latent carries the direction in their place.
+The idea is that of "A is for Absorption" [1]: a linear probe finds the direction of a class in the model's activations.
+The latents of the class are those whose firing tells it best. A token of the class is *absorbed* if the probe sees its
+class, no latent of the class fires, and the latent that carries most of the direction is another one. The thresholds
+are those of SAEBench [2]. Unlike there, the text is natural and not a prompt, the class is any property of a token and
+not its first letter, and the latents of a class are chosen by their firing and not by a sparse probe.
+
+Frequent tokens would drown the others ("the" is a third to a half of all words that begin with t), and a probe or a
+latent may know single tokens instead of what they have in common. So a token of the vocabulary counts a few times at
+most, however often it occurs, and those that fit the probes and choose the latents are others than those that are
+measured.
 
 A rate of absorption means nothing where no latent stands for the class in the first place. So each rate comes with the
-F1 score of the class's best latent, and there is none where this is below 0.5.
+F1 score of the class's latents, and there is none where this is below 0.5. A class of which more than two thirds are
+absorbed has no such latent left: read the number of classes with a latent beside the mean of their rates.
 
 [1] Chanin et al., arXiv:2409.14507.
-[2] Karvonen et al., "SAEBench", arXiv:2503.09532, whose thresholds these are.
+[2] Karvonen et al., "SAEBench", arXiv:2503.09532.
 """
 
 import keyword
@@ -28,7 +35,7 @@ from topk_ortho.sae import ActiveFeatures, SparseAutoencoder
 _PROBE_READS = 0.6
 """F1 score of the probe from which the model is said to know a class"""
 _LATENT_STANDS_FOR = 0.5
-"""F1 score of a class's best latent from which its absorption means something"""
+"""F1 score of a class's latents from which its absorption means something"""
 _SPLIT = 0.03
 """By how much a further latent must raise the F1 score to count as one of a class that is split"""
 _MOST_LATENTS = 10
@@ -36,10 +43,14 @@ _ALIGNED = 0.025
 """Cosine of an absorbing latent's direction to the probe's, at least"""
 _CARRIED = 0.4
 """Share of a token's projection on the probe's direction that an absorbing latent must carry"""
-_FEWEST_TOKENS = 30
-"""Tokens of a class in each half, below which it is left out"""
+_OCCURRENCES = 4
+"""How often a token of the vocabulary counts at most"""
+_FEWEST_TYPES = 20
+"""Different tokens of a class in each half, below which it is left out"""
+_LARGEST_SHARE = 1 / 3
+"""Share of the samples above which a class is left out: the F1 score of a latent that always fires would be 0.5"""
 _RIDGE = 1e-4
-_TOKENS_AT_A_TIME = 1_024
+_SAMPLES_AT_A_TIME = 1_024
 _LBFGS_STEPS = 200
 
 
@@ -65,14 +76,14 @@ CLASSES: dict[str, Callable[[str], bool]] = {
 
 
 class _Half(NamedTuple):
-    """Half of the tokens."""
+    """Half of the samples."""
 
     x: Tensor
     """Activations [n, d_in], float32"""
     labels: Tensor
-    """Whether a token is of a class, bool [n, n_classes]"""
-    tokens: Tensor
-    """Token of each feature that fires, int64 [n_entries]"""
+    """Whether a sample is of a class, bool [n, n_classes]"""
+    samples: Tensor
+    """Sample of each feature that fires, int64 [n_entries]"""
     features: Tensor
     """The feature, int64 [n_entries]"""
     values: Tensor
@@ -89,9 +100,9 @@ class _Probes(NamedTuple):
     thresholds: Tensor
     """[n_classes]: what a projection of x - center must exceed"""
 
-    def projections(self, x: Tensor) -> Tensor:
-        """Projections [n, n_classes] of activations on the directions."""
-        return (x - self.center) @ self.directions.T
+    def read(self, x: Tensor) -> Tensor:
+        """Whether a sample [n, d_in] is of a class, by its probe, bool [n, n_classes]."""
+        return (x - self.center) @ self.directions.T > self.thresholds
 
 
 def token_class_metrics(sae: SparseAutoencoder, source: TransformerActivations, shards: list[int]) -> dict[str, Any]:
@@ -108,11 +119,11 @@ def token_class_metrics(sae: SparseAutoencoder, source: TransformerActivations, 
     """
     tokenizer = source.transformer.load_tokenizer()
     ids = torch.cat([source.tokens(number)[source.is_used(number)] for number in shards])
-    distinct, which = ids.unique(return_inverse=True)
+    distinct, types = ids.unique(return_inverse=True)
     texts = [_text(tokenizer, token) for token in distinct.tolist()]
-    labels = torch.tensor([[has(text) for has in CLASSES.values()] for text in texts])[which]
+    labels = torch.tensor([[has(text) for has in CLASSES.values()] for text in texts])
     activations = torch.cat([source.shard(number) for number in shards])
-    return absorption_of_classes(sae, activations, labels, list(CLASSES))
+    return absorption_of_classes(sae, activations, types, labels, list(CLASSES))
 
 
 def _text(tokenizer: Any, token: int) -> str:
@@ -130,9 +141,12 @@ def _text(tokenizer: Any, token: int) -> str:
 
 @torch.no_grad()
 def absorption_of_classes(
-    sae: SparseAutoencoder, activations: Tensor, labels: Tensor, names: list[str]
+    sae: SparseAutoencoder, activations: Tensor, types: Tensor, labels: Tensor, names: list[str]
 ) -> dict[str, Any]:
-    """Absorption of boolean properties of samples: the first half of them fits, the second is measured.
+    """Absorption of classes of types, of which the activations are samples.
+
+    The first 4 samples of every type count. Every second type fits the probes and chooses the latents; the others are
+    measured.
 
     Parameters
     ----------
@@ -140,35 +154,41 @@ def absorption_of_classes(
         In eval mode.
     activations : Tensor, shape [n, d_in]
         What it takes.
-    labels : Tensor, shape [n, n_classes], bool
-        Which sample has which property. One that fewer than 30 samples of either half have is left out.
+    types : Tensor, shape [n], int64
+        Which type each is a sample of, such as which token of the vocabulary.
+    labels : Tensor, shape [n_types, n_classes], bool
+        Which type is of which class. A class is left out if it has fewer than 20 types in either half, or more than a
+        third of the samples.
     names : list of str
-        Names of the properties.
+        Names of the classes.
 
     Returns
     -------
     dict of str to dict
         ``token_classes``: ``known`` is the number of classes that the probe reads (F1 of 0.6 or more), ``with_latent``
-        that of those of them that a latent stands for (F1 of 0.5 or more), ``latent_f1`` the mean F1 of the best
-        latents of all known classes, and ``absorption_rate`` the mean over those with a latent.
-        ``token_class``: for every known class by its name ``tokens``, the number of its tokens that are measured,
-        ``probe_f1``, ``latent_f1`` (of the best latent), ``latents`` (into how many the class is split), and
-        ``absorption_rate``, the share of the tokens that the probe reads that are absorbed. It is None where no
-        latent stands for the class. Means over nothing are None.
+        that of those of them that latents stand for (F1 of 0.5 or more), ``latent_f1`` the mean F1 of the latents of
+        all known classes, and ``absorption_rate`` the mean over those with a latent.
+        ``token_class``: for every known class by its name ``samples``, how many of it are measured, ``probe_f1``,
+        ``latent_f1``, ``latents`` (into how many the class is split), and ``absorption_rate``, the share of the samples
+        that the probe reads that are absorbed. It is None where no latent stands for the class. Means over nothing are
+        None.
     """
-    middle = len(activations) // 2
-    is_frequent = torch.minimum(labels[:middle].sum(dim=0), labels[middle:].sum(dim=0)) >= _FEWEST_TOKENS
-    names = [name for name, is_in in zip(names, is_frequent.tolist(), strict=True) if is_in]
-    labels = labels[:, is_frequent].to(sae.W_dec.device)
-    first, second = (_half(sae, activations[part], labels[part]) for part in (slice(middle), slice(middle, None)))
-    probes = _fit_probes(first)
-    probe_f1 = _f1(probes.projections(second.x) > probes.thresholds, second.labels)
-    classes = {
-        name: {"tokens": int(second.labels[:, number].sum()), "probe_f1": probe_f1[number].item()}
-        | _of_class(sae.W_dec, first, second, probes, number)
-        for number, name in enumerate(names)
-        if probe_f1[number] >= _PROBE_READS
-    }
+    counts = _occurrence(types) < _OCCURRENCES
+    activations, types = activations[counts], types[counts]
+    is_first = types % 2 == 0
+    names, labels = _measurable(labels, types, names)
+    classes: dict[str, dict[str, Any]] = {}
+    if names:
+        first, second = (_half(sae, activations[part], labels[types[part]]) for part in (is_first, ~is_first))
+        probes = _fit_probes(first)
+        is_read = probes.read(second.x)
+        probe_f1 = _f1(is_read, second.labels)
+        classes = {
+            name: {"samples": int(second.labels[:, number].sum()), "probe_f1": probe_f1[number].item()}
+            | _of_class(sae, first, second, number, is_read[:, number], probes.directions[number])
+            for number, name in enumerate(names)
+            if probe_f1[number] >= _PROBE_READS
+        }
     rates = [values["absorption_rate"] for values in classes.values() if values["absorption_rate"] is not None]
     of_all = {
         "known": len(classes),
@@ -179,40 +199,64 @@ def absorption_of_classes(
     return {"token_classes": of_all, "token_class": classes}
 
 
-def _of_class(W_dec: Tensor, first: _Half, second: _Half, probes: _Probes, number: int) -> dict[str, Any]:
-    """The latents of a class, which the first half tells, and how often they are silent in the second."""
-    latents = _latents_of(first, first.labels[:, number], len(W_dec))
+def _occurrence(types: Tensor) -> Tensor:
+    """How many samples of the same type come before each, int64 [n]."""
+    order = torch.argsort(types, stable=True)
+    place = torch.arange(len(types))
+    is_new = torch.ones_like(types, dtype=torch.bool)
+    is_new[1:] = types[order][1:] != types[order][:-1]
+    begin = torch.cummax(torch.where(is_new, place, 0), dim=0).values
+    return torch.empty_like(types).index_put((order,), place - begin)
+
+
+def _measurable(labels: Tensor, types: Tensor, names: list[str]) -> tuple[list[str], Tensor]:
+    """Names and labels [n_types, n] of the classes that have enough types in both halves, and are not most samples."""
+    there = torch.zeros(len(labels), dtype=torch.bool).index_fill(0, types, True)
+    here = labels & there[:, None]
+    enough = torch.minimum(here[::2].sum(dim=0), here[1::2].sum(dim=0)) >= _FEWEST_TYPES
+    is_in = enough & (labels[types].sum(dim=0) <= _LARGEST_SHARE * len(types))
+    return [name for name, is_one in zip(names, is_in.tolist(), strict=True) if is_one], labels[:, is_in]
+
+
+def _of_class(
+    sae: SparseAutoencoder, first: _Half, second: _Half, number: int, is_read: Tensor, direction: Tensor
+) -> dict[str, Any]:
+    """The latents of a class, which the first half tells, and how often it is absorbed in the second."""
     label = second.labels[:, number]
-    latent_f1 = _f1(_fires(second, latents[:1])[:, None], label[:, None]).item()
-    projection = probes.projections(second.x)[:, number]
-    is_read = label & (projection > probes.thresholds[number])
+    latents = _latents_of(first, first.labels[:, number], sae.n_features)
+    fires = _fires(second, latents)
+    latent_f1 = _f1(fires[:, None], label[:, None]).item()
     rate = None
     if latent_f1 >= _LATENT_STANDS_FOR:
-        along = W_dec.float() @ probes.directions[number]
-        is_aligned = along >= _ALIGNED * torch.linalg.vector_norm(W_dec.float(), dim=1)
-        carried = second.values * torch.where(is_aligned, along, 0.0)[second.features]
-        largest = torch.zeros_like(projection).scatter_reduce(0, second.tokens, carried, "amax")
-        # the direction must be there at all: what is read may lie below the mean of all tokens
-        is_carried = (projection > 0) & (largest >= _CARRIED * projection)
-        absorbed = is_read & ~_fires(second, latents) & is_carried
-        rate = ratio(int(absorbed.sum()), int(is_read.sum()))
+        W_dec = sae.W_dec.float()
+        projection = (second.x - sae.b_dec) @ direction
+        along = W_dec @ direction
+        carried = second.values * along[second.features]
+        is_aligned = (along >= _ALIGNED * torch.linalg.vector_norm(W_dec, dim=1))[second.features]
+        largest, aligned = (
+            torch.zeros_like(projection).scatter_reduce(0, second.samples, each, "amax")
+            for each in (carried, torch.where(is_aligned, carried, 0.0))
+        )
+        is_carried = (aligned == largest) & (aligned >= _CARRIED * projection) & (projection > 0)
+        rate = ratio(int((label & is_read & ~fires & is_carried).sum()), int((label & is_read).sum()))
     return {"latent_f1": latent_f1, "latents": len(latents), "absorption_rate": rate}
 
 
 def _half(sae: SparseAutoencoder, activations: Tensor, labels: Tensor) -> _Half:
-    """The features of some samples, by their entries."""
+    """Some samples, with the features that fire on them."""
+    device = sae.W_dec.device
     entries = []
-    for start, part in enumerate(activations.split(_TOKENS_AT_A_TIME)):
-        features = sae.encode(part.to(sae.W_dec.device).float())
+    for number, part in enumerate(activations.split(_SAMPLES_AT_A_TIME)):
+        features = sae.encode(part.to(device).float())
         if isinstance(features, ActiveFeatures):
             fires = features.values > 0
-            tokens, which, values = features.samples[fires], features.features[fires], features.values[fires]
+            samples, which, values = features.samples[fires], features.features[fires], features.values[fires]
         else:
-            tokens, which = features.nonzero(as_tuple=True)
-            values = features[tokens, which]
-        entries.append((tokens + start * _TOKENS_AT_A_TIME, which, values.float()))
+            samples, which = features.nonzero(as_tuple=True)
+            values = features[samples, which]
+        entries.append((samples + number * _SAMPLES_AT_A_TIME, which, values.float()))
     parts = (torch.cat(column) for column in zip(*entries, strict=True))
-    return _Half(activations.to(sae.W_dec.device).float(), labels, *parts)
+    return _Half(activations.to(device).float(), labels.to(device), *parts)
 
 
 @torch.enable_grad()
@@ -249,9 +293,9 @@ def _latents_of(half: _Half, label: Tensor, n_features: int) -> Tensor:
     score = 0.0
     latents: list[int] = []
     while len(latents) < _MOST_LATENTS:
-        here = is_silent[half.tokens]
-        tokens, features = half.tokens[here], half.features[here]
-        true = torch.bincount(features[label[tokens]], minlength=n_features)
+        here = is_silent[half.samples]
+        samples, features = half.samples[here], half.features[here]
+        true = torch.bincount(features[label[samples]], minlength=n_features)
         fired = torch.bincount(features, minlength=n_features)
         scores = 2 * (n_true + true) / (n_fired + fired + label.sum())
         best = int(scores.argmax())
@@ -260,14 +304,14 @@ def _latents_of(half: _Half, label: Tensor, n_features: int) -> Tensor:
         score = scores[best].item()
         latents.append(best)
         n_true, n_fired = n_true + int(true[best]), n_fired + int(fired[best])
-        is_silent[tokens[features == best]] = False
+        is_silent[samples[features == best]] = False
     return torch.tensor(latents, device=label.device)
 
 
 def _fires(half: _Half, latents: Tensor) -> Tensor:
     """Whether any of the features fires on a sample, bool [n]."""
     fires = torch.zeros(len(half.x), dtype=torch.bool, device=half.x.device)
-    fires[half.tokens[torch.isin(half.features, latents)]] = True
+    fires[half.samples[torch.isin(half.features, latents)]] = True
     return fires
 
 

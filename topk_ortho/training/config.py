@@ -207,8 +207,8 @@ class TrainConfig:
     held_out_tokens: int = 16_384
     """Number of tokens that are never trained on and that the dictionary is judged by, at most half of all."""
     token_classes: bool = False
-    """At the end, measure on the held-out tokens how classes of tokens (capitals, digits, endings, first letters) are
-    absorbed, on a transformer's activations. 50,000 tokens or more should be held out for it."""
+    """At the end, measure on the held-out tokens how classes of tokens (capitals, endings, first letters) are absorbed,
+    on a transformer's activations. 50,000 tokens or more should be held out for it."""
 
     dead_after_tokens: int = 200_000
     """A feature that has not fired for this many training tokens counts as dead."""

@@ -146,18 +146,18 @@ METRICS = [
     Metric("ce_loss_clean", "Cross-entropy of the language model as it is, in nats for a prediction."),
     Metric("ce_loss_reconstructed", "The same with reconstructions in place of activations."),
     Metric("ce_loss_ablated", "The same with the activations' mean over all these tokens in their place."),
-    Metric("token_classes", "Classes of tokens, such as capitals and digits, if `--token-classes` is given:"),
+    Metric("token_classes", "Classes of tokens, such as first letters and endings, if `--token-classes` is given:"),
     Metric("token_classes.known", "Classes that a linear probe of the activations reads, with an F1 of 0.6 or more."),
-    Metric("token_classes.with_latent", "Those of them whose best latent has an F1 score of 0.5 or more."),
-    Metric("token_classes.latent_f1", "F1 score of the best latent, on average over all known classes."),
+    Metric("token_classes.with_latent", "Those of them whose latents have an F1 score of 0.5 or more."),
+    Metric("token_classes.latent_f1", "F1 score of the latents of a class, on average over all known classes."),
     _share(
         "token_classes.absorption_rate",
         "How often the latents of a class are silent on a token whose class the probe reads, while another latent has "
-        "the class's direction; on average over the classes with a latent.",
+        "most of the class's direction; on average over the classes with a latent.",
     ),
     Metric(
         "token_class",
-        "The same for every known class by its name, with the F1 of the probe, the number of tokens that were "
+        "The same for every known class by its name, with the F1 of the probe, the number of samples that were "
         "measured, and that of the latents into which the class is split.",
     ),
     Metric(

@@ -65,11 +65,12 @@ PRESETS: dict[str, TrainConfig] = {
         out_dir=Path("runs/smollm2"),
     ),
     "toy-hierarchy": _TOY,
-    # the setting that recovers most true features there: an inner dictionary of a quarter, and the penalty
+    # the setting that recovers most true features there: an inner dictionary of a quarter, and of the penalty the
+    # inhibition alone, with the weight 0.5
     "toy-matryoshka": replace(
         _TOY,
         sae=replace(_TOY.sae, architecture="matryoshka", widths=(72, 288)),
-        penalty=replace(_TOY.penalty, weight=0.05, encoder_inhibition=10.0),
+        penalty=replace(_TOY.penalty, weight=0.001, encoder_inhibition=500.0),
         out_dir=Path("runs/toy-matryoshka"),
     ),
     # data of as many true features that is easier, harder or harder in another way

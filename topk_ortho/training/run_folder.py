@@ -40,7 +40,7 @@ _SUCCESSOR, _MOVING = ".successor", ".moving"
 """Subfolder of a run that is to replace the one around it; its name once the files of that one have been removed"""
 _FREE = {
     "out_dir", "cache_dir", "device", "log_every", "eval_every", "loggers", "checkpoint_every", "keep_checkpoints",
-    "model.batch_size", "token_classes",
+    "model.batch_size",
 }  # fmt: skip
 """Settings that a resumed run may change: none of them decides the weights."""
 _NAMES = {"model.name", "model.sha256", "text.source", "text.revision"}

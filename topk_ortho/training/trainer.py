@@ -354,7 +354,8 @@ class Trainer:
         from topk_ortho.activations.cache import TransformerActivations
         from topk_ortho.evaluation.token_classes import token_class_metrics
 
-        assert isinstance(self.source, TransformerActivations)
+        if not isinstance(self.source, TransformerActivations):
+            raise ValueError(f"token_classes needs the activations of a transformer, not {self.source.name}")
         return token_class_metrics(self.inference_sae(), self.source, self.held_out_shards)
 
     def _mean_stability(self) -> dict[str, dict[str, float]]:
