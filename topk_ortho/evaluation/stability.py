@@ -74,7 +74,7 @@ class PairWindows:
         self._windows: dict[int, _Window] = {}
 
     def begins(self, step: int) -> bool:
-        """Whether a window begins at this step: later selections are then compared with the one of this step."""
+        """Whether the pairs selected at this step are the first of a window, with which later ones are compared."""
         return self._every > 0 and step % self._every == 0
 
     def is_due(self, step: int) -> bool:

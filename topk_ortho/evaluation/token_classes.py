@@ -127,9 +127,10 @@ def token_class_metrics(sae: SparseAutoencoder, source: TransformerActivations, 
 
 
 def _text(tokenizer: Any, token: int) -> str:
-    """The text of a token, which begins with a space if it begins a word after one.
+    """The text of a token; a token that begins a word has the space before it.
 
-    WordPiece marks the pieces that go on with a word instead; the others stand for the space before them too.
+    Tokenizers of the kind BPE have it in the token. WordPiece marks the tokens that go on with a word instead, as in
+    "##ing", so here every other one gets a space.
     """
     text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
@@ -143,10 +144,10 @@ def _text(tokenizer: Any, token: int) -> str:
 def absorption_of_classes(
     sae: SparseAutoencoder, activations: Tensor, types: Tensor, labels: Tensor, names: list[str]
 ) -> dict[str, Any]:
-    """Absorption of classes of types, of which the activations are samples.
+    """Absorption of classes of types, such as tokens of a vocabulary; activations are samples of the types.
 
-    The first 4 samples of every type count. Every second type fits the probes and chooses the latents; the others are
-    measured.
+    The first 4 samples of every type count. The types of even numbers fit the probes and choose the latents; the
+    others are measured.
 
     Parameters
     ----------
@@ -210,10 +211,10 @@ def _occurrence(types: Tensor) -> Tensor:
 
 
 def _measurable(labels: Tensor, types: Tensor, names: list[str]) -> tuple[list[str], Tensor]:
-    """Names and labels [n_types, n] of the classes that have enough types in both halves, and are not most samples."""
-    there = torch.zeros(len(labels), dtype=torch.bool).index_fill(0, types, True)
-    here = labels & there[:, None]
-    enough = torch.minimum(here[::2].sum(dim=0), here[1::2].sum(dim=0)) >= _FEWEST_TYPES
+    """Names and labels [n_types, n] of the classes with enough types in both halves and not too many samples."""
+    occurs = torch.zeros(len(labels), dtype=torch.bool).index_fill(0, types, True)
+    occurring = labels & occurs[:, None]
+    enough = torch.minimum(occurring[::2].sum(dim=0), occurring[1::2].sum(dim=0)) >= _FEWEST_TYPES
     is_in = enough & (labels[types].sum(dim=0) <= _LARGEST_SHARE * len(types))
     return [name for name, is_one in zip(names, is_in.tolist(), strict=True) if is_one], labels[:, is_in]
 
