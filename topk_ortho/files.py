@@ -1,4 +1,4 @@
-"""Files and folders that appear under their names only when they are whole, and the hash that tells whether one is.
+"""Files and folders that appear under their names only when they are whole, their hash, and the folder of caches.
 
 Until then they are called `unfinished-` and a name that tells which process writes them, so that what a killed process
 left behind can be told from what a living one still writes.
@@ -100,6 +100,11 @@ def write_whole(path: Path, text: str) -> None:
     """Replace the text of a file. If that fails, the file stays as it was."""
     with finished_as(path) as unfinished:
         unfinished.write_text(text)
+
+
+def user_cache() -> Path:
+    """The package's folder for what takes long to make and serves every run: in $XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "topk_ortho"
 
 
 def sha256_of(path: Path) -> str:

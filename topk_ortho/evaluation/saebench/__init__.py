@@ -1,0 +1,13 @@
+"""SAEBench on a saved dictionary: python -m topk_ortho.evaluation.saebench SAE_DIR.
+
+SAEBench [1] measures; this package loads the dictionary and its model, hands over text and words, and writes what comes
+out as SAEBench's own JSON. Its `run_eval` functions load models and data by their names on the hub. What they call in
+turn takes models and data that are there already, so it is these functions that are called here. What differs from
+`run_eval`:
+
+- words and text can be fewer or others, and files say which they were;
+- a dictionary that was never trained is refused;
+- beside the absorption of a letter stands how well its best latent tells the letter, without which it says nothing.
+
+[1] Karvonen et al., "SAEBench", arXiv:2503.09532.
+"""

@@ -1,0 +1,165 @@
+"""SAEBench's sparse probing: how well one, two and five latents tell the class of a text."""
+
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import torch
+from torch import Tensor
+
+from topk_ortho.activations.documents import read_documents
+from topk_ortho.activations.text import special_tokens_of
+from topk_ortho.evaluation.saebench.output import Evaluation, provenance
+from topk_ortho.evaluation.saebench.subject import Subject
+
+# two functions of SAEBench that call each other mean different sizes by the same name, which jaxtyping 0.3 refuses
+jaxtyping.config.update("jaxtyping_disable", True)
+from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig  # noqa: E402
+from sae_bench.evals.sparse_probing.eval_output import (  # noqa: E402
+    SparseProbingEvalOutput,
+    SparseProbingLlmMetrics,
+    SparseProbingMetricCategories,
+    SparseProbingResultDetail,
+    SparseProbingSaeMetrics,
+)
+from sae_bench.evals.sparse_probing.main import run_eval_single_sae  # noqa: E402
+from sae_bench.evals.sparse_probing.probe_training import train_probe_on_activations  # noqa: E402
+from sae_bench.sae_bench_utils.activation_collection import create_meaned_model_activations  # noqa: E402
+from sae_bench.sae_bench_utils.dataset_info import chosen_classes_per_dataset  # noqa: E402
+from sae_bench.sae_bench_utils.dataset_utils import filter_dataset, get_multi_label_train_test_data  # noqa: E402
+
+TextsOfClasses = dict[str, list[str]]
+
+_HELD_OUT = 5
+"""Every fifth text of a class tests the probes"""
+_FEWEST_TEXTS = 10
+
+
+def measure_sparse_probing(subject: Subject, data: list[Path], *, seed: int, work_dir: Path) -> Any:
+    """Sparse probing, as SAEBench's `SparseProbingEvalOutput`.
+
+    Parameters
+    ----------
+    subject : Subject
+        The dictionary.
+    data : list of Path
+        Files of labelled texts, each a data set: .jsonl, .json or .parquet with the columns ``text`` and ``label``. As
+        many texts of every class are used; one in five tests. None takes SAEBench's own data sets, from the hub.
+    seed : int
+        Draws texts of data sets on the hub, and seeds the probes.
+    work_dir : Path
+        An empty folder, for activations of the texts.
+
+    Raises
+    ------
+    ValueError
+        If a file is not such a data set.
+    OSError
+        If a data set cannot be read.
+    """
+    config = SparseProbingEvalConfig(
+        model_name=subject.model_name,
+        random_seed=seed,
+        llm_batch_size=subject.transformer.config.batch_size,
+        llm_dtype=subject.transformer.config.dtype,
+    )
+    if data:
+        texts = {path.stem: _labelled_texts(path) for path in data}
+        config.dataset_names = list(texts)
+    for name in config.dataset_names:
+        train, test = texts[name] if data else _texts_on_the_hub(name, config)
+        torch.manual_seed(seed)
+        _prepare(subject, config, train, test, work_dir / f"{name}_activations.pt".replace("/", "_"))
+    results, of_classes = run_eval_single_sae(
+        config, subject.sae, None, str(subject.transformer.device), str(work_dir), save_activations=False
+    )
+    means = {name: value for name, value in results.items() if not isinstance(value, dict)}
+    return SparseProbingEvalOutput(
+        eval_config=config,
+        eval_result_metrics=SparseProbingMetricCategories(
+            llm=SparseProbingLlmMetrics(**{name: value for name, value in means.items() if name.startswith("llm_")}),
+            sae=SparseProbingSaeMetrics(**{name: value for name, value in means.items() if name.startswith("sae_")}),
+        ),
+        eval_result_details=[
+            SparseProbingResultDetail(dataset_name=name, **values)
+            for name, values in results.items()
+            if isinstance(values, dict)
+        ],
+        eval_result_unstructured=of_classes,
+        **provenance(subject),
+    )
+
+
+def _summary(result: dict[str, Any]) -> str:
+    latents, model = (result["eval_result_metrics"][part] for part in ("sae", "llm"))
+    return (
+        f"accuracy with the best latent {latents['sae_top_1_test_accuracy']:.3f}, with five "
+        f"{latents['sae_top_5_test_accuracy']:.3f}, with all {latents['sae_test_accuracy']:.3f}, "
+        f"and with the model's own activations {model['llm_test_accuracy']:.3f}"
+    )
+
+
+SPARSE_PROBING = Evaluation("sparse_probing", "eval_output_schema_sparse_probing.json", _summary)
+
+
+def _labelled_texts(path: Path) -> tuple[TextsOfClasses, TextsOfClasses]:
+    """The texts of a file by their classes, as many of each, for training and for testing."""
+    if path.suffix.lower() not in (".jsonl", ".json", ".parquet"):
+        raise ValueError(f"{path} must be a .jsonl, .json or .parquet file with the columns text and label")
+    of_class: TextsOfClasses = {}
+    for text, label in zip(read_documents(path, "text"), read_documents(path, "label"), strict=True):
+        of_class.setdefault(label, []).append(text)
+    n_texts = min(map(len, of_class.values()), default=0)
+    if len(of_class) < 2 or n_texts < _FEWEST_TEXTS:
+        raise ValueError(
+            f"{path} must have two classes or more with {_FEWEST_TEXTS} texts or more each; "
+            f"it has {', '.join(f'{label} ({len(texts)})' for label, texts in of_class.items()) or 'none'}"
+        )
+    used = {label: texts[:n_texts] for label, texts in of_class.items()}
+    test = {label: texts[::_HELD_OUT] for label, texts in used.items()}
+    train = {label: [text for number, text in enumerate(texts) if number % _HELD_OUT] for label, texts in used.items()}
+    return train, test
+
+
+def _texts_on_the_hub(name: str, config: SparseProbingEvalConfig) -> tuple[TextsOfClasses, TextsOfClasses]:
+    """The texts of one of SAEBench's data sets."""
+    try:
+        parts = get_multi_label_train_test_data(
+            name, config.probe_train_set_size, config.probe_test_set_size, config.random_seed
+        )
+    except Exception as error:  # whatever datasets, the hub's client or the network raise
+        raise OSError(
+            f"SAEBench's data set {name} cannot be read from the hub, and no --probing-data is given: {error}"
+        ) from error
+    train, test = (filter_dataset(part, chosen_classes_per_dataset[name]) for part in parts)
+    return train, test
+
+
+def _prepare(
+    subject: Subject, config: SparseProbingEvalConfig, train: TextsOfClasses, test: TextsOfClasses, path: Path
+) -> None:
+    """Write what SAEBench keeps of a data set for every dictionary: activations, and how well the model itself does."""
+    activations = [
+        {label: _activations(subject, texts, config.context_length) for label, texts in part.items()}
+        for part in (train, test)
+    ]
+    means = [create_meaned_model_activations(part) for part in activations]
+    _, accuracies = train_probe_on_activations(*means, use_sklearn=False, batch_size=250, epochs=100, lr=1e-2)
+    of_model = {"llm_test_accuracy": accuracies}
+    for k in config.k_values:
+        of_model[f"llm_top_{k}_test_accuracy"] = train_probe_on_activations(*means, select_top_k=k)[1]
+    torch.save({"train": activations[0], "test": activations[1], "llm_results": of_model}, path)
+
+
+def _activations(subject: Subject, texts: list[str], context_size: int) -> Tensor:
+    """Activations [n, context, d_in] of the beginnings of texts; 0 where there is no ordinary token."""
+    special = special_tokens_of(subject.tokenizer)
+    opening = [] if special.first is None else [special.first]
+    tokens = torch.full((len(texts), context_size), subject.tokenizer.eos_token_id or 0)
+    is_text = torch.zeros(tokens.shape, dtype=torch.bool)
+    rows = subject.tokenizer(texts, add_special_tokens=False, truncation=True, max_length=context_size - len(opening))
+    for number, ids in enumerate(rows["input_ids"]):
+        tokens[number, : len(opening) + len(ids)] = torch.tensor(opening + ids)
+        is_text[number, len(opening) : len(opening) + len(ids)] = True
+    is_text &= ~torch.isin(tokens, torch.tensor(special.ids))
+    return subject.activations(tokens) * is_text[:, :, None].to(subject.transformer.device)
