@@ -9,6 +9,7 @@ import itertools
 import json
 import string
 import sys
+from pathlib import Path
 
 import pytest
 import sae_lens
@@ -365,3 +366,14 @@ def test_what_to_install_is_said(model, text, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         run(tmp_path, text)
     assert _INSTALL in str(exit_.value)
+
+
+def test_the_documented_command_is_the_one_that_make_runs():
+    root = Path(__file__).parents[2]
+    first, second = _INSTALL.split(" && ")
+    documented = (root / "docs" / "saebench.md").read_text()
+    assert f"{first}\n{second}\n" in documented
+    makefile = (root / "Makefile").read_text()
+    assert "--no-deps --constraint constraints.txt" in makefile
+    assert "eval,dev]" in makefile
+    assert second.split()[-1] in (root / "constraints.txt").read_text().split()
