@@ -119,7 +119,8 @@ def show(config: TrainConfig, summary: dict[str, Any]) -> None:
     where = f"{config.model.hook} of {config.model.name}" if config.source == "transformer" else "synthetic activations"
     print(f"\n{config.sae.architecture}, {config.sae.n_features} features on {where}, {config.steps} steps")
     share = f", {penalty.fraction:.2%} of the pairs" if penalty.op == "topk_pairs" else ""
-    settings = "" if penalty.target == "none" else f", {penalty.op}, weight {penalty.weight}{share}"
+    inhibition = f", encoder inhibition {penalty.encoder_inhibition:g} times that" if penalty.encoder_inhibition else ""
+    settings = "" if penalty.target == "none" else f", {penalty.op}, weight {penalty.weight}{inhibition}{share}"
     print(f"penalty: {penalty.target}{settings}")
     for headline in headlines(summary):
         print(f"  {headline.metric.title:<24} {headline.value:>12}  {headline.detail}".rstrip())

@@ -195,3 +195,15 @@ def test_the_hub_presets_with_a_small_local_model(preset, tmp_path, monkeypatch,
     assert {"ce_loss_clean", "ce_loss_reconstructed", "ce_loss_ablated", "ce_loss_recovered"} <= set(summary)
     assert sae_lens.SAE.load_from_disk(tmp_path / "run" / "sae").cfg.metadata.context_size == 32
     assert "CE loss recovered" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("preset", "said"),
+    [
+        ("minilm", "penalty: decoder, topk_pairs, weight 0.3, 0.10% of the pairs\n"),
+        ("toy-matryoshka", "weight 0.001, encoder inhibition 500 times that, 1.00% of the pairs\n"),
+    ],
+)
+def test_the_result_names_the_penalty(preset, said, capsys):
+    train.show(PRESETS[preset], {})
+    assert said in capsys.readouterr().out
