@@ -7,6 +7,8 @@ letter in one of 26 dimensions. Ten words with an "a" have a further dimension e
 import csv
 import itertools
 import json
+import shutil
+import statistics
 import string
 import sys
 from pathlib import Path
@@ -18,13 +20,14 @@ from sae_lens.config import SAETrainerConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.activations.models import save_tiny_gemma
 from topk_ortho.activations.config import MINILM_ON_THE_HUB, ModelConfig
 from topk_ortho.activations.transformer import Transformer
 from topk_ortho.evaluation.saebench.__main__ import _INSTALL, main
+from topk_ortho.evaluation.saebench.subject import Subject, load_subject
 from topk_ortho.sae import StandardSAE
 from topk_ortho.sae.export import save_saelens
 
-jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("sae_bench", reason="needs SAEBench, which make test installs")
 pytestmark = pytest.mark.filterwarnings("default")  # those of SAEBench and of what it calls are not ours
 
@@ -148,6 +151,13 @@ def test_absorption_is_what_was_put_in(absorption):
         n = len(absorbed) if letter["first_letter"] == "a" else 0
         assert letter["num_full_absorption"] == n, letter
     assert len(found["eval_result_details"]) == 26
+    rates = [letter["full_absorption_rate"] for letter in found["eval_result_details"]]
+    mean = found["eval_result_metrics"]["mean"]
+    assert mean["mean_full_absorption_score"] == pytest.approx(statistics.mean(rates))
+    assert mean["std_dev_full_absorption_score"] == pytest.approx(statistics.stdev(rates))
+    # a word is absorbed as a whole here, and one latent stands for each letter
+    assert mean["mean_absorption_fraction_score"] == pytest.approx(statistics.mean(rates))
+    assert (mean["mean_num_split_features"], mean["std_dev_num_split_features"]) == (1, 0)
 
 
 def test_how_well_latents_tell_their_letters(absorption):
@@ -161,7 +171,7 @@ def test_how_well_latents_tell_their_letters(absorption):
     assert validity["with_latent"] == 26
     rates = [letter["full_absorption_rate"] for letter in found["eval_result_details"]]
     assert validity["mean_full_absorption_rate_with_latent"] == pytest.approx(sum(rates) / 26)
-    assert validity["n_words"] == len([word for word in VOCABULARY if word.isalpha()])
+    assert validity["n_words"] == len([word for word in VOCABULARY if word.isalpha()]) - 4
 
 
 def test_what_a_result_says_of_itself(absorption):
@@ -173,11 +183,27 @@ def test_what_a_result_says_of_itself(absorption):
 
 def test_what_is_there_is_not_measured_again(absorption, text, capsys, monkeypatch):
     _, _, folder, _ = absorption
-    monkeypatch.setattr("topk_ortho.evaluation.saebench.absorption.measure_absorption", None)
+    monkeypatch.setattr("topk_ortho.evaluation.saebench.absorption.measure_absorption", fail)
     run(folder, text, "--evals", "absorption")
     said = capsys.readouterr().out
     assert said.startswith("absorption: full absorption ")
     assert "26 letters have a latent with an F1 score of 0.5 or more" in said
+
+
+def fail(*arguments, **settings):
+    raise AssertionError("it measured")
+
+
+def test_a_result_of_something_else_is_not_taken(absorption, model, text, tmp_path):
+    folder = shutil.copytree(absorption[2], tmp_path / absorption[2].name)
+    with pytest.raises(SystemExit, match="is of another number of words: --overwrite measures anew"):
+        run(folder, text, "--evals", "absorption", "--words", 700)
+    sae = letters_that_absorb()
+    with torch.no_grad():
+        sae.b_enc.sub_(0.1)
+    save(sae, folder / "sae", model)
+    with pytest.raises(SystemExit, match="is of another dictionary"):
+        run(folder, text, "--evals", "absorption", "--allow-untrained")
 
 
 def test_without_latents_the_rate_says_nothing(model, text, tmp_path, absorption, capsys, monkeypatch):
@@ -211,8 +237,25 @@ class Counted:
 
 def test_too_few_words_are_refused(model, text, tmp_path):
     save(letters_that_absorb(), tmp_path, model)
-    with pytest.raises(SystemExit, match=r"with 60 words .* give more --words"):
-        run(tmp_path, text, "--evals", "absorption", "--words", 60, "--cache-dir", tmp_path / "cache")
+    for n_words in (1, 60):
+        with pytest.raises(SystemExit, match=rf"with {n_words} words .* give more --words"):
+            run(tmp_path, text, "--evals", "absorption", "--words", n_words, "--cache-dir", tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_words_are_found_where_they_stand(model):
+    """The words of the question stand in a prompt twice, so they are none; the place is that of the word's token."""
+    from topk_ortho.evaluation.saebench.absorption import _words
+
+    transformer = Transformer(ModelConfig(name=str(model), hook=HOOK), torch.device("cpu"))
+    subject = Subject("it", None, transformer, transformer.load_tokenizer(), 0, "")
+    words, place = _words(subject, None, 0)
+    assert place == -6
+    assert set(words) == {word for word in VOCABULARY if word.isalpha()} - {"has", "the", "first", "letter"}
+    some, _ = _words(subject, 400, 0)
+    assert len(some) == 400
+    assert some.items() <= words.items()
+    assert some != _words(subject, 400, 1)[0]
 
 
 def test_core_of_an_exact_dictionary(model, text, tmp_path):
@@ -240,11 +283,22 @@ def test_core_of_an_exact_dictionary(model, text, tmp_path):
 
 
 def test_a_run_of_the_trainer_is_found(model, text, tmp_path):
-    """Under the name of its folder, with its model by the name that the trainer was given."""
-    settings = {"trained_with": "topk_ortho", "training_config": {"model": {"name": str(model)}}}
-    save(exact(), tmp_path / "run" / "sae", MINILM_ON_THE_HUB, **settings)
+    """Under the name of its folder; a model that a package carries by the name that it has here."""
+    save(exact(), tmp_path / "run" / "sae", model)
     run(tmp_path / "run", text, "--evals", "core", "--batches", 1, "--allow-untrained")
     assert result(tmp_path / "run", "core")["sae_lens_release_id"] == "run"
+    settings = {"trained_with": "topk_ortho", "training_config": {"model": {"name": "minilm"}}}
+    save(exact(), tmp_path / "run" / "sae", MINILM_ON_THE_HUB, **settings)
+    with pytest.raises(SystemExit, match="minilm predicts no tokens"):
+        run(tmp_path / "run", text)
+
+
+def test_half_precision_is_judged_in_float32(model, tmp_path):
+    folder = save(letters_that_absorb(), tmp_path, model)
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    subject = load_subject(folder, model=None, batch_size=8, device=torch.device("cpu"))
+    assert {parameter.dtype for parameter in subject.sae.parameters()} == {torch.float32}
 
 
 def test_a_dictionary_that_saelens_trained(model, text, tmp_path):
@@ -267,8 +321,14 @@ def test_a_dictionary_that_saelens_trained(model, text, tmp_path):
     ids = tokenizer(" <eos> ".join(text.read_text().split("\n\n")), add_special_tokens=False)["input_ids"]
     words = [VOCABULARY[number] for number in ids[: 16 * 15] if number > 3]
     x = torch.stack([embedding(word) for word in words])
+    metrics = found["eval_result_metrics"]
     cosine = torch.cosine_similarity(sae(x), x).mean().item()
-    assert found["eval_result_metrics"]["reconstruction_quality"]["cossim"] == pytest.approx(cosine, rel=1e-5)
+    assert metrics["reconstruction_quality"]["cossim"] == pytest.approx(cosine, rel=1e-5)
+    assert metrics["sparsity"]["l0"] == pytest.approx((sae.encode(x) > 0).sum(dim=1).float().mean().item(), rel=1e-5)
+    residual, spread = (part.double().square().sum().item() for part in (sae(x) - x, x - x.mean(dim=0)))
+    explained = found["eval_result_unstructured"]["explained_variance"]
+    assert explained == pytest.approx(1 - residual / spread, rel=1e-5)
+    assert 0.5 < explained < 1
 
 
 @pytest.fixture
@@ -299,12 +359,38 @@ def test_sparse_probing(model, text, tmp_path, labelled):
     assert detail["dataset_name"] == "halves_results"  # SAEBench's way
 
 
+def test_rows_without_a_text_or_a_label_are_passed_over(labelled, tmp_path):
+    from topk_ortho.evaluation.saebench.sparse_probing import _labelled_texts
+
+    rows = [{"text": f"a{n}", "label": 0} for n in range(20)] + [{"text": f"b{n}", "label": 1} for n in range(30)]
+    rows[5:5] = [{"text": None, "label": 1}, {"text": "x", "label": None}, {"text": " ", "label": 1}]
+    path = tmp_path / "gaps.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, test = _labelled_texts(path)
+    assert sorted(train) == sorted(test) == ["0", "1"]
+    assert sorted(train["0"] + test["0"]) == sorted(f"a{n}" for n in range(20))
+    assert sorted(train["1"] + test["1"]) == sorted(f"b{n}" for n in range(20))
+    assert len(test["0"]) == len(test["1"]) == 4
+
+
+def test_special_tokens_and_padding_do_not_count(model):
+    """Activations of a text are those of its own tokens."""
+    from topk_ortho.evaluation.saebench.sparse_probing import _activations
+
+    transformer = Transformer(ModelConfig(name=str(model), hook=HOOK), torch.device("cpu"))
+    subject = Subject("it", None, transformer, transformer.load_tokenizer(), 0, "")
+    found = _activations(subject, [" ".join(WORDS[:3]), f"{WORDS[3]} <eos> {WORDS[4]}"], 6)
+    zero = torch.zeros(D_IN)
+    assert torch.equal(found[0], torch.stack([zero, *map(embedding, WORDS[:3]), zero, zero]))
+    assert torch.equal(found[1], torch.stack([zero, embedding(WORDS[3]), zero, embedding(WORDS[4]), zero, zero]))
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([{"text": "aba", "label": "a"}] * 30, r"must have two classes or more .* it has a \(30\)"),
         ([{"text": "aba", "label": "a"}] * 30 + [{"text": "bab", "label": "b"}] * 3, r"10 texts or more each"),
-        ([{"text": "aba"}] * 3, r"text.column 'label' is not in"),
+        ([{"text": "aba"}] * 3, "has no column label; it has text"),
     ],
 )
 def test_data_that_cannot_be_probed(model, text, tmp_path, rows, message):
@@ -316,7 +402,7 @@ def test_data_that_cannot_be_probed(model, text, tmp_path, rows, message):
 
 def test_without_a_hub_and_without_data(model, text, tmp_path):
     save(letters_that_absorb(), tmp_path, model)
-    with pytest.raises(SystemExit, match="cannot be read from the hub, and no --probing-data is given"):
+    with pytest.raises(SystemExit, match=r"no --probing-data is given, and SAEBench's data set .* cannot be read"):
         run(tmp_path, text, "--evals", "sparse_probing")
 
 
@@ -347,6 +433,13 @@ def test_what_is_no_dictionary_of_a_language_model(model, text, tmp_path):
     save(exact(), tmp_path / "mlp", model, hook_name="blocks.0.hook_mlp_out")
     with pytest.raises(SystemExit, match=r"absorption is measured at blocks\.0\.hook_resid_post"):
         run(tmp_path / "mlp", text, "--allow-untrained", "--evals", "absorption")
+    with pytest.raises(SystemExit, match=r"takes activations of width 64, and .* has 16"):
+        run(tmp_path / "mlp", text, "--model", save_tiny_gemma(tmp_path / "gemma"), "--allow-untrained")
+    with pytest.raises(SystemExit, match="--device nowhere cannot be used"):
+        run(tmp_path / "mlp", text, "--device", "nowhere")
+    (tmp_path / "mlp" / "sae_weights.safetensors").write_bytes(b"nothing")
+    with pytest.raises(SystemExit, match=r"the dictionary in .*mlp cannot be loaded"):
+        run(tmp_path / "mlp", text)
     save(exact(), tmp_path / "encoder", "minilm")
     with pytest.raises(SystemExit, match="minilm predicts no tokens"):
         run(tmp_path / "encoder", text)
@@ -354,8 +447,8 @@ def test_what_is_no_dictionary_of_a_language_model(model, text, tmp_path):
 
 def test_a_result_that_the_schema_refuses_is_not_written(model, text, tmp_path, monkeypatch):
     save(exact(), tmp_path, model)
-    monkeypatch.setattr("topk_ortho.evaluation.saebench.output.asdict", lambda output: {"eval_config": {}})
-    with pytest.raises(jsonschema.ValidationError, match="'eval_id' is a required property"):
+    monkeypatch.setattr("topk_ortho.evaluation.saebench.output.asdict", lambda output: {"eval_result_unstructured": {}})
+    with pytest.raises(SystemExit, match="SAEBench's schema refuses its result: 'eval_config' is a required property"):
         run(tmp_path, text, "--evals", "core", "--batches", 1, "--allow-untrained")
     assert not list(tmp_path.rglob("*_eval_results.json"))
 

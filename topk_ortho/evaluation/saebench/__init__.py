@@ -5,9 +5,9 @@ out as SAEBench's own JSON. Its `run_eval` functions load models and data by the
 turn takes models and data that are there already, so it is these functions that are called here. What differs from
 `run_eval`:
 
-- words and text can be fewer or others, and files say which they were;
+- words and text can be fewer or others, and a result says how many or which they were;
 - a dictionary that was never trained is refused;
-- beside the absorption of a letter stands how well its best latent tells the letter, without which it says nothing.
+- beside the absorption of a letter stands how well a latent tells the letter, without which it says nothing.
 
 [1] Karvonen et al., "SAEBench", arXiv:2503.09532.
 """

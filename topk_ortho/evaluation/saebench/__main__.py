@@ -1,12 +1,22 @@
 """Judge saved dictionaries by SAEBench: python -m topk_ortho.evaluation.saebench SAE_DIR [--evals NAME ...]."""
 
+from __future__ import annotations
+
 import argparse
-import json
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from topk_ortho.activations.config import TextConfig
+    from topk_ortho.evaluation.saebench.output import Evaluation
+    from topk_ortho.evaluation.saebench.subject import Subject
 
 _EVALS = ("absorption", "core", "sparse_probing")
 _INSTALL = "pip install 'topk-ortho[eval]' && pip install --no-deps sae-bench==0.6.0"
@@ -21,6 +31,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"saebench: {error}")
     except ModuleNotFoundError as error:
         sys.exit(f"saebench: needs {error.name}; install SAEBench with: {_INSTALL}")
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        sys.exit(f"saebench: lower --batch-size: {str(error).splitlines()[0]}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,57 +74,78 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     # imported here, as they take seconds and --help needs none of them
-    import torch
-
     from topk_ortho.activations.config import TextConfig
-    from topk_ortho.evaluation.saebench.output import result_path, write_result
-    from topk_ortho.evaluation.saebench.subject import check_trained, load_subject
+    from topk_ortho.evaluation.saebench.output import read_result, result_path, write_result
+    from topk_ortho.evaluation.saebench.subject import check_subject, load_subject
     from topk_ortho.files import user_cache
 
     for name in ("words", "context_size", "batches", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     subject = load_subject(
-        options.sae_dir, model=options.model, batch_size=options.batch_size, device=torch.device(device)
+        options.sae_dir, model=options.model, batch_size=options.batch_size, device=_device(options.device)
     )
     n_tokens = options.batches * options.batch_size * options.context_size
     text = TextConfig(source=options.text, context_size=options.context_size, n_tokens=n_tokens)
-    if not options.allow_untrained:
-        check_trained(subject, text)
+    check_subject(subject, text, allow_untrained=options.allow_untrained)
     out_dir = options.out_dir or options.sae_dir / "saebench"
     cache_dir = options.cache_dir or user_cache() / "saebench"
     for name in options.evals:
-        evaluation, measure = _evaluation(name, options, text, cache_dir)
+        evaluation, measure, judged = _evaluation(name, options, subject, text, cache_dir)
         path = result_path(evaluation, subject, out_dir)
-        if options.overwrite or not path.is_file():
+        if path.is_file() and not options.overwrite:
+            result = read_result(path, judged)
+        else:
             # SAEBench speaks on the standard output, which is for results
             with tempfile.TemporaryDirectory() as work_dir, redirect_stdout(sys.stderr):
-                output = measure(subject, Path(work_dir))
-            write_result(evaluation, output, path)
-        print(f"{name}: {evaluation.summary(json.loads(path.read_text()))}\n  {path}")
+                output = measure(Path(work_dir))
+            result = write_result(evaluation, output, judged, path)
+        print(f"{name}: {evaluation.summary(result)}\n  {path}")
 
 
-def _evaluation(name: str, options: argparse.Namespace, text: Any, cache_dir: Path) -> tuple[Any, Any]:
-    """One of the evaluations, and the function that measures it on a subject with a folder to work in."""
+def _device(name: str) -> torch.device:
+    """The device of a name, which must be there."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _evaluation(
+    name: str, options: argparse.Namespace, subject: Subject, text: TextConfig, cache_dir: Path
+) -> tuple[Evaluation, Callable[[Path], Any], dict[str, Any]]:
+    """One of the evaluations, what measures it with a folder to work in, and what its result depends on."""
+    from topk_ortho.activations.text import Text
+    from topk_ortho.files import sha256_of
+
+    judged = {"dictionary": subject.weights_sha256, "model": subject.transformer.weights_identity}
     match name:
         case "absorption":
             from topk_ortho.evaluation.saebench.absorption import ABSORPTION, measure_absorption
 
-            return ABSORPTION, lambda subject, work_dir: measure_absorption(
-                subject, n_words=options.words, seed=options.seed, cache_dir=cache_dir, work_dir=work_dir
-            )
+            measure = partial(measure_absorption, subject, options.words, seed=options.seed, cache_dir=cache_dir)
+            return ABSORPTION, measure, judged | {"number_of_words": options.words, "seed": options.seed}
         case "core":
             from topk_ortho.evaluation.saebench.core import CORE, measure_core
 
-            return CORE, lambda subject, work_dir: measure_core(subject, text, n_batches=options.batches)
+            sizes = {name: getattr(options, name) for name in ("context_size", "batches", "batch_size")}
+            read = Text(text).identity
+            return (
+                CORE,
+                lambda _: measure_core(subject, text, n_batches=options.batches),
+                judged | {"text": read} | sizes,
+            )
         case _:
             from topk_ortho.evaluation.saebench.sparse_probing import SPARSE_PROBING, measure_sparse_probing
 
-            return SPARSE_PROBING, lambda subject, work_dir: measure_sparse_probing(
-                subject, options.probing_data, seed=options.seed, work_dir=work_dir
-            )
+            measure = partial(measure_sparse_probing, subject, options.probing_data, seed=options.seed)
+            data = {path.stem: sha256_of(path) for path in options.probing_data}
+            return SPARSE_PROBING, measure, judged | {"data": data, "seed": options.seed}
 
 
 if __name__ == "__main__":

@@ -29,27 +29,29 @@ from sae_bench.evals.absorption.eval_output import (
 from sae_bench.evals.absorption.feature_absorption import run_feature_absortion_experiment
 from sae_bench.evals.absorption.k_sparse_probing import run_k_sparse_probing_experiment
 from sae_bench.evals.absorption.main import _aggregate_results_df
-from sae_bench.evals.absorption.vocab import LETTERS, get_alpha_tokens
+from sae_bench.evals.absorption.prompting import first_letter
+from sae_bench.evals.absorption.vocab import LETTERS, convert_tokens_to_string, get_alpha_tokens
 from torch import Tensor
 
-from topk_ortho.activations.text import special_tokens_of
+from topk_ortho.activations.text import special_tokens_of, tokenizer_identity
 from topk_ortho.evaluation.saebench.output import Evaluation, provenance
 from topk_ortho.evaluation.saebench.subject import Subject
 from topk_ortho.files import finished_folder, remove_abandoned
 
 _LATENT_STANDS_FOR = 0.5
-"""F1 score of a letter's best latent from which the absorption of the letter means something"""
-_BATCHES_OF_WORDS = 16
+"""F1 score of a letter's first latent from which the absorption of the letter means something"""
+_FEWEST_BATCHES = 8
+_FEWEST_WORDS = 100
 _MOST_KEPT_BYTES = 4 * 2**30
 """Activations of the features on all words are kept while their probes are trained, unless they are more than this"""
 
 
-def measure_absorption(subject: Subject, *, n_words: int | None, seed: int, cache_dir: Path, work_dir: Path) -> Any:
+def measure_absorption(subject: Subject, n_words: int | None, work_dir: Path, *, seed: int, cache_dir: Path) -> Any:
     """The absorption of first letters, as SAEBench's `AbsorptionEvalOutput`.
 
     ``eval_result_unstructured`` has what SAEBench leaves out: for every letter that the probe reads the F1 score of the
-    firing of its best latent, ``latent_f1``; and ``with_latent``, the number of letters where it is 0.5 or more, with
-    the mean rate of full absorption over these alone.
+    firing of the latent that SAEBench chooses first, ``latent_f1``; and ``with_latent``, the number of letters where it
+    is 0.5 or more, with the mean rate of full absorption over these alone.
 
     Parameters
     ----------
@@ -57,12 +59,12 @@ def measure_absorption(subject: Subject, *, n_words: int | None, seed: int, cach
         A dictionary of the residual stream after a block.
     n_words : int or None
         How many words are drawn from those of the model's vocabulary; None takes all, as SAEBench does.
+    work_dir : Path
+        An empty folder, for SAEBench's tables.
     seed : int
         Draws words, prompts, and the order in which probes are trained.
     cache_dir : Path
         Where the activations of the words are kept.
-    work_dir : Path
-        An empty folder, for SAEBench's tables.
 
     Raises
     ------
@@ -72,19 +74,21 @@ def measure_absorption(subject: Subject, *, n_words: int | None, seed: int, cach
     measured = f"blocks.{subject.layer}.hook_resid_post"
     if subject.hook != measured:
         raise ValueError(f"absorption is measured at {measured}, and this dictionary is of {subject.hook}")
-    words = _words(subject, n_words, seed)
+    words, position = _words(subject, n_words, seed)
     config = AbsorptionEvalConfig(
         model_name=subject.model_name,
         random_seed=seed,
-        prompt_token_pos=_position_of_word(subject),
-        # SAEBench's number is for whole vocabularies: of fewer words the probes that choose latents would see so few
-        # batches that they stay as they were drawn
-        k_sparse_probe_batch_size=min(4_096, math.ceil(len(words) / _BATCHES_OF_WORDS)),
+        prompt_token_pos=position,
+        llm_batch_size=subject.transformer.config.batch_size,
+        llm_dtype=subject.transformer.config.dtype,
         precalc_k_sparse_probe_sae_acts=4 * len(words) * subject.sae.cfg.d_sae <= _MOST_KEPT_BYTES,
     )
+    # SAEBench's number is for whole vocabularies: of fewer words the probes that choose latents would see so few
+    # batches that they stay as they were drawn
+    batch_size = math.ceil(len(words) / _FEWEST_BATCHES)
+    config.k_sparse_probe_batch_size = min(config.k_sparse_probe_batch_size, batch_size)
     model = _Model(subject, words)
-    probes_dir = _cached_probes(model, config, cache_dir)
-    _check_letters(probes_dir, len(words))
+    probes_dir = _cached_probes(subject, model, config, cache_dir)
     _seed(seed)
     sparse_dir, absorption_dir = work_dir / "k_sparse_probing", work_dir / "feature_absorption"
     common = {
@@ -161,7 +165,7 @@ def _means(details: list[AbsorptionResultDetail]) -> AbsorptionMeanMetrics:
 
 
 def _validity(probing: Any, details: list[AbsorptionResultDetail]) -> dict[str, Any]:
-    """How well the best latent of each letter tells it, and what is absorbed of those letters that have one."""
+    """How well the first latent of each letter tells it, and what is absorbed of those letters that have one."""
     letters = {
         detail.first_letter: {
             "probe_f1": float(probing.at[detail.first_letter, "f1_probe"]),
@@ -185,8 +189,8 @@ def _summary(result: dict[str, Any]) -> str:
     of_those = "" if rate is None else f", of whose words {rate:.1%} are absorbed"
     return (
         f"full absorption {mean['mean_full_absorption_score']:.1%} and fraction "
-        f"{mean['mean_absorption_fraction_score']:.3f} over {len(validity['letters'])} letters. The best latent of a "
-        f"letter has a mean F1 score of {validity['mean_latent_f1']:.2f}.\n"
+        f"{mean['mean_absorption_fraction_score']:.3f} over {len(validity['letters'])} letters. The latent that is "
+        f"chosen first for a letter has a mean F1 score of {validity['mean_latent_f1']:.2f}.\n"
         f"  {validity['with_latent']} letters have a latent with an F1 score of {_LATENT_STANDS_FOR} or more{of_those};"
         " of the others the figures say nothing."
     )
@@ -218,33 +222,32 @@ class _Model:
         return None, {self._subject.hook: self._subject.activations(tokens)}
 
 
-def _words(subject: Subject, n_words: int | None, seed: int) -> dict[str, int]:
-    """Tokens of the vocabulary that are words, with their ids.
+def _words(subject: Subject, n_words: int | None, seed: int) -> tuple[dict[str, int], int]:
+    """Tokens of the vocabulary that are words, with their ids, and where a prompt has its word, from its end.
 
-    Prompts of all of them have equally many tokens, so those are left out that the tokenizer splits in a prompt.
+    Every line of a prompt comes after a line break. Words are left out that the tokenizer splits there or, so that all
+    prompts have equally many tokens, that make a line longer or shorter than most words do.
     """
-    template = AbsorptionEvalConfig().prompt_template
-    vocabulary = subject.tokenizer.get_vocab()
-    tokens = get_alpha_tokens(
-        SimpleNamespace(vocab=vocabulary, convert_tokens_to_string=subject.tokenizer.convert_tokens_to_string),
-        replace_special_chars=False,
-    )
-    lengths = {}
-    for token in tokens:
-        # every line of a prompt comes after a line break
-        line = "\n" + template.format(word=subject.tokenizer.convert_tokens_to_string([token]))
-        lengths[token] = len(_ids(subject, line))
-    usual = statistics.mode(lengths.values())
-    whole = sorted(token for token, length in lengths.items() if length == usual)
+    vocabulary, template = subject.tokenizer.get_vocab(), AbsorptionEvalConfig().prompt_template
+    source = SimpleNamespace(vocab=vocabulary, convert_tokens_to_string=subject.tokenizer.convert_tokens_to_string)
+    places = {}
+    for token in get_alpha_tokens(source, replace_special_chars=False):
+        word = convert_tokens_to_string(token, subject.tokenizer)
+        question = "\n" + template.format(word=word)
+        ids, ids_with_answer = _ids(subject, question), _ids(subject, question + first_letter(word))
+        if ids.count(vocabulary[token]) == 1:
+            places[token] = (ids.index(vocabulary[token]) - len(ids), len(ids), len(ids_with_answer))
+    if not places:
+        raise ValueError(f"the tokenizer of {subject.model_name} has no words as tokens")
+    usual = statistics.mode(places.values())
+    whole = sorted(token for token, place in places.items() if place == usual)
     if n_words is not None:
         whole = random.Random(seed).sample(whole, min(n_words, len(whole)))
-    return {token: vocabulary[token] for token in whole}
-
-
-def _position_of_word(subject: Subject) -> int:
-    """Position of the word's token in a prompt, from its end."""
-    after = AbsorptionEvalConfig().prompt_template.partition("{word}")[2]
-    return -1 - len(_ids(subject, after))
+    words = {token: vocabulary[token] for token in whole}
+    n_letters = len({convert_tokens_to_string(token, subject.tokenizer).strip()[0].lower() for token in words})
+    if n_letters < len(LETTERS) or len(words) < _FEWEST_WORDS:
+        raise ValueError(f"with {len(words):,} words only {n_letters} letters begin one: give more --words")
+    return words, usual[0]
 
 
 def _ids(subject: Subject, text: str) -> list[int]:
@@ -252,13 +255,19 @@ def _ids(subject: Subject, text: str) -> list[int]:
     return ids
 
 
-def _cached_probes(model: _Model, config: AbsorptionEvalConfig, cache_dir: Path) -> Path:
-    """The folder of the words' activations and the probes; made if it is not there."""
-    subject = model._subject
+def _cached_probes(subject: Subject, model: _Model, config: AbsorptionEvalConfig, cache_dir: Path) -> Path:
+    """The folder of the words' activations and the probes; made if it is not there.
+
+    Raises
+    ------
+    ValueError
+        If the words that train the probes lack a letter, or the folder is damaged.
+    """
     identity = {
         "weights": subject.transformer.weights_identity,
         "dtype": subject.transformer.config.dtype,
         "hook": subject.hook,
+        "tokenizer": tokenizer_identity(subject.tokenizer),
         "words": model.tokenizer.vocab,
         "template": config.prompt_template,
         "seed": config.random_seed,
@@ -279,15 +288,14 @@ def _cached_probes(model: _Model, config: AbsorptionEvalConfig, cache_dir: Path)
             )
             for activations in unfinished.rglob("*.dat"):  # they are in data.npz, too
                 activations.unlink()
-    return folder
-
-
-def _check_letters(probes_dir: Path, n_words: int) -> None:
-    """Refuse words so few that no probe can be trained for some letter."""
-    with np.load(next(probes_dir.rglob("data.npz"))) as data:
-        n_letters = len(np.unique(data["y_train"]))
+    data = folder / model.cfg.model_name / f"layer_{subject.layer}" / "data.npz"
+    if not data.is_file():
+        raise ValueError(f"{folder} is damaged, delete it: it lacks {data.name}")
+    with np.load(data) as arrays:
+        n_letters = len(np.unique(arrays["y_train"]))
     if n_letters < len(LETTERS):
-        raise ValueError(f"with {n_words:,} words only {n_letters} letters begin one: give more --words")
+        raise ValueError(f"of the words that train the probes only {n_letters} letters begin one: give more --words")
+    return folder
 
 
 def _seed(seed: int) -> None:

@@ -27,9 +27,13 @@ from topk_ortho.activations.config import TextConfig
 from topk_ortho.evaluation.saebench.output import Evaluation, provenance
 from topk_ortho.evaluation.saebench.subject import Subject
 
+_WINDOWS_AT_A_TIME = 64
+
 
 def measure_core(subject: Subject, text: TextConfig, *, n_batches: int) -> Any:
     """The core metrics, as SAEBench's `CoreEvalOutput`. Its ``eval_config.dataset`` is the text.
+
+    ``eval_result_unstructured`` has the explained variance as `train.py` defines it.
 
     Parameters
     ----------
@@ -42,6 +46,7 @@ def measure_core(subject: Subject, text: TextConfig, *, n_batches: int) -> Any:
     """
     config = CoreEvalConfig(
         model_name=subject.model_name,
+        llm_dtype=subject.transformer.config.dtype,
         batch_size_prompts=subject.transformer.config.batch_size,
         n_eval_reconstruction_batches=n_batches,
         n_eval_sparsity_variance_batches=n_batches,
@@ -57,12 +62,14 @@ def measure_core(subject: Subject, text: TextConfig, *, n_batches: int) -> Any:
         exclude_special_tokens_from_reconstruction=True,
     )
     tokenizer = subject.tokenizer
+    windows = subject.windows(text)[: n_batches * config.batch_size_prompts]
+    ignored = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
     metrics, of_features = run_evals(
         subject.sae,
-        _Windows(subject.windows(text)),
+        _Windows(windows.to(subject.transformer.device)),
         subject.transformer.bridge,
         config,
-        ignore_tokens={tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None},
+        ignore_tokens=ignored,
         verbose=True,
     )
     metrics = replace_nans_with_negative_one(metrics | {"misc_metrics": calculate_misc_metrics(of_features)})
@@ -80,16 +87,31 @@ def measure_core(subject: Subject, text: TextConfig, *, n_batches: int) -> Any:
             misc_metrics=MiscMetrics(**metrics["misc_metrics"]),
         ),
         eval_result_details=convert_feature_metrics(replace_nans_with_negative_one(of_features)),
-        eval_result_unstructured={},
+        eval_result_unstructured={"explained_variance": _explained_variance(subject, windows, ignored)},
         **provenance(subject),
     )
 
 
+@torch.no_grad()
+def _explained_variance(subject: Subject, windows: Tensor, ignored: set[int]) -> float:
+    """``1 - sum ||x - x_rec||**2 / sum ||x - mean(x)||**2`` over ordinary tokens; SAEBench has no such figure."""
+    is_ordinary = ~torch.isin(windows, torch.tensor(sorted(ignored)))
+    n, squared_error = 0, 0.0
+    total, squares = torch.zeros(subject.sae.cfg.d_in, dtype=torch.float64), 0.0
+    for part, here in zip(windows.split(_WINDOWS_AT_A_TIME), is_ordinary.split(_WINDOWS_AT_A_TIME), strict=True):
+        x = subject.activations(part)[here.to(subject.transformer.device)]
+        squared_error += (x - subject.sae(x)).double().square().sum().item()
+        n += len(x)
+        total += x.double().sum(dim=0).cpu()
+        squares += x.double().square().sum().item()
+    return 1 - squared_error / (squares - total.square().sum().item() / n)
+
+
 def _summary(result: dict[str, Any]) -> str:
     metrics = result["eval_result_metrics"]
-    quality, predictions = metrics["reconstruction_quality"], metrics["model_performance_preservation"]
+    predictions = metrics["model_performance_preservation"]
     return (
-        f"explained variance {quality['explained_variance']:.4f}, "
+        f"explained variance {result['eval_result_unstructured']['explained_variance']:.4f}, "
         f"cross-entropy score {predictions['ce_loss_score']:.4f}, "
         f"L0 {metrics['sparsity']['l0']:.1f}, features that fired {metrics['misc_metrics']['frac_alive']:.1%}"
     )

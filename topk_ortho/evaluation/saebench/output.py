@@ -41,19 +41,42 @@ def provenance(subject: Subject) -> dict[str, Any]:
     }
 
 
-def write_result(evaluation: Evaluation, output: Any, path: Path) -> None:
-    """Write a result of SAEBench, an object of its own classes.
+def write_result(evaluation: Evaluation, output: Any, judged: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Write a result of SAEBench, an object of its own classes, together with what was judged and how.
 
     Raises
     ------
-    jsonschema.ValidationError
+    ValueError
         If the schema in SAEBench's package refuses it.
     """
-    text = json.dumps(asdict(output), indent=2, default=str)
+    values = asdict(output)
+    values["eval_result_unstructured"] = values["eval_result_unstructured"] | {"judged": judged}
+    text = json.dumps(values, indent=2, default=str)
     schema = files("sae_bench.evals") / evaluation.folder / evaluation.schema
-    jsonschema.validate(json.loads(text), json.loads(schema.read_text()))
+    try:
+        jsonschema.validate(json.loads(text), json.loads(schema.read_text()))
+    except jsonschema.ValidationError as error:
+        raise ValueError(f"SAEBench's schema refuses its result: {error.message}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text + "\n")
+    result: dict[str, Any] = json.loads(text)
+    return result
+
+
+def read_result(path: Path, judged: dict[str, Any]) -> dict[str, Any]:
+    """A result that was written before, which must be of the same dictionary, model and settings.
+
+    Raises
+    ------
+    ValueError
+        If it is of others.
+    """
+    result: dict[str, Any] = json.loads(path.read_text())
+    before = (result.get("eval_result_unstructured") or {}).get("judged", {})
+    others = [name for name, value in judged.items() if before.get(name) != value]
+    if others:
+        raise ValueError(f"{path} is of another {others[0].replace('_', ' ')}: --overwrite measures anew")
+    return result
 
 
 def result_path(evaluation: Evaluation, subject: Subject, folder: Path) -> Path:

@@ -1,32 +1,34 @@
 """SAEBench's sparse probing: how well one, two and five latents tell the class of a text."""
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jaxtyping
+import pandas as pd
 import torch
-from torch import Tensor
-
-from topk_ortho.activations.documents import read_documents
-from topk_ortho.activations.text import special_tokens_of
-from topk_ortho.evaluation.saebench.output import Evaluation, provenance
-from topk_ortho.evaluation.saebench.subject import Subject
-
-# two functions of SAEBench that call each other mean different sizes by the same name, which jaxtyping 0.3 refuses
-jaxtyping.config.update("jaxtyping_disable", True)
-from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig  # noqa: E402
-from sae_bench.evals.sparse_probing.eval_output import (  # noqa: E402
+from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
+from sae_bench.evals.sparse_probing.eval_output import (
     SparseProbingEvalOutput,
     SparseProbingLlmMetrics,
     SparseProbingMetricCategories,
     SparseProbingResultDetail,
     SparseProbingSaeMetrics,
 )
-from sae_bench.evals.sparse_probing.main import run_eval_single_sae  # noqa: E402
-from sae_bench.evals.sparse_probing.probe_training import train_probe_on_activations  # noqa: E402
-from sae_bench.sae_bench_utils.activation_collection import create_meaned_model_activations  # noqa: E402
-from sae_bench.sae_bench_utils.dataset_info import chosen_classes_per_dataset  # noqa: E402
-from sae_bench.sae_bench_utils.dataset_utils import filter_dataset, get_multi_label_train_test_data  # noqa: E402
+from sae_bench.evals.sparse_probing.main import run_eval_single_dataset
+from sae_bench.evals.sparse_probing.probe_training import train_probe_on_activations
+from sae_bench.sae_bench_utils.activation_collection import create_meaned_model_activations
+from sae_bench.sae_bench_utils.dataset_info import chosen_classes_per_dataset
+from sae_bench.sae_bench_utils.dataset_utils import filter_dataset, get_multi_label_train_test_data
+from sae_bench.sae_bench_utils.general_utils import average_results_dictionaries
+from torch import Tensor
+
+from topk_ortho.activations.text import special_tokens_of
+from topk_ortho.evaluation.saebench.output import Evaluation, provenance
+from topk_ortho.evaluation.saebench.subject import Subject
 
 TextsOfClasses = dict[str, list[str]]
 
@@ -35,20 +37,21 @@ _HELD_OUT = 5
 _FEWEST_TEXTS = 10
 
 
-def measure_sparse_probing(subject: Subject, data: list[Path], *, seed: int, work_dir: Path) -> Any:
-    """Sparse probing, as SAEBench's `SparseProbingEvalOutput`.
+def measure_sparse_probing(subject: Subject, data: list[Path], work_dir: Path, *, seed: int) -> Any:
+    """Sparse probing, as SAEBench's `SparseProbingEvalOutput`; accuracies of single classes are unstructured results.
 
     Parameters
     ----------
     subject : Subject
         The dictionary.
     data : list of Path
-        Files of labelled texts, each a data set: .jsonl, .json or .parquet with the columns ``text`` and ``label``. As
-        many texts of every class are used; one in five tests. None takes SAEBench's own data sets, from the hub.
+        Files of labelled texts, each a data set: .jsonl, .csv or .parquet with the columns ``text`` and ``label``.
+        Every class gives as many texts as the smallest one has, and one in five of them tests. An empty list takes
+        SAEBench's own data sets, from the hub.
+    work_dir : Path
+        An empty folder, for the activations of a data set.
     seed : int
         Draws texts of data sets on the hub, and seeds the probes.
-    work_dir : Path
-        An empty folder, for activations of the texts.
 
     Raises
     ------
@@ -65,15 +68,32 @@ def measure_sparse_probing(subject: Subject, data: list[Path], *, seed: int, wor
     )
     if data:
         texts = {path.stem: _labelled_texts(path) for path in data}
+        if len(texts) < len(data):
+            raise ValueError(f"two of the data sets have the same name: {', '.join(map(str, data))}")
         config.dataset_names = list(texts)
-    for name in config.dataset_names:
-        train, test = texts[name] if data else _texts_on_the_hub(name, config)
-        torch.manual_seed(seed)
-        _prepare(subject, config, train, test, work_dir / f"{name}_activations.pt".replace("/", "_"))
-    results, of_classes = run_eval_single_sae(
-        config, subject.sae, None, str(subject.transformer.device), str(work_dir), save_activations=False
-    )
-    means = {name: value for name, value in results.items() if not isinstance(value, dict)}
+    else:
+        texts = {name: _texts_on_the_hub(name, config) for name in config.dataset_names}
+    subject.transformer.check_context_size(config.context_length)
+    results, of_classes = {}, {}
+    for name, (train, test) in texts.items():
+        with _sizes_unchecked():
+            _seed(seed)
+            activations = work_dir / f"{name}_activations.pt".replace("/", "_")
+            _prepare(subject, config, train, test, activations)
+            _seed(seed)
+            results[name], of_classes[name] = run_eval_single_dataset(
+                name,
+                config,
+                subject.sae,
+                None,
+                subject.layer,
+                subject.hook,
+                str(subject.transformer.device),
+                str(work_dir),
+                save_activations=False,
+            )
+            activations.unlink()
+    means = average_results_dictionaries({f"{name}_results": of for name, of in results.items()}, list(results))
     return SparseProbingEvalOutput(
         eval_config=config,
         eval_result_metrics=SparseProbingMetricCategories(
@@ -81,13 +101,30 @@ def measure_sparse_probing(subject: Subject, data: list[Path], *, seed: int, wor
             sae=SparseProbingSaeMetrics(**{name: value for name, value in means.items() if name.startswith("sae_")}),
         ),
         eval_result_details=[
-            SparseProbingResultDetail(dataset_name=name, **values)
-            for name, values in results.items()
-            if isinstance(values, dict)
+            SparseProbingResultDetail(dataset_name=f"{name}_results", **of) for name, of in results.items()
         ],
-        eval_result_unstructured=of_classes,
+        eval_result_unstructured={f"{name}_results": of for name, of in of_classes.items()},
         **provenance(subject),
     )
+
+
+@contextmanager
+def _sizes_unchecked() -> Iterator[None]:
+    """Let two functions of SAEBench that call each other mean different sizes by one name, as they do.
+
+    Their decorators refuse it with jaxtyping 0.3.
+    """
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def _summary(result: dict[str, Any]) -> str:
@@ -103,12 +140,26 @@ SPARSE_PROBING = Evaluation("sparse_probing", "eval_output_schema_sparse_probing
 
 
 def _labelled_texts(path: Path) -> tuple[TextsOfClasses, TextsOfClasses]:
-    """The texts of a file by their classes, as many of each, for training and for testing."""
-    if path.suffix.lower() not in (".jsonl", ".json", ".parquet"):
-        raise ValueError(f"{path} must be a .jsonl, .json or .parquet file with the columns text and label")
+    """The texts of a file by their classes, as many of each, for training and for testing.
+
+    Rows without a text or without a label are passed over.
+    """
+    readers = {
+        ".jsonl": partial(pd.read_json, lines=True, dtype=False),
+        ".csv": pd.read_csv,
+        ".parquet": pd.read_parquet,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(f"{path} must be a {', '.join(readers)} file with the columns text and label")
+    rows = reader(path)
+    if missing := {"text", "label"} - set(rows.columns):
+        raise ValueError(f"{path} has no column {min(missing)}; it has {', '.join(map(str, rows.columns))}")
+    rows = rows.dropna(subset=["text", "label"]).convert_dtypes()  # whole numbers stay what they are
     of_class: TextsOfClasses = {}
-    for text, label in zip(read_documents(path, "text"), read_documents(path, "label"), strict=True):
-        of_class.setdefault(label, []).append(text)
+    for text, label in zip(rows["text"], rows["label"], strict=True):
+        if str(text).strip():
+            of_class.setdefault(str(label), []).append(str(text))
     n_texts = min(map(len, of_class.values()), default=0)
     if len(of_class) < 2 or n_texts < _FEWEST_TEXTS:
         raise ValueError(
@@ -129,7 +180,8 @@ def _texts_on_the_hub(name: str, config: SparseProbingEvalConfig) -> tuple[Texts
         )
     except Exception as error:  # whatever datasets, the hub's client or the network raise
         raise OSError(
-            f"SAEBench's data set {name} cannot be read from the hub, and no --probing-data is given: {error}"
+            f"no --probing-data is given, and SAEBench's data set {name} cannot be read from the hub "
+            f"(some of them need datasets < 4): {error}"
         ) from error
     train, test = (filter_dataset(part, chosen_classes_per_dataset[name]) for part in parts)
     return train, test

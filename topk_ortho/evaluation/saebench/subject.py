@@ -13,10 +13,13 @@ from torch.nn.functional import cosine_similarity
 from topk_ortho.activations.config import ModelConfig, TextConfig
 from topk_ortho.activations.text import Text, token_windows
 from topk_ortho.activations.transformer import Transformer
+from topk_ortho.files import sha256_of
 
 _CHECKED_WINDOWS = 16
 _LONG = 5.0
 """Activations longer than this many times their median, as of attention sinks, do not count in the check"""
+_CARRIED_BY_PACKAGES = ("minilm", "smollm2")
+"""Names of models that train.py knows; the metadata have those of their originals on the hub"""
 _TRANSPOSED = 1 - 1e-4
 """Cosine from which the encoder of a feature is its decoder direction"""
 
@@ -34,6 +37,8 @@ class Subject:
     tokenizer: Any
     layer: int
     """The block that the hook belongs to"""
+    weights_sha256: str
+    """The hash of the dictionary's file of weights"""
 
     @property
     def hook(self) -> str:
@@ -57,6 +62,7 @@ class Subject:
         ValueError
             If the text is too short for a window.
         """
+        self.transformer.check_context_size(text.context_size)
         windows = torch.cat(list(token_windows(Text(text).documents(), self.tokenizer, text)))
         if not len(windows):
             raise ValueError(f"text {text.source} fills no window of {text.context_size} tokens")
@@ -88,11 +94,17 @@ def load_subject(folder: Path, *, model: str | None, batch_size: int, device: to
     from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
     from sae_lens import SAE
 
+    folder = folder.resolve()
     is_run = not (folder / "cfg.json").is_file() and (folder / "sae").is_dir()
     saved = folder / "sae" if is_run else folder
     if not (saved / "cfg.json").is_file():
         raise ValueError(f"{folder} holds no dictionary in SAELens's format: there is no cfg.json")
-    sae: Any = SAE.load_from_disk(saved, device=str(device))
+    try:
+        sae: Any = SAE.load_from_disk(saved, device=str(device), dtype="float32")
+    except Exception as error:  # also bare ones, of safetensors
+        raise OSError(f"the dictionary in {saved} cannot be loaded: {type(error).__name__}: {error}") from error
+    if "transcoder" in sae.cfg.architecture() or not hasattr(sae, "W_enc"):
+        raise ValueError(f"SAEBench judges autoencoders with an encoder; {saved} is a {sae.cfg.architecture()}")
     metadata = sae.cfg.metadata
     hook, name = metadata.hook_name, model or _model_name(metadata)
     if hook is None:
@@ -107,36 +119,42 @@ def load_subject(folder: Path, *, model: str | None, batch_size: int, device: to
     if not torch.allclose(norms, torch.ones_like(norms), atol=1e-5):
         with suppress(NotImplementedError):  # of some architectures it would change what fires
             sae.fold_W_dec_norm()
-    kwargs = metadata.model_from_pretrained_kwargs or {}
-    transformer = Transformer(
-        ModelConfig(name=name, hook=hook, dtype=kwargs.get("dtype", "float32"), batch_size=batch_size), device
-    )
+    is_bfloat16 = (metadata.model_from_pretrained_kwargs or {}).get("dtype") == "bfloat16"
+    config = ModelConfig(name=name, hook=hook, dtype="bfloat16" if is_bfloat16 else "float32", batch_size=batch_size)
+    transformer = Transformer(config, device)
     if not transformer.has_logits:
         raise ValueError(f"SAEBench judges dictionaries of language models, and {name} predicts no tokens")
-    name_of_results = folder.resolve().name if saved.name != "sae" else saved.resolve().parent.name
+    name_of_results = folder.parent.name if folder.name == "sae" else folder.name
     load_and_format_sae(name_of_results, sae, str(device))  # gives the configuration the fields that SAEBench reads
-    return Subject(name_of_results, sae, transformer, transformer.load_tokenizer(), int(block[1]))
+    weights = sha256_of(saved / "sae_weights.safetensors")
+    return Subject(name_of_results, sae, transformer, transformer.load_tokenizer(), int(block[1]), weights)
 
 
 @torch.no_grad()
-def check_trained(subject: Subject, text: TextConfig) -> None:
-    """Refuse a dictionary that was never trained, whose results would be those of random directions.
+def check_subject(subject: Subject, text: TextConfig, *, allow_untrained: bool) -> None:
+    """Refuse a dictionary of other activations, or one that was never trained, whose results would say nothing.
 
-    Two things tell: the encoder is the transposed decoder, as most trainers begin, or reconstructions are no better
-    than the mean activations.
+    Two things tell that it was not trained: the encoder is the transposed decoder, as most trainers begin, or
+    reconstructions are no better than the mean activations.
 
     Raises
     ------
     ValueError
-        If it is such a dictionary.
+        If it is such a dictionary; one that was not trained may be allowed.
     """
     sae = subject.sae
-    if bool((cosine_similarity(sae.W_enc.T, sae.W_dec) > _TRANSPOSED).all()):
-        raise ValueError(
-            f"{subject.name} was never trained: its encoder is still the transposed decoder; "
-            "--allow-untrained judges it all the same"
-        )
     x = subject.activations(subject.windows(text)[:_CHECKED_WINDOWS]).flatten(0, 1)
+    if x.shape[1] != sae.cfg.d_in:
+        raise ValueError(
+            f"{subject.name} takes activations of width {sae.cfg.d_in}, and {subject.hook} of {subject.model_name} has "
+            f"{x.shape[1]}: give the dictionary's own --model"
+        )
+    if allow_untrained:
+        return
+    advice = "--allow-untrained judges it all the same"
+    has_own_encoder = "W_enc" in dict(sae.named_parameters())  # else it is the transposed decoder by design
+    if has_own_encoder and bool((cosine_similarity(sae.W_enc.T, sae.W_dec) > _TRANSPOSED).all()):
+        raise ValueError(f"{subject.name} was never trained: its encoder is still the transposed decoder; {advice}")
     norms = torch.linalg.vector_norm(x, dim=1)
     x = x[norms <= _LONG * norms.median()]
     residual = (x - sae(x)).double().square().sum()
@@ -144,17 +162,17 @@ def check_trained(subject: Subject, text: TextConfig) -> None:
     if not explained_variance > 0:
         raise ValueError(
             f"{subject.name} explains {explained_variance:.2f} of the variance of {subject.hook} of "
-            f"{subject.model_name}, no more than their mean does: it was never trained, or on other activations; "
-            "--allow-untrained judges it all the same"
+            f"{subject.model_name}, no more than their mean does: "
+            f"it was never trained, or on other activations; {advice}"
         )
 
 
 def _model_name(metadata: Any) -> str | None:
-    """The model that a dictionary's metadata name.
+    """The model that a dictionary's metadata name, as it can be loaded."""
+    from transformer_lens.loading_from_pretrained import make_model_alias_map
 
-    A dictionary of train.py has the name that was given there, such as that of a model that a package carries.
-    """
-    settings = metadata.training_config
-    if metadata.trained_with == "topk_ortho" and isinstance(settings, dict):
+    settings, name = metadata.training_config, metadata.model_name
+    if metadata.trained_with == "topk_ortho" and settings["model"]["name"] in _CARRIED_BY_PACKAGES:
         return str(settings["model"]["name"])
-    return metadata.model_name  # type: ignore[no-any-return]
+    # transformer_lens has names of its own for some models, such as gpt2-small
+    return None if name is None else str(make_model_alias_map().get(name.lower(), name))
