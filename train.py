@@ -22,7 +22,8 @@ try:
     import tyro
 
     from topk_ortho.activations.config import expanded
-    from topk_ortho.training.build import open_source, resolve_device
+    from topk_ortho.device import resolve_device
+    from topk_ortho.training.build import open_source
     from topk_ortho.training.config import TrainConfig
     from topk_ortho.training.interrupt import Interrupted, SignalGuard
     from topk_ortho.training.metric_table import headlines

@@ -435,7 +435,7 @@ def test_what_is_no_dictionary_of_a_language_model(model, text, tmp_path):
         run(tmp_path / "mlp", text, "--allow-untrained", "--evals", "absorption")
     with pytest.raises(SystemExit, match=r"takes activations of width 64, and .* has 16"):
         run(tmp_path / "mlp", text, "--model", save_tiny_gemma(tmp_path / "gemma"), "--allow-untrained")
-    with pytest.raises(SystemExit, match="--device nowhere cannot be used"):
+    with pytest.raises(SystemExit, match="device 'nowhere' cannot be used here"):
         run(tmp_path / "mlp", text, "--device", "nowhere")
     (tmp_path / "mlp" / "sae_weights.safetensors").write_bytes(b"nothing")
     with pytest.raises(SystemExit, match=r"the dictionary in .*mlp cannot be loaded"):

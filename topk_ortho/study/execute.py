@@ -141,7 +141,8 @@ def _train_quietly(config: TrainConfig, threads: int) -> str | None:
     """Train a run, with what it prints in a file of its folder; returns what went wrong, if anything."""
     import torch
 
-    from topk_ortho.training.build import open_source, resolve_device
+    from topk_ortho.device import resolve_device
+    from topk_ortho.training.build import open_source
     from topk_ortho.training.run_folder import open_run
     from topk_ortho.training.trainer import Trainer
 

@@ -1,4 +1,4 @@
-"""Builds what a configuration names: the source of activations, the SAE and the device."""
+"""Builds what a configuration names: the source of activations, and the SAE."""
 
 import torch
 
@@ -49,15 +49,3 @@ def _random_sae(config: SAEConfig, d_in: int, generator: torch.Generator) -> Spa
                 bandwidth=config.bandwidth,
                 generator=generator,
             )
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device that a torch device string names; "auto" is CUDA where there is one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        probe = torch.zeros(1, device=device)
-        probe.item()  # fails on the device "meta", which holds no data
-        return probe.device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error

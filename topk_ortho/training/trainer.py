@@ -22,6 +22,7 @@ from tqdm import tqdm
 from topk_ortho.activations.batches import Batches, Stopped
 from topk_ortho.activations.source import ActivationSource, generator_of, mean_and_variance, split_shards
 from topk_ortho.activations.synthetic import KnownActivations
+from topk_ortho.device import resolve_device
 from topk_ortho.evaluation import (
     PairStability,
     PairWindows,
@@ -34,7 +35,7 @@ from topk_ortho.evaluation import (
 )
 from topk_ortho.files import write_whole
 from topk_ortho.sae import ActiveFeatures, SAEOutput, SparseAutoencoder, firing_counts, keep_normalized
-from topk_ortho.training.build import build_sae, resolve_device
+from topk_ortho.training.build import build_sae
 from topk_ortho.training.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint
 from topk_ortho.training.config import TrainConfig, differences, flatten
 from topk_ortho.training.dead_features import DeadFeatures

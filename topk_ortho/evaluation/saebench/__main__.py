@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
-
     from topk_ortho.activations.config import TextConfig
     from topk_ortho.evaluation.saebench.output import Evaluation
     from topk_ortho.evaluation.saebench.subject import Subject
@@ -75,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     # imported here, as they take seconds and --help needs none of them
     from topk_ortho.activations.config import TextConfig
+    from topk_ortho.device import resolve_device
     from topk_ortho.evaluation.saebench.output import read_result, result_path, write_result
     from topk_ortho.evaluation.saebench.subject import check_subject, load_subject
     from topk_ortho.files import user_cache
@@ -84,7 +83,7 @@ def _run(options: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     subject = load_subject(
-        options.sae_dir, model=options.model, batch_size=options.batch_size, device=_device(options.device)
+        options.sae_dir, model=options.model, batch_size=options.batch_size, device=resolve_device(options.device)
     )
     n_tokens = options.batches * options.batch_size * options.context_size
     text = TextConfig(source=options.text, context_size=options.context_size, n_tokens=n_tokens)
@@ -102,18 +101,6 @@ def _run(options: argparse.Namespace) -> None:
                 output = measure(Path(work_dir))
             result = write_result(evaluation, output, judged, path)
         print(f"{name}: {evaluation.summary(result)}\n  {path}")
-
-
-def _device(name: str) -> torch.device:
-    """The device of a name, which must be there."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _evaluation(
