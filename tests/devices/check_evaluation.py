@@ -1,5 +1,7 @@
 """What judges a dictionary, where the dictionary, the data or both are on the second device."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from topk_ortho.activations.source import mean_and_variance
 from topk_ortho.activations.synthetic import SyntheticActivations
 from topk_ortho.evaluation import evaluate, ground_truth_metrics, mean_max_cosine, source_metrics
 from topk_ortho.sae import BatchTopKSAE, MatryoshkaSAE, StandardSAE, TopKSAE
+from topk_ortho.sae.export import save_saelens
 
 SAES = {
     "standard": lambda generator: StandardSAE(16, 24, generator=generator),
@@ -102,3 +105,26 @@ def test_reconstructions_in_a_language_model(device, tmp_path):
     (expected_x, expected), (x, metrics) = results
     torch.testing.assert_close(x, expected_x, rtol=1e-3, atol=1e-4)
     assert_metrics(metrics, expected)
+
+
+@pytest.mark.filterwarnings("default")  # those of SAEBench
+def test_core_metrics_of_saebench(device, tmp_path):
+    pytest.importorskip("sae_bench", reason="needs SAEBench, which make test installs")
+    from topk_ortho.evaluation.saebench.core import measure_core
+    from topk_ortho.evaluation.saebench.subject import load_subject
+
+    model = save_tiny_gemma(tmp_path / "model")
+    (tmp_path / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 20)
+    text = TextConfig(source=str(tmp_path / "corpus.txt"), context_size=16, n_tokens=200)
+    metadata = {"model_name": str(model), "hook_name": "blocks.0.hook_resid_post"}
+    save_saelens(make("topk"), tmp_path / "sae", metadata)
+    expected, found = (
+        measure_core(
+            load_subject(tmp_path / "sae", model=None, batch_size=4, device=torch.device(where)), text, n_batches=2
+        )
+        for where in ("cpu", device)
+    )
+    for name in ("sparsity", "reconstruction_quality", "model_performance_preservation"):
+        parts = (asdict(getattr(each.eval_result_metrics, name)) for each in (found, expected))
+        assert_metrics(*parts)
+    assert_metrics(found.eval_result_unstructured, expected.eval_result_unstructured)

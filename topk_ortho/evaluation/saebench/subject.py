@@ -100,7 +100,7 @@ def load_subject(folder: Path, *, model: str | None, batch_size: int, device: to
     if not (saved / "cfg.json").is_file():
         raise ValueError(f"{folder} holds no dictionary in SAELens's format: there is no cfg.json")
     try:
-        sae: Any = SAE.load_from_disk(saved, device=str(device), dtype="float32")
+        sae: Any = SAE.load_from_disk(saved, device="cpu", dtype="float32").to(device)
     except Exception as error:  # also bare ones, of safetensors
         raise OSError(f"the dictionary in {saved} cannot be loaded: {type(error).__name__}: {error}") from error
     if "transcoder" in sae.cfg.architecture() or not hasattr(sae, "W_enc"):
