@@ -11,6 +11,7 @@ import shutil
 import statistics
 import string
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,11 @@ from topk_ortho.evaluation.saebench.subject import Subject, load_subject
 from topk_ortho.sae import StandardSAE
 from topk_ortho.sae.export import save_saelens
 
+jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("sae_bench", reason="needs SAEBench, which make test installs")
 pytestmark = pytest.mark.filterwarnings("default")  # those of SAEBench and of what it calls are not ours
 
+ROOT = Path(__file__).parents[2]
 LETTERS = string.ascii_lowercase
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 WORDS = [a + b + c for a in LETTERS for b, c in itertools.islice(itertools.product("aeiouy", LETTERS), 30)]
@@ -462,11 +465,19 @@ def test_what_to_install_is_said(model, text, tmp_path, monkeypatch):
 
 
 def test_the_documented_command_is_the_one_that_make_runs():
-    root = Path(__file__).parents[2]
     first, second = _INSTALL.split(" && ")
-    documented = (root / "docs" / "saebench.md").read_text()
+    documented = (ROOT / "docs" / "saebench.md").read_text()
     assert f"{first}\n{second}\n" in documented
-    makefile = (root / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     assert "--no-deps --constraint constraints.txt" in makefile
     assert "eval,dev]" in makefile
-    assert second.split()[-1] in (root / "constraints.txt").read_text().split()
+    assert second.split()[-1] in (ROOT / "constraints.txt").read_text().split()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs" / "studies" / "saebench").rglob("*.json")), ids=lambda path: path.stem
+)
+def test_committed_results_are_saebenchs(path):
+    folder = files("sae_bench.evals") / path.parent.name
+    (schema,) = (each for each in folder.iterdir() if each.name.startswith("eval_output_schema_"))
+    jsonschema.validate(json.loads(path.read_text()), json.loads(schema.read_text()))

@@ -130,7 +130,7 @@ def _seed(seed: int) -> None:
 def _summary(result: dict[str, Any]) -> str:
     latents, model = (result["eval_result_metrics"][part] for part in ("sae", "llm"))
     return (
-        f"accuracy with the best latent {latents['sae_top_1_test_accuracy']:.3f}, with five "
+        f"accuracy with one latent {latents['sae_top_1_test_accuracy']:.3f}, with five "
         f"{latents['sae_top_5_test_accuracy']:.3f}, with all {latents['sae_test_accuracy']:.3f}, "
         f"and with the model's own activations {model['llm_test_accuracy']:.3f}"
     )
