@@ -10,11 +10,7 @@ def save_tiny_gemma(directory):
     vocabulary = {
         word: number for number, word in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *map(chr, range(97, 123))])
     }
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>"
-    ).save_pretrained(directory)
+    save_tokenizer(directory, vocabulary, pre_tokenizers.Split("", "isolated"))
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=len(vocabulary),
@@ -32,3 +28,12 @@ def save_tiny_gemma(directory):
     )
     Gemma2ForCausalLM(config).save_pretrained(directory)
     return directory
+
+
+def save_tokenizer(directory, vocabulary, pre_tokenizer):
+    """One that knows whole tokens, with <pad>, <eos>, <bos> and <unk> among them; `vocabulary` has their ids."""
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>"
+    ).save_pretrained(directory)

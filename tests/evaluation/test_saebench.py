@@ -18,10 +18,10 @@ import pytest
 import sae_lens
 import torch
 from sae_lens.config import SAETrainerConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.activations.models import save_tiny_gemma
+from tests.activations.models import save_tiny_gemma, save_tokenizer
 from topk_ortho.activations.config import MINILM_ON_THE_HUB, ModelConfig
 from topk_ortho.activations.transformer import Transformer
 from topk_ortho.evaluation.saebench.__main__ import _INSTALL, main
@@ -59,11 +59,8 @@ def embedding(token):
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     ids = {word: number for number, word in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>"
-    ).save_pretrained(directory)
+    words = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    save_tokenizer(directory, ids, words)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),

@@ -47,7 +47,7 @@ class Text:
 
     @property
     def is_on_hub(self) -> bool:
-        """Whether the documents are streamed from a data set on the hub. Else they are all on this machine."""
+        """True if the documents are streamed from a data set on the hub, False if all are on this machine."""
         return self._file is None and self.config.source not in DOCUMENTATION
 
     def documents(self) -> Iterator[str]:

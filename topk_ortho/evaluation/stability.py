@@ -74,7 +74,7 @@ class PairWindows:
         self._windows: dict[int, _Window] = {}
 
     def begins(self, step: int) -> bool:
-        """Whether the pairs selected at this step are the first of a window, with which later ones are compared."""
+        """True if a window begins at this step: pairs of its later steps are compared with those selected here."""
         return self._every > 0 and step % self._every == 0
 
     def is_due(self, step: int) -> bool:

@@ -32,6 +32,7 @@ from sae_bench.evals.absorption.main import _aggregate_results_df
 from sae_bench.evals.absorption.prompting import first_letter
 from sae_bench.evals.absorption.vocab import LETTERS, convert_tokens_to_string, get_alpha_tokens
 from torch import Tensor
+from transformers import set_seed
 
 from topk_ortho.activations.text import special_tokens_of, tokenizer_identity
 from topk_ortho.evaluation.saebench.output import Evaluation, provenance
@@ -89,7 +90,8 @@ def measure_absorption(subject: Subject, n_words: int | None, work_dir: Path, *,
     config.k_sparse_probe_batch_size = min(config.k_sparse_probe_batch_size, batch_size)
     model = _Model(subject, words)
     probes_dir = _cached_probes(subject, model, config, cache_dir)
-    _seed(seed)
+    # SAEBench draws from the global generators, and seeds none of them for this evaluation
+    set_seed(seed)
     sparse_dir, absorption_dir = work_dir / "k_sparse_probing", work_dir / "feature_absorption"
     common = {
         "model": model,
@@ -276,7 +278,7 @@ def _cached_probes(subject: Subject, model: _Model, config: AbsorptionEvalConfig
     folder = cache_dir / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     remove_abandoned(cache_dir)
     if not folder.is_dir():
-        _seed(config.random_seed)
+        set_seed(config.random_seed)
         with finished_folder(folder) as unfinished:
             train_and_save_probes(
                 model,
@@ -296,10 +298,3 @@ def _cached_probes(subject: Subject, model: _Model, config: AbsorptionEvalConfig
     if n_letters < len(LETTERS):
         raise ValueError(f"of the words that train the probes only {n_letters} letters begin one: give more --words")
     return folder
-
-
-def _seed(seed: int) -> None:
-    """SAEBench draws from the global generators, and seeds none of them for this evaluation."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    torch.manual_seed(seed)

@@ -4,17 +4,7 @@ from typing import Any
 
 import torch
 from sae_bench.evals.core.eval_config import CoreEvalConfig
-from sae_bench.evals.core.eval_output import (
-    CoreEvalOutput,
-    CoreMetricCategories,
-    MiscMetrics,
-    ModelBehaviorPreservationMetrics,
-    ModelPerformancePreservationMetrics,
-    ReconstructionQualityMetrics,
-    ShrinkageMetrics,
-    SparsityMetrics,
-    TokenStatsMetrics,
-)
+from sae_bench.evals.core.eval_output import CoreEvalOutput
 from sae_bench.evals.core.main import (
     calculate_misc_metrics,
     convert_feature_metrics,
@@ -26,8 +16,6 @@ from torch import Tensor
 from topk_ortho.activations.config import TextConfig
 from topk_ortho.evaluation.saebench.output import Evaluation, provenance
 from topk_ortho.evaluation.saebench.subject import Subject
-
-_WINDOWS_AT_A_TIME = 64
 
 
 def measure_core(subject: Subject, text: TextConfig, *, n_batches: int) -> Any:
@@ -73,38 +61,14 @@ def measure_core(subject: Subject, text: TextConfig, *, n_batches: int) -> Any:
         verbose=True,
     )
     metrics = replace_nans_with_negative_one(metrics | {"misc_metrics": calculate_misc_metrics(of_features)})
+    x = subject.activations(windows)[~torch.isin(windows, torch.tensor(sorted(ignored)))]
     return CoreEvalOutput(
         eval_config=config,
-        eval_result_metrics=CoreMetricCategories(
-            model_behavior_preservation=ModelBehaviorPreservationMetrics(**metrics["model_behavior_preservation"]),
-            model_performance_preservation=ModelPerformancePreservationMetrics(
-                **metrics["model_performance_preservation"]
-            ),
-            reconstruction_quality=ReconstructionQualityMetrics(**metrics["reconstruction_quality"]),
-            shrinkage=ShrinkageMetrics(**metrics["shrinkage"]),
-            sparsity=SparsityMetrics(**metrics["sparsity"]),
-            token_stats=TokenStatsMetrics(**metrics["token_stats"]),
-            misc_metrics=MiscMetrics(**metrics["misc_metrics"]),
-        ),
+        eval_result_metrics=metrics,
         eval_result_details=convert_feature_metrics(replace_nans_with_negative_one(of_features)),
-        eval_result_unstructured={"explained_variance": _explained_variance(subject, windows, ignored)},
+        eval_result_unstructured={"explained_variance": subject.explained_variance(x)},
         **provenance(subject),
     )
-
-
-@torch.no_grad()
-def _explained_variance(subject: Subject, windows: Tensor, ignored: set[int]) -> float:
-    """``1 - sum ||x - x_rec||**2 / sum ||x - mean(x)||**2`` over ordinary tokens; SAEBench has no such figure."""
-    is_ordinary = ~torch.isin(windows, torch.tensor(sorted(ignored)))
-    n, squared_error = 0, 0.0
-    total, squares = torch.zeros(subject.sae.cfg.d_in, dtype=torch.float64), 0.0
-    for part, here in zip(windows.split(_WINDOWS_AT_A_TIME), is_ordinary.split(_WINDOWS_AT_A_TIME), strict=True):
-        x = subject.activations(part)[here.to(subject.transformer.device)]
-        squared_error += (x - subject.sae(x)).double().square().sum().item()
-        n += len(x)
-        total += x.double().sum(dim=0).cpu()
-        squares += x.double().square().sum().item()
-    return 1 - squared_error / (squares - total.square().sum().item() / n)
 
 
 def _summary(result: dict[str, Any]) -> str:

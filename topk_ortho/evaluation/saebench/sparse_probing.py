@@ -1,6 +1,5 @@
 """SAEBench's sparse probing: how well one, two and five latents tell the class of a text."""
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,10 +12,6 @@ import torch
 from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 from sae_bench.evals.sparse_probing.eval_output import (
     SparseProbingEvalOutput,
-    SparseProbingLlmMetrics,
-    SparseProbingMetricCategories,
-    SparseProbingResultDetail,
-    SparseProbingSaeMetrics,
 )
 from sae_bench.evals.sparse_probing.main import run_eval_single_dataset
 from sae_bench.evals.sparse_probing.probe_training import train_probe_on_activations
@@ -25,6 +20,7 @@ from sae_bench.sae_bench_utils.dataset_info import chosen_classes_per_dataset
 from sae_bench.sae_bench_utils.dataset_utils import filter_dataset, get_multi_label_train_test_data
 from sae_bench.sae_bench_utils.general_utils import average_results_dictionaries
 from torch import Tensor
+from transformers import set_seed
 
 from topk_ortho.activations.text import special_tokens_of
 from topk_ortho.evaluation.saebench.output import Evaluation, provenance
@@ -77,10 +73,10 @@ def measure_sparse_probing(subject: Subject, data: list[Path], work_dir: Path, *
     results, of_classes = {}, {}
     for name, (train, test) in texts.items():
         with _sizes_unchecked():
-            _seed(seed)
+            set_seed(seed)
             activations = work_dir / f"{name}_activations.pt".replace("/", "_")
             _prepare(subject, config, train, test, activations)
-            _seed(seed)
+            set_seed(seed)
             results[name], of_classes[name] = run_eval_single_dataset(
                 name,
                 config,
@@ -96,13 +92,11 @@ def measure_sparse_probing(subject: Subject, data: list[Path], work_dir: Path, *
     means = average_results_dictionaries({f"{name}_results": of for name, of in results.items()}, list(results))
     return SparseProbingEvalOutput(
         eval_config=config,
-        eval_result_metrics=SparseProbingMetricCategories(
-            llm=SparseProbingLlmMetrics(**{name: value for name, value in means.items() if name.startswith("llm_")}),
-            sae=SparseProbingSaeMetrics(**{name: value for name, value in means.items() if name.startswith("sae_")}),
-        ),
-        eval_result_details=[
-            SparseProbingResultDetail(dataset_name=f"{name}_results", **of) for name, of in results.items()
-        ],
+        eval_result_metrics={
+            part: {name: value for name, value in means.items() if name.startswith(f"{part}_")}
+            for part in ("llm", "sae")
+        },
+        eval_result_details=[{"dataset_name": f"{name}_results"} | of for name, of in results.items()],
         eval_result_unstructured={f"{name}_results": of for name, of in of_classes.items()},
         **provenance(subject),
     )
@@ -120,11 +114,6 @@ def _sizes_unchecked() -> Iterator[None]:
         yield
     finally:
         jaxtyping.config.update("jaxtyping_disable", before)
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def _summary(result: dict[str, Any]) -> str:

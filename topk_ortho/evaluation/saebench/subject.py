@@ -1,5 +1,6 @@
 """A saved dictionary and the language model whose activations it takes."""
 
+import math
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from topk_ortho.activations.config import ModelConfig, TextConfig
+from topk_ortho.activations.source import mean_and_variance
 from topk_ortho.activations.text import Text, token_windows
 from topk_ortho.activations.transformer import Transformer
 from topk_ortho.files import sha256_of
 
 _CHECKED_WINDOWS = 16
+_TOKENS_AT_A_TIME = 1_024
 _LONG = 5.0
 """Activations longer than this many times their median, as of attention sinks, do not count in the check"""
 _CARRIED_BY_PACKAGES = ("minilm", "smollm2")
@@ -53,6 +56,15 @@ class Subject:
     def activations(self, tokens: Tensor) -> Tensor:
         """Activations at the hook [n, context, d_in], float32, for token ids [n, context]."""
         return self.transformer.activations(tokens, torch.float32).to(self.transformer.device)
+
+    @torch.no_grad()
+    def explained_variance(self, x: Tensor) -> float:
+        """``1 - sum ||x - x_rec||**2 / sum ||x - mean(x)||**2`` for activations [n, d_in]; NaN if all are equal."""
+        squared_error = 0.0
+        for part in x.split(_TOKENS_AT_A_TIME):
+            squared_error += (part - self.sae(part)).double().square().sum().item()
+        _, variance = mean_and_variance(x)
+        return 1 - squared_error / (len(x) * variance) if variance else math.nan
 
     def windows(self, text: TextConfig) -> Tensor:
         """Windows of token ids [n, context] from the beginning of a text.
@@ -117,7 +129,7 @@ def load_subject(folder: Path, *, model: str | None, batch_size: int, device: to
     metadata.model_name = metadata.model_name or name
     norms = torch.linalg.vector_norm(sae.W_dec, dim=1)
     if not torch.allclose(norms, torch.ones_like(norms), atol=1e-5):
-        with suppress(NotImplementedError):  # of some architectures it would change what fires
+        with suppress(NotImplementedError):  # SAELens refuses it where it would change which features fire
             sae.fold_W_dec_norm()
     is_bfloat16 = (metadata.model_from_pretrained_kwargs or {}).get("dtype") == "bfloat16"
     config = ModelConfig(name=name, hook=hook, dtype="bfloat16" if is_bfloat16 else "float32", batch_size=batch_size)
@@ -157,8 +169,7 @@ def check_subject(subject: Subject, text: TextConfig, *, allow_untrained: bool) 
         raise ValueError(f"{subject.name} was never trained: its encoder is still the transposed decoder; {advice}")
     norms = torch.linalg.vector_norm(x, dim=1)
     x = x[norms <= _LONG * norms.median()]
-    residual = (x - sae(x)).double().square().sum()
-    explained_variance = 1 - (residual / (x - x.mean(dim=0)).double().square().sum()).item()
+    explained_variance = subject.explained_variance(x)
     if not explained_variance > 0:
         raise ValueError(
             f"{subject.name} explains {explained_variance:.2f} of the variance of {subject.hook} of "
