@@ -15,7 +15,8 @@ from topk_ortho.backends import registry
 from topk_ortho.backends.naive import NaiveBackend
 from topk_ortho.backends.sparse.backend import SparseBackend
 from topk_ortho.backends.sparse.products import Slabs
-from topk_ortho.backends.tiled import TiledBackend, TileShape
+from topk_ortho.backends.tile_stream import TileShape
+from topk_ortho.backends.tiled import TiledBackend
 from topk_ortho.backends.triton import TritonBackend
 from topk_ortho.kernels import launch, pair_gradient
 from topk_ortho.warm_start import SampleSizes

@@ -6,6 +6,7 @@ import pytest
 from numpydoc.validate import validate
 
 import topk_ortho
+from topk_ortho import distributed
 
 CHECKS = {
     "GL06": "a section of unknown name",
@@ -24,6 +25,12 @@ CHECKS = {
 @pytest.mark.parametrize("name", sorted({*topk_ortho.__all__} - {"NearestColumns", "TopKPairs"}))
 def test_numpydoc(name):
     errors = [error for error in validate(f"topk_ortho.{name}")["errors"] if error[0] in CHECKS]
+    assert not errors
+
+
+@pytest.mark.parametrize("name", distributed.__all__)
+def test_numpydoc_of_distributed_ops(name):
+    errors = [error for error in validate(f"topk_ortho.distributed.{name}")["errors"] if error[0] in CHECKS]
     assert not errors
 
 

@@ -78,7 +78,7 @@ def first_in_order(cosines: Tensor, index: Tensor, similarity: Similarity, count
     if not (index[1:] > index[:-1]).all():
         by_index = index.argsort()
         cosines, index = cosines[by_index], index[by_index]
-    rank = _integers_in_order(similarity_of(cosines, similarity))
+    rank = integers_in_order(similarity_of(cosines, similarity))
     order = rank.bitwise_not().argsort(stable=True)  # ~rank descends and cannot overflow
     return cosines.index_select(0, order), index.index_select(0, order)
 
@@ -102,12 +102,19 @@ def first_unsorted(cosines: Tensor, index: Tensor, similarity: Similarity, count
     return cosines.index_select(0, first), index.index_select(0, first)
 
 
-def _integers_in_order(numbers: Tensor) -> Tensor:
-    """Integers that compare as the floating `numbers` do: they sort by radix, ten times faster on a CPU.
+def integers_in_order(numbers: Tensor) -> Tensor:
+    """Integers that compare as the floating `numbers` do: they sort by radix, ten times faster on a CPU."""
+    integer = torch.int64 if numbers.dtype == torch.float64 else torch.int32
+    return _reordered((numbers + 0.0).view(integer))  # + 0.0 turns -0.0 into 0.0
 
-    The bits of a float order as it does, except that below zero they order backwards.
-    """
-    integer, sign_bit = (torch.int64, 63) if numbers.dtype == torch.float64 else (torch.int32, 31)
-    bits = (numbers + 0.0).view(integer)  # + 0.0 turns -0.0 into 0.0
+
+def numbers_in_order(integers: Tensor) -> Tensor:
+    """The numbers that `integers_in_order` made int32 or int64 integers of."""
+    return _reordered(integers).view(torch.float64 if integers.dtype == torch.int64 else torch.float32)
+
+
+def _reordered(bits: Tensor) -> Tensor:
+    """Bits of floats, which order as these do but backwards below zero, in the order of integers; or the reverse."""
+    sign_bit = 8 * bits.element_size() - 1
     ordered: Tensor = bits ^ ((bits >> sign_bit) & (2**sign_bit - 1))
     return ordered

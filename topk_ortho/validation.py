@@ -18,10 +18,10 @@ _SPARSE_LAYOUTS = (torch.sparse_coo, torch.sparse_csr)
 _COMPARABLE = (*FLOATING, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def check_features(x: Any) -> None:
-    """Refuse what is not a floating [M, N] matrix, dense or sparse, with M >= 1 and N >= 2."""
+def check_features(x: Any, *, least_columns: int = 2) -> None:
+    """Refuse what is not a floating [M, N] matrix, dense or sparse, with M >= 1 and so many columns at least."""
     if isinstance(x, SparseFeatures):
-        _check_sparse_features(x)
+        _check_sparse_features(x, least_columns)
         return
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor or SparseFeatures, got {_describe(x)}")
@@ -33,10 +33,10 @@ def check_features(x: Any) -> None:
         raise ValueError(f"x must be 2-D [M, N] with features in columns, got shape {list(x.shape)}")
     if x.layout in _SPARSE_LAYOUTS and x.dense_dim() > 0:
         raise ValueError(f"x must hold one number an entry, got {x.dense_dim()} dense dimensions")
-    _check_numbers(x.dtype, *x.shape)
+    _check_numbers(x.dtype, *x.shape, least_columns)
 
 
-def _check_sparse_features(x: SparseFeatures) -> None:
+def _check_sparse_features(x: SparseFeatures, least_columns: int) -> None:
     for name, tensor in (("indices", x.indices), ("values", x.values)):
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_nested:
             raise TypeError(f"x.{name} must be a dense tensor, got {_describe(tensor)}")
@@ -48,14 +48,15 @@ def _check_sparse_features(x: SparseFeatures) -> None:
     if x.indices.device != x.values.device:
         raise ValueError(f"x.indices and x.values must be on one device, got {x.indices.device} and {x.values.device}")
     _check_integer("x.n_features", x.n_features)
-    _check_numbers(x.values.dtype, x.indices.shape[0], x.n_features)
+    _check_numbers(x.values.dtype, x.indices.shape[0], x.n_features, least_columns)
 
 
-def _check_numbers(dtype: torch.dtype, n_rows: int, n_columns: int) -> None:
+def _check_numbers(dtype: torch.dtype, n_rows: int, n_columns: int, least_columns: int) -> None:
     if dtype not in FLOATING:
         raise TypeError(f"x must have dtype float16, bfloat16, float32 or float64, got {dtype}")
-    if n_rows < 1 or n_columns < 2:
-        raise ValueError(f"x must have at least 1 row and 2 columns, got shape {[n_rows, n_columns]}")
+    if n_rows < 1 or n_columns < least_columns:
+        columns = f" and {least_columns} columns" if least_columns else ""
+        raise ValueError(f"x must have at least 1 row{columns}, got shape {[n_rows, n_columns]}")
 
 
 def resolve_query(

@@ -11,6 +11,7 @@ Without a state, the guess comes from a sample of the columns.
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,7 +47,17 @@ def initial_state(device: torch.device | str | None = None) -> Tensor:
     return torch.tensor([-1.0, MARGIN_START, 0.0], dtype=torch.float32, device=device)
 
 
-def next_state(state: Tensor, ordered: Tensor, k: int, n_passes: int) -> Tensor:
+class Ordered(Protocol):
+    """Similarities in descending order: a tensor, or something of which single ones can be looked up."""
+
+    def numel(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, position: int) -> Tensor:
+        """The similarity [] at a position, from 0."""
+
+
+def next_state(state: Tensor, ordered: Ordered, k: int, n_passes: int) -> Tensor:
     """State after a call that kept the similarities `ordered`, descending.
 
     There are k of them or more, if as many passed the floor, else all that did.

@@ -17,12 +17,13 @@ from tests import oracle
 from tests.inputs import activations, dyadic, normal, seeded
 from tests.tolerances import assert_selection, assert_within, cosine_bound, float64, loss_bound
 from topk_ortho import TopKPairs, initial_state, max_cosine_loss, topk_pairs
-from topk_ortho.backends import tiled
+from topk_ortho.backends import tile_stream
 from topk_ortho.backends.base import WeightedPairs
 from topk_ortho.backends.naive import NaiveBackend
 from topk_ortho.backends.norms import column_norms
 from topk_ortho.backends.survivors import Survivors
-from topk_ortho.backends.tiled import TiledBackend, TileShape
+from topk_ortho.backends.tile_stream import TileShape, tiles
+from topk_ortho.backends.tiled import TiledBackend
 from topk_ortho.definitions import Query
 from topk_ortho.warm_start import SampleSizes
 
@@ -51,7 +52,7 @@ def passes(monkeypatch):
             super().add(cosines, index)
             self.most_records = max(self.most_records, self.n_records)
 
-    monkeypatch.setattr(tiled, "Survivors", Recorded)
+    monkeypatch.setattr(tile_stream, "Survivors", Recorded)
     return Recorded
 
 
@@ -84,7 +85,7 @@ class TestTiles:
         gram = (x / norms).double().T @ x.double()
         seen = torch.zeros(n, n, dtype=torch.int64)
         highest_of_earlier_panels, panel = -1, 0
-        for row, col, products in tiled.upper_tiles(x, norms, TileShape(min(shape[0], n), min(shape[1], n))):
+        for row, col, products in tiles(x, norms, TileShape(min(shape[0], n), min(shape[1], n))):
             assert row % shape[0] == 0
             n_rows, n_cols = products.shape
             assert n_rows <= shape[0]

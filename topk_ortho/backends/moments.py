@@ -40,10 +40,18 @@ class Moments:
 
     def add_zeros(self, count: int) -> None:
         """Add `count` magnitudes of 0."""
+        self.merge(count, 0.0, 0.0)
+
+    def state(self) -> tuple[int, float, float]:
+        """What `merge` takes: how many magnitudes were added, their mean, and the sum of squared deviations from it."""
+        return self.count, self.mean, self._sum_squares
+
+    def merge(self, count: int, mean: float, sum_squares: float) -> None:
+        """Add magnitudes that were gathered elsewhere."""
         if count:
-            total = self.count + count
-            self._sum_squares += self.mean * self.mean * self.count * count / total
-            self.mean *= self.count / total
+            total, shift = self.count + count, mean - self.mean
+            self._sum_squares += sum_squares + shift * shift * self.count * count / total
+            self.mean += shift * count / total
             self.count = total
 
     def adaptive_tau(self, n_std: float) -> float:

@@ -21,7 +21,7 @@ def column_norms(x: Tensor, slab_elements: int = 2**18) -> Tensor:
     """
     dtype = accumulation_dtype(x)
     sum_squares = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
-    for slab in x.split(max(1, slab_elements // x.shape[1])):
+    for slab in x.split(max(1, slab_elements // max(1, x.shape[1]))):
         sum_squares += slab.to(dtype).square().sum(dim=0)
     norms = sum_squares.sqrt_()
     overflowed = ~norms.isfinite()

@@ -75,6 +75,21 @@ class TestSlabs:
         n_active = (x != 0).sum(dim=1)
         assert n_done == coordinates.n_products() == (n_active * (n_active - 1) // 2).sum()
 
+    @pytest.mark.parametrize("n_shares", [2, 3, 40])
+    @pytest.mark.parametrize("n_products", [7, 2**20])
+    @matrices
+    def test_shares_cover_all_pairs_once(self, x, n_products, n_shares, slabs):
+        coordinates = coordinates_of(x)
+        actual, sizes = torch.zeros_like(x.T @ x), []
+        for number in range(n_shares):
+            share = list(slabs(n_products).of(coordinates, (number, n_shares)))
+            sizes.append(sum(slab.n_products for slab in share))
+            for met in (slab.cosines() for slab in share):
+                actual[met.pairs // x.shape[1], met.pairs % x.shape[1]] += met.cosines.long()
+        assert torch.equal(actual, (x.T @ x).triu(1))
+        assert sum(sizes) == coordinates.n_products()
+        assert max(sizes) <= sum(sizes) / n_shares + coordinates.samples.numel()  # a feature stays in one share
+
     def test_there_are_as_few_as_the_budget_allows(self, slabs):
         x = integers(12, 20, 0.5)
         sizes = [slab.n_products for slab in slabs(100).of(coordinates_of(x))]

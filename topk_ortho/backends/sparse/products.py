@@ -43,8 +43,11 @@ class Slabs:
     on_kernels: bool | None = None
     """Whether slabs are made by Triton's kernels, or in plain torch."""
 
-    def of(self, x_hat: Coordinates) -> Iterator["Slab"]:
-        """Slabs that cover all pairs of an x_hat whose entries are in order, first features ascending."""
+    def of(self, x_hat: Coordinates, share: tuple[int, int] = (0, 1)) -> Iterator["Slab"]:
+        """Slabs that cover all pairs of an x_hat whose entries are in order, first features ascending.
+
+        With a share (i, n) they cover the i-th of n parts of about as many products.
+        """
         is_cuda = x_hat.values.device.type == "cuda"
         on_kernels = is_cuda if self.on_kernels is None else self.on_kernels
         if on_kernels and x_hat.values.numel() > _MOST_PROGRAMS:
@@ -61,9 +64,17 @@ class Slabs:
         stops = is_last.nonzero().squeeze(1) + 1  # a slab may end after the last entry of a feature
         totals_at_stops = totals[stops]
         first = n_done = stop = 0
-        while stop < stops.numel():
+        end = stops.numel()
+        number, n_shares = share
+        if n_shares > 1 and end:
+            bounds = totals[-1] * torch.arange(1, n_shares, device=totals.device) // n_shares
+            ends = [0, *torch.searchsorted(totals_at_stops, bounds, right=True).tolist(), end]
+            stop, end = ends[number], ends[number + 1]
+            first = int(stops[stop - 1]) if stop else 0
+            n_done = int(totals[first])
+        while stop < end:
             following = int(torch.searchsorted(totals_at_stops, n_done + most, right=True))
-            following = max(following, stop + 1)
+            following = min(max(following, stop + 1), end)
             last = int(stops[following - 1])
             starts = totals[first : last + 1] - n_done
             n_products = int(starts[-1])

@@ -1,10 +1,11 @@
 """The most similar of the pairs that meet."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from topk_ortho.backends.moments import Moments
 from topk_ortho.backends.sparse.coordinates import Coordinates, unit_columns
-from topk_ortho.backends.sparse.products import Slabs
+from topk_ortho.backends.sparse.products import Slab, Slabs
 from topk_ortho.backends.survivors import Survivors
 from topk_ortho.definitions import Query, floor_of, n_pairs
 from topk_ortho.selection import Selection, finish
@@ -36,16 +37,22 @@ class Streamed(NamedTuple):
 
 def stream(x_hat: Coordinates, query: Query, slabs: Slabs) -> Streamed:
     """Stream the pairs that meet, as `topk_ortho.backends.tiled` streams all pairs."""
-    survivors, moments = Survivors(query, floor_of(query)), Moments()
-    survivors.add(x_hat.values.new_empty(0), x_hat.features.new_empty(0))
-    n_zeros = n_pairs(x_hat.n_features)
-    for slab in slabs.of(x_hat):
-        pairs, cosines = slab.cosines().not_zero()
-        n_zeros -= pairs.numel()
-        if query.n_std is not None and pairs.numel():
-            moments.add(cosines.double().abs().unsqueeze(0), pairs.numel())
-        survivors.add(cosines, pairs)
+    survivors, moments, n_met = stream_slabs(slabs.of(x_hat), x_hat, query)
+    n_zeros = n_pairs(x_hat.n_features) - n_met
     if query.n_std is None:
         return Streamed(survivors, query.tau, n_zeros)
     moments.add_zeros(n_zeros)
     return Streamed(survivors, moments.adaptive_tau(query.n_std), n_zeros)
+
+
+def stream_slabs(slabs: Iterable[Slab], x_hat: Coordinates, query: Query) -> tuple[Survivors, Moments, int]:
+    """Survivors of some slabs, the moments of |cosine|, empty unless tau is adaptive, and how many pairs are not 0."""
+    survivors, moments, n_met = Survivors(query, floor_of(query)), Moments(), 0
+    survivors.add(x_hat.values.new_empty(0), x_hat.features.new_empty(0))
+    for slab in slabs:
+        pairs, cosines = slab.cosines().not_zero()
+        n_met += pairs.numel()
+        if query.n_std is not None and pairs.numel():
+            moments.add(cosines.double().abs().unsqueeze(0), pairs.numel())
+        survivors.add(cosines, pairs)
+    return survivors, moments, n_met
