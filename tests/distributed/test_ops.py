@@ -207,6 +207,24 @@ class TestTopK:
             dtype=x.dtype,
         )
 
+    def test_norms_at_the_ends_of_their_range(self, ranks: Pool):
+        """Just below the least that is divided by, and so large that columns are scaled down."""
+        x = normal(12, 37)
+        for column, norm in ((8, 7e-13), (9, 1.5e38)):
+            x[:, column] *= norm / x[:, column].norm()
+        k = 300
+        pairs = together(ranks.run(3, selected, x, "most_on_the_last", "dense", {"k": k}))
+        assert_selection(pairs, x, k=k)
+        _, gradients = zip(
+            *ranks.run(3, loss_and_gradient, x, "most_on_the_last", "dense", None, {"k": k}), strict=True
+        )
+        leaf = x.clone().requires_grad_()
+        topk_ortho.topk_ortho_loss(leaf, k=k, backend="naive").backward()
+        actual, expected = torch.cat(gradients, dim=1).double(), leaf.grad.double()
+        scale = expected.abs().amax(dim=0)
+        assert (scale > 0).all()
+        torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=2e-4)
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_low_precision(self, ranks: Pool, dtype):
         x = normal(24, 61, dtype=dtype)
