@@ -33,7 +33,7 @@ def check_features(x: Any, *, least_columns: int = 2) -> None:
         raise ValueError(f"x must be 2-D [M, N] with features in columns, got shape {list(x.shape)}")
     if x.layout in _SPARSE_LAYOUTS and x.dense_dim() > 0:
         raise ValueError(f"x must hold one number an entry, got {x.dense_dim()} dense dimensions")
-    _check_numbers(x.dtype, *x.shape, least_columns)
+    _check_numbers(x.dtype, x.shape[0], x.shape[1], least_columns)
 
 
 def _check_sparse_features(x: SparseFeatures, least_columns: int) -> None:

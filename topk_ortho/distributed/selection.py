@@ -22,8 +22,8 @@ class Cut(NamedTuple):
 
     key: int
     """Its similarity, as an integer that compares as similarities do"""
-    index: int
-    """Its index; pairs of equal similarity are selected up to it"""
+    last_index: int
+    """Its index: pairs of equal similarity are selected up to it"""
 
 
 def cut_after(similarity: Tensor, index: Tensor, count: int, ranks: Ranks) -> Cut:
@@ -43,7 +43,7 @@ def cut_after(similarity: Tensor, index: Tensor, count: int, ranks: Ranks) -> Cu
 def before(cut: Cut, similarity: Tensor, index: Tensor) -> Tensor:
     """Which pairs [n] come before the cut, or are the last before it."""
     keys = integers_in_order(similarity).long()
-    return (keys > cut.key) | ((keys == cut.key) & (index <= cut.index))
+    return (keys > cut.key) | ((keys == cut.key) & (index <= cut.last_index))
 
 
 class RankedSimilarities:
