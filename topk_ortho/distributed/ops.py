@@ -50,12 +50,16 @@ def topk_pairs(
         The columns of this rank, dense or sparse as in `topk_ortho.topk_pairs`: those of rank 0 come first, then those
         of rank 1. The ranks may hold different numbers of columns, none too. Features of a sparse x are numbered in
         [0, N_local) on every rank.
+    fraction : float, default 1e-3
+        Share of the pairs of all columns, as in `topk_ortho.topk_pairs`.
     group : ProcessGroup, optional
         The ranks; by default all processes.
+    k, tau, n_std, similarity
+        As in `topk_ortho.topk_pairs`, the same on all ranks. k is a number of pairs of all columns.
     priority : Tensor, shape [N_local], optional
         Of the columns of this rank, as in `topk_ortho.topk_pairs`.
-    fraction, k, tau, n_std, similarity, precision, state
-        As in `topk_ortho.topk_pairs`, the same on all ranks. Numbers of pairs are those of all columns.
+    precision, state
+        As in `topk_ortho.topk_pairs`. If states differ, that of rank 0 counts.
 
     Returns
     -------
@@ -109,10 +113,12 @@ def topk_ortho_loss(
 
     Parameters
     ----------
-    x, fraction, group, k, tau, n_std, similarity, priority, precision, state
+    x, fraction, group, k, tau, n_std, similarity
         As in `topk_pairs`.
     reduction : {"mean", "sum"}
         As in `topk_ortho.topk_ortho_loss`.
+    priority, precision, state
+        As in `topk_pairs`.
 
     Returns
     -------
@@ -147,13 +153,17 @@ def max_cosine_loss(
 
     Parameters
     ----------
-    x, group, precision
+    x : Tensor or SparseFeatures, shape [M, N_local]
         As in `topk_pairs`.
     n_chunks : int, default 1
         Random chunks of all columns, as in `topk_ortho.max_cosine_loss`; a column meets the others of its chunk on
         whichever rank they are.
+    group : ProcessGroup, optional
+        As in `topk_pairs`.
     generator : torch.Generator, optional
         Draws the chunks; that of rank 0 counts, and the others advance like it.
+    precision : {"highest", "high", "medium"}
+        As in `topk_pairs`.
 
     Returns
     -------
