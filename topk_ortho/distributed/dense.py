@@ -5,9 +5,10 @@ import itertools
 import torch
 from torch import Tensor
 
+from topk_ortho.backends.base import WeightedPairs
 from topk_ortho.backends.norms import column_norms, in_range
 from topk_ortho.definitions import Precision, Query
-from topk_ortho.distributed.gradient import Held, attach
+from topk_ortho.distributed.gradient import attach, gradient_here
 from topk_ortho.distributed.max_cosine import nearest
 from topk_ortho.distributed.ranks import Facts, Ranks
 from topk_ortho.distributed.shards import Dealt, Shards
@@ -61,7 +62,15 @@ class DenseColumns:
 
     def attach(self, rows: Tensor, cols: Tensor, cosines: Tensor, priority: Tensor | None = None) -> Tensor:
         """The cosines of pairs of places, differentiable in x; `priority` [N] is that of all places."""
-        return attach(self._x, cosines, Held(self._deal, rows, cols, priority))
+        return attach(self._x, cosines, self._gradient, rows, cols, priority)
+
+    def _gradient(self, x: Tensor, cosines: Tensor, pairs: WeightedPairs) -> Tensor:
+        """Gradient in x of the weighted cosines of all ranks."""
+        dealt = self._deal(x)
+        gradient = self.shards.collect(gradient_here(dealt, cosines, pairs))
+        if dealt.factor is not None:
+            gradient *= dealt.factor[:, None]
+        return torch.empty_like(x).copy_(gradient.T)
 
     def _deal(self, x: Tensor) -> Dealt:
         norms, factor = self._norms, None

@@ -5,7 +5,7 @@ rank gathers the partners of its own columns as they come by.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,43 +22,45 @@ _SLAB_BYTES, _LEAST_SLAB = 2**21, 16
 """Partners are gathered from slabs of the columns of about this size, which stay in cache, and of so many rows of x"""
 
 
-class Held(NamedTuple):
-    """What the backward pass needs beside x and the cosines."""
+def attach(
+    leaf: Tensor,
+    cosines: Tensor,
+    gradient: Callable[[Tensor, Tensor, WeightedPairs], Tensor],
+    rows: Tensor,
+    cols: Tensor,
+    priority: Tensor | None,
+) -> Tensor:
+    """The cosines [p] of pairs of columns, differentiable in the part of x here; all ranks run the backward pass.
 
-    deal: Callable[[Tensor], Dealt]
-    """Deals out the columns of x, as the forward pass did"""
-    rows: Tensor
-    """int64 [p] places"""
-    cols: Tensor
-    """int64 [p] places"""
-    priority: Tensor | None
-    """[N] by place"""
-
-
-def attach(x: Tensor, cosines: Tensor, held: Held) -> Tensor:
-    """The cosines [p] of pairs of columns, differentiable in x [M, N_local]; all ranks run the backward pass."""
-    result: Tensor = _Attach.apply(x, cosines, held)
+    Parameters
+    ----------
+    leaf : Tensor
+        x, or the values of a sparse x.
+    cosines : Tensor, shape [p]
+        Of the pairs that this rank has found.
+    gradient : callable
+        Takes the leaf, the cosines and the weighted pairs, and returns the gradient in the leaf.
+    rows, cols : Tensor, shape [p], int64
+        The columns of the pairs, in numbers that all ranks share.
+    priority : Tensor, shape [N], optional
+        By the same numbers.
+    """
+    result: Tensor = _Attach.apply(leaf, cosines, gradient, rows, cols, priority)
     return result
 
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cosines: Tensor, held: Held) -> Tensor:
-        ctx.save_for_backward(x, cosines)
-        ctx.held = held
+    def forward(ctx: Any, leaf: Tensor, cosines: Tensor, gradient: Any, *pairs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(leaf, cosines, *pairs)
+        ctx.gradient = gradient
         return cosines.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        x, cosines = ctx.saved_tensors
-        held = ctx.held
-        dealt = held.deal(x)
-        pairs = weighted_pairs(held.rows, held.cols, grad, held.priority)
-        gradient = dealt.shards.collect(_gradient_here(dealt, cosines, pairs))
-        if dealt.factor is not None:
-            gradient *= dealt.factor[:, None]
-        return torch.empty_like(x).copy_(gradient.T), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        leaf, cosines, rows, cols, priority = ctx.saved_tensors
+        return ctx.gradient(leaf, cosines, weighted_pairs(rows, cols, grad, priority)), *[None] * 5
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -77,7 +79,7 @@ def sum_over_ranks(own: Tensor, ranks: Ranks) -> Tensor:
     return total
 
 
-def _gradient_here(x: Dealt, cosines: Tensor, pairs: WeightedPairs) -> Tensor:
+def gradient_here(x: Dealt, cosines: Tensor, pairs: WeightedPairs) -> Tensor:
     """Gradient [n, M] in the columns that this rank works on; see `TiledBackend.pair_gradient`."""
     shards, ranks = x.shards, x.shards.ranks
     here = shards.here

@@ -5,8 +5,6 @@ their similarities have which value there, so that the one that holds the k-th i
 the k-th similarity than are wanted, the index of the last one is found in the same way.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -17,33 +15,18 @@ _DIGIT = 16
 """Bits that are counted at a time"""
 
 
-class Cut(NamedTuple):
-    """The last pair that is selected."""
-
-    key: int
-    """Its similarity, as an integer that compares as similarities do"""
-    last_index: int
-    """Its index: pairs of equal similarity are selected up to it"""
-
-
-def cut_after(similarity: Tensor, index: Tensor, count: int, ranks: Ranks) -> Cut:
-    """Where the first `count` pairs end; the ranks have at least as many together.
+def first_of_all(similarity: Tensor, index: Tensor, count: int, ranks: Ranks) -> Tensor:
+    """Which pairs [n] of this rank are among the first `count` of all ranks, which have at least as many together.
 
     `similarity` [n] and `index` [n] are those of the pairs of this rank.
     """
     keys = integers_in_order(similarity)
     bits = 8 * keys.element_size()
     keys = keys.long()
-    key, n_larger = _at_rank(keys, count, bits, ranks)
-    ties = index[keys == key]
-    last, _ = _at_rank(~ties, count - n_larger, 64, ranks)  # ~ reverses the order
-    return Cut(key, ~last)
-
-
-def before(cut: Cut, similarity: Tensor, index: Tensor) -> Tensor:
-    """Which pairs [n] come before the cut, or are the last before it."""
-    keys = integers_in_order(similarity).long()
-    return (keys > cut.key) | ((keys == cut.key) & (index <= cut.last_index))
+    last_key, n_larger = _at_rank(keys, count, bits, ranks)
+    reversed_index = ~index
+    last_reversed, _ = _at_rank(reversed_index[keys == last_key], count - n_larger, 64, ranks)
+    return (keys > last_key) | ((keys == last_key) & (reversed_index >= last_reversed))
 
 
 class RankedSimilarities:

@@ -24,8 +24,9 @@ class Block(NamedTuple):
     """A part of the gram, by the places of its columns."""
 
     rows: range
+    """Places of the columns of x on one side of the products"""
     cols: range
-    """The same as rows on the diagonal, else all of them higher"""
+    """Places on the other side: those of `rows` if the block is on the diagonal, else higher than all of these"""
 
     def within(self, chunk_bounds: list[int]) -> list["Block"]:
         """Its parts whose rows and columns are in the same chunk of places; chunks begin at the bounds."""

@@ -5,8 +5,6 @@ pairs, so that every pair is summed on one rank. The largest cosine of each feat
 pairs, is found by every rank for itself.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,8 +15,8 @@ from topk_ortho.backends.sparse.gradient import pair_gradient
 from topk_ortho.backends.sparse.max_cosine import max_cosine
 from topk_ortho.backends.sparse.products import Slabs
 from topk_ortho.backends.sparse.selection import stream_slabs
-from topk_ortho.custom_ops import weighted_pairs
 from topk_ortho.definitions import Precision, Query, accumulation_dtype, floor_of, n_pairs
+from topk_ortho.distributed.gradient import attach
 from topk_ortho.distributed.ranks import Facts, Ranks
 from topk_ortho.distributed.topk import SelectedHere, finish, merged
 from topk_ortho.sparse_features import SparseFeatures, coordinates_of
@@ -87,33 +85,11 @@ class SparseColumns:
 
     def attach(self, rows: Tensor, cols: Tensor, cosines: Tensor, priority: Tensor | None = None) -> Tensor:
         """The cosines of pairs of features, differentiable in x; `priority` [N] is that of all features."""
-        result: Tensor = _Attach.apply(self._own.values, cosines, self, rows, cols, priority)
-        return result
+        return attach(self._own.values, cosines, self._gradient, rows, cols, priority)
 
-    def gradient(self, pairs: WeightedPairs) -> Tensor:
+    def _gradient(self, values: Tensor, cosines: Tensor, pairs: WeightedPairs) -> Tensor:
         """Gradient in the values of this rank of the weighted cosines of all ranks."""
         gradient = self._ranks.sum(pair_gradient(self._all, pairs, _SLABS).contiguous())
-        own = torch.zeros_like(self._own.values)
+        own = torch.zeros_like(values)
         own[self._places] = gradient[self._first_entry : self._first_entry + len(self._places)]
         return own
-
-
-class _Attach(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        values: Tensor,
-        cosines: Tensor,
-        columns: SparseColumns,
-        rows: Tensor,
-        cols: Tensor,
-        priority: Tensor | None,
-    ) -> Tensor:
-        ctx.columns, ctx.pairs = columns, (rows, cols, priority)
-        return cosines.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, cols, priority = ctx.pairs
-        return ctx.columns.gradient(weighted_pairs(rows, cols, grad, priority)), None, None, None, None, None

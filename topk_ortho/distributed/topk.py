@@ -12,7 +12,7 @@ from topk_ortho.backends.survivors import Survivors
 from topk_ortho.backends.tile_stream import TileStream
 from topk_ortho.definitions import Query, accumulation_dtype, first_in_order, floor_of, n_pairs, similarity_of
 from topk_ortho.distributed.ranks import Ranks
-from topk_ortho.distributed.selection import RankedSimilarities, before, cut_after
+from topk_ortho.distributed.selection import RankedSimilarities, first_of_all
 from topk_ortho.distributed.shards import Dealt
 from topk_ortho.warm_start import GUESS, SampleSizes, guess_from_sample, next_state
 
@@ -69,7 +69,7 @@ def finish(
     floor = floor_of(query, tau)
     is_selected = similarity > floor
     if ranks.sum(torch.tensor(index.numel(), device=index.device)) > query.k:
-        is_selected &= before(cut_after(similarity, index, query.k, ranks), similarity, index)
+        is_selected &= first_of_all(similarity, index, query.k, ranks)
     selected = is_selected.nonzero().squeeze(1)
     cosines, index = first_in_order(cosines[selected], index[selected], query.similarity, selected.numel())
     n_listed = ranks.sum(torch.tensor(index.numel(), device=index.device))
