@@ -32,7 +32,7 @@ $(VENV)/without-dependencies: $(VENV)/installed
 train: $(VENV)/installed
 	$(BIN)/python train.py $(ARGS)
 
-study: $(VENV)/installed
+study: $(VENV)/without-dependencies
 	$(BIN)/python -m topk_ortho.study $(or $(ARGS),methods --out-dir runs/methods)
 
 lint: $(VENV)/installed

@@ -24,10 +24,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.activations.models import save_tiny_gemma, save_tokenizer
 from topk_ortho.activations.config import MINILM_ON_THE_HUB, ModelConfig
 from topk_ortho.activations.transformer import Transformer
-from topk_ortho.evaluation.saebench.__main__ import _INSTALL, main
+from topk_ortho.evaluation.saebench.__main__ import INSTALL, main
 from topk_ortho.evaluation.saebench.subject import Subject, load_subject
 from topk_ortho.sae import StandardSAE
 from topk_ortho.sae.export import save_saelens
+from topk_ortho.study.benchmark import Benchmark, saebench_numbers
 
 jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("sae_bench", reason="needs SAEBench, which make test installs")
@@ -188,6 +189,22 @@ def test_what_is_there_is_not_measured_again(absorption, text, capsys, monkeypat
     said = capsys.readouterr().out
     assert said.startswith("absorption: full absorption ")
     assert "26 letters have a latent with an F1 score of 0.5 or more" in said
+
+
+def test_a_study_judges_its_runs(absorption, text, tmp_path, monkeypatch):
+    """By the command's own defaults but for the number of words."""
+    folder = shutil.copytree(absorption[2], tmp_path / absorption[2].name)
+    benchmark = Benchmark(["absorption"])
+    assert benchmark.has_judged(folder)
+    shutil.rmtree(folder / "saebench")
+    assert not benchmark.has_judged(folder)
+    monkeypatch.setattr("topk_ortho.evaluation.saebench.subject.check_subject", lambda *_, **__: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert benchmark.judge(folder) is None
+    assert benchmark.has_judged(folder)
+    assert saebench_numbers(folder) == saebench_numbers(absorption[2])
+    assert saebench_numbers(folder)["saebench.absorption.with_latent"] == 26
+    assert "is of another number of words" in (benchmark._replace(words=700).judge(folder) or "")
 
 
 def fail(*arguments, **settings):
@@ -458,11 +475,11 @@ def test_what_to_install_is_said(model, text, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sae_bench.sae_bench_utils.general_utils", None)
     with pytest.raises(SystemExit) as exit_:
         run(tmp_path, text)
-    assert _INSTALL in str(exit_.value)
+    assert INSTALL in str(exit_.value)
 
 
 def test_the_documented_command_is_the_one_that_make_runs():
-    first, second = _INSTALL.split(" && ")
+    first, second = INSTALL.split(" && ")
     documented = (ROOT / "docs" / "saebench.md").read_text()
     assert f"{first}\n{second}\n" in documented
     makefile = (ROOT / "Makefile").read_text()

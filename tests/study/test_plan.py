@@ -131,6 +131,19 @@ REFUSED = {
         HEAD + NONE + '[variants."a/b"]\n',
         "variants: a name may have letters, digits and _ . + -, got 'a/b'",
     ),
+    "unknown_option_of_saebench": (
+        HEAD + 'saebench = { evals = ["absorption"], word = 3 }\n' + NONE,
+        "unknown name saebench.word",
+    ),
+    "no_such_evaluation": (
+        HEAD + 'saebench = { evals = ["scr"] }\n' + NONE,
+        "saebench.evals.0: Input should be 'absorption' or 'core', got 'scr'",
+    ),
+    "no_evaluation": (HEAD + "saebench = { evals = [] }\n" + NONE, "saebench.evals: List should have at least 1 item"),
+    "no_words": (
+        HEAD + 'saebench = { evals = ["absorption"], words = 0 }\n' + NONE,
+        "saebench.words: Input should be greater than or equal to 1, got 0",
+    ),
     "variant_twice": (HEAD + NONE + NONE, "cannot be read as TOML"),
     "unknown_kind": (
         HEAD + NONE + FIGURE + 'kind = "pie"\n',

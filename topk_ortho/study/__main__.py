@@ -5,8 +5,10 @@ import json
 import sys
 import textwrap
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
+from topk_ortho.evaluation.saebench.__main__ import INSTALL
 from topk_ortho.study.named import named_studies
 
 
@@ -42,6 +44,8 @@ def _run(options: argparse.Namespace) -> int:
     runs = [run for run in study.runs if not options.only or run.point.variant in options.only]
     for run in study.runs:
         is_finished(run.config)  # refuses a folder that holds another study's run
+    if any(run.benchmark for run in runs) and find_spec("sae_bench") is None:
+        raise ValueError(f"the study asks for SAEBench; install it with: {INSTALL}")
     out_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
@@ -62,7 +66,7 @@ def _run(options: argparse.Namespace) -> int:
         write_whole(out_dir / "environment.json", json.dumps(environment(), indent=2) + "\n")
         failures, stopped_by = train_runs(runs, jobs=options.jobs, threads=options.threads, backend=options.backend)
         if stopped_by:
-            n_finished = sum(is_finished(run.config) for run in runs)
+            n_finished = sum(run.is_done for run in runs)
             print(
                 f"study: stopped by {stopped_by.name} with {n_finished} of {len(runs)} runs finished; the same command "
                 "goes on from there",

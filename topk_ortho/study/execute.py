@@ -1,4 +1,4 @@
-"""Trains the runs of a study, several at a time, each in a process of its own.
+"""Trains the runs of a study and judges them, several at a time, each in a process of its own.
 
 joblib hands the runs out. On this machine a thread waits for each of them; on Dask's and Ray's back ends a worker,
 wherever it is. A run is stopped with SIGTERM, upon which it saves a checkpoint; that it gets as well when the process
@@ -44,7 +44,7 @@ class Outcome(NamedTuple):
 def train_runs(
     runs: list[PlannedRun], *, jobs: int, threads: int, backend: str = LOCAL
 ) -> tuple[dict[str, str], signal.Signals | None]:
-    """Train those runs of a study that are not finished.
+    """Train those runs of a study that are not finished, and have SAEBench judge them where the study asks for it.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def train_runs(
     ValueError
         If the folder of a run holds one of other settings.
     """
-    pending = [run for run in runs if not is_finished(run.config)]
+    pending = [run for run in runs if not run.is_done]
     stop = threading.Event()
     is_local = backend == LOCAL
     failures = {}
@@ -98,14 +98,14 @@ def _interrupt() -> None:
 def _train(run: PlannedRun, threads: int, stop: threading.Event | None) -> Outcome:
     """Train a run in a process of its own, and wait for its end or for the request to stop."""
     if multiprocessing.current_process().daemon:  # a worker of Dask, which is a process of its own and may start none
-        return Outcome(run, _train_quietly(run.config, threads))
+        return Outcome(run, _train_quietly(run, threads))
     if stop and stop.is_set():
         return Outcome(run, None)
     context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
     if os.name == "posix":
         context.set_forkserver_preload(["topk_ortho.training.trainer"])  # importing it takes seconds
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(run.config, threads, sender))
+    process = context.Process(target=_child, args=(run, threads, sender))
     process.start()
     sender.close()
     while not wait([process.sentinel], timeout=0.2):
@@ -121,13 +121,13 @@ def _train(run: PlannedRun, threads: int, stop: threading.Event | None) -> Outco
     return Outcome(run, None if is_stopped else error)
 
 
-def _child(config: TrainConfig, threads: int, sender: "Connection[str | None, None]") -> None:
+def _child(run: PlannedRun, threads: int, sender: "Connection[str | None, None]") -> None:
     """The process of a run, which ends when the one that waits for it ends."""
     for name in ("SIGINT", "SIGHUP"):  # of the terminal; the process that waits passes them on as SIGTERM
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    sender.send(_train_quietly(config, threads))
+    sender.send(_train_quietly(run, threads))
 
 
 def _end_with_parent() -> None:
@@ -137,8 +137,8 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _train_quietly(config: TrainConfig, threads: int) -> str | None:
-    """Train a run, with what it prints in a file of its folder; returns what went wrong, if anything."""
+def _train_quietly(planned: PlannedRun, threads: int) -> str | None:
+    """Train and judge a run, with what it prints in a file of its folder; returns what went wrong, if anything."""
     import torch
 
     from topk_ortho.device import resolve_device
@@ -146,26 +146,28 @@ def _train_quietly(config: TrainConfig, threads: int) -> str | None:
     from topk_ortho.training.run_folder import open_run
     from topk_ortho.training.trainer import Trainer
 
+    config = planned.config
     torch.set_num_threads(threads)
     # no bars in the log, those of libraries neither: every bar is made by this, and the process trains runs alone
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[assignment, method-assign]
     config.out_dir.mkdir(parents=True, exist_ok=True)
     with (config.out_dir / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
         try:
-            with open_run(config, resume=True) as run:
-                Trainer(config, open_source(config, resolve_device(config.device)), run).fit()
+            if not is_finished(config):
+                with open_run(config, resume=True) as run:
+                    Trainer(config, open_source(config, resolve_device(config.device)), run).fit()
+            return planned.benchmark.judge(config.out_dir) if planned.benchmark else None
         except Exception as error:
             traceback.print_exc()
             return f"{type(error).__name__}: {error}"
-    return None
 
 
 @contextmanager
 def _progress(runs: list[PlannedRun]) -> Iterator[Callable[[Outcome], None]]:
     """Show how far the runs are, by the steps that all of them have done; yields what to call when one has ended."""
     steps = {run.name: _step_of(run.config) for run in runs}
-    n_ended = sum(is_finished(run.config) for run in runs)
-    running = [run for run in runs if not is_finished(run.config)]
+    n_ended = sum(run.is_done for run in runs)
+    running = [run for run in runs if not run.is_done]
     bar = tqdm(
         total=sum(run.config.steps for run in runs),
         initial=sum(steps.values()),
@@ -195,7 +197,7 @@ def _progress(runs: list[PlannedRun]) -> Iterator[Callable[[Outcome], None]]:
             if outcome.error:
                 bar.write(f"{run.name} failed: {outcome.error}", file=sys.stderr, nolock=True)
                 bar.total = (bar.total or 0) - run.config.steps + steps[run.name]
-            elif is_finished(run.config):
+            elif run.is_done:
                 summary = json.loads((run.config.out_dir / "summary.json").read_text())
                 numbers = ", ".join(f"{line.metric.title} {line.value}" for line in headlines(summary))
                 bar.write(f"{run.name}: {numbers}", file=sys.stderr, nolock=True)

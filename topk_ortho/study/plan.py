@@ -15,9 +15,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from topk_ortho.study.benchmark import Benchmark
 from topk_ortho.study.named import STUDIES, named_studies
 from topk_ortho.training.config import TrainConfig, flatten
 from topk_ortho.training.presets import PRESETS
+from topk_ortho.training.run_folder import is_finished
 from topk_ortho.training.settings import apply_settings, list_settings, read_settings
 
 _GIVEN_OTHERWISE = {"seed": "`seeds` of the study gives it", "out_dir": "each run has a folder in that of the study"}
@@ -73,6 +75,11 @@ class Lags(_Figure):
     kind: Literal["lags"]
 
 
+class _SAEBench(_Table):
+    evals: list[Literal["absorption", "core"]] = Field(min_length=1)
+    words: int | None = Field(None, ge=1)
+
+
 FigureSpec = Annotated[Front | Curve | Heatmap | Steps | Lags, Field(discriminator="kind")]
 
 
@@ -84,6 +91,7 @@ class _StudyFile(_Table):
     base: dict[str, Any] = {}
     variants: dict[str, dict[str, Any]] = Field(min_length=1)
     figures: list[FigureSpec] = []
+    saebench: _SAEBench | None = None
 
 
 class Point(NamedTuple):
@@ -107,6 +115,19 @@ class PlannedRun(NamedTuple):
     point: Point
     seed: int
     config: TrainConfig
+    benchmark: Benchmark | None
+    """What SAEBench measures on it; None if the study does not ask for that"""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run is trained and has been judged.
+
+        Raises
+        ------
+        ValueError
+            If its folder holds a run of other settings.
+        """
+        return is_finished(self.config) and (not self.benchmark or self.benchmark.has_judged(self.config.out_dir))
 
     @property
     def name(self) -> str:
@@ -191,8 +212,9 @@ def _checked(file: _StudyFile, text: str, out_dir: Path) -> Study:
             raise ValueError(f"variant {variant}: {error}") from error
     for number, figure in enumerate(file.figures):
         _check_figure(figure, f"figures.{number}", file.variants, points)
+    benchmark = Benchmark(file.saebench.evals, file.saebench.words) if file.saebench else None
     runs = [
-        PlannedRun(p, seed, replace(p.config, seed=seed, out_dir=p.config.out_dir / f"seed-{seed}"))
+        PlannedRun(p, seed, replace(p.config, seed=seed, out_dir=p.config.out_dir / f"seed-{seed}"), benchmark)
         for p in points
         for seed in file.seeds
     ]
@@ -288,6 +310,8 @@ def _first_problem(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{name} is missing"
     if first["type"] == "extra_forbidden":
+        if len(first["loc"]) > 1:
+            return f"unknown name {name}"
         near = get_close_matches(name, _StudyFile.model_fields, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_StudyFile.model_fields)}"
         return f"unknown name {name}; {hint}"

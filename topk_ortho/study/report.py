@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from topk_ortho.study.benchmark import SAEBENCH_METRICS
 from topk_ortho.study.figures import draw_figures
 from topk_ortho.study.plan import FigureSpec, Study
 from topk_ortho.study.results import ABSORPTION_PER_SECOND, ABSORPTION_PER_VARIANCE, environment, shown
@@ -80,9 +81,9 @@ def _meanings(spec: FigureSpec) -> dict[str, str]:
 
 
 def _titled() -> list[Metric]:
-    """The metrics of the table: those with a title, first what every run has, and the efficiency of the penalty."""
+    """The metrics of the table: those with a title, first what every run has; SAEBench's; the penalty's efficiency."""
     titled = sorted((metric for metric in METRICS if metric.title), key=lambda metric: metric.is_optional)
-    return [*titled, ABSORPTION_PER_VARIANCE, ABSORPTION_PER_SECOND]
+    return [*titled, *SAEBENCH_METRICS, ABSORPTION_PER_VARIANCE, ABSORPTION_PER_SECOND]
 
 
 def _rows(study: Study, results: pd.DataFrame, summary: pd.DataFrame, metrics: list[Metric]) -> list[Row]:

@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from scipy import stats
 
+from topk_ortho.study.benchmark import SAEBENCH_METRICS, saebench_numbers
 from topk_ortho.study.plan import Study
 from topk_ortho.training.config import flatten
 from topk_ortho.training.metric_table import METRICS, Metric, is_number
@@ -36,7 +37,8 @@ ABSORPTION_PER_SECOND = Metric(
     "How much less absorption than the baseline for each further second of training.",
     "Absorption removed per extra second", "{absorption_per_second:.2%}", "higher",
 )  # fmt: skip
-_METRICS = {metric.key: metric for metric in [*METRICS, ABSORPTION_PER_VARIANCE, ABSORPTION_PER_SECOND]}
+_EFFICIENCY = [ABSORPTION_PER_VARIANCE, ABSORPTION_PER_SECOND]
+_METRICS = {metric.key: metric for metric in [*METRICS, *SAEBENCH_METRICS, *_EFFICIENCY]}
 
 
 class Interval(NamedTuple):
@@ -66,7 +68,7 @@ def swept_settings(study: Study) -> list[str]:
 
 
 def collect(study: Study) -> pd.DataFrame:
-    """The numbers of all finished runs: variant, seed, swept settings, then every number of the summary.
+    """The numbers of all finished runs: variant, seed, swept settings, every number of the summary and of SAEBench.
 
     A setting that the run's variant does not sweep is None. The index is the label of the run's point.
     """
@@ -75,6 +77,8 @@ def collect(study: Study) -> pd.DataFrame:
         if is_finished(run.config):
             summary = flatten(json.loads((run.config.out_dir / "summary.json").read_text("utf-8")))
             numbers = {name: value for name, value in summary.items() if is_number(value)}
+            if run.benchmark and run.is_done:
+                numbers |= saebench_numbers(run.config.out_dir)
             swept = {name: run.point.swept.get(name) for name in swept_settings(study)}
             rows.append({"variant": run.point.variant, "seed": run.seed} | swept | numbers)
             labels.append(run.point.label)

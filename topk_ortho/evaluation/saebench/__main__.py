@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from topk_ortho.evaluation.saebench.subject import Subject
 
 _EVALS = ("absorption", "core", "sparse_probing")
-_INSTALL = "pip install 'topk-ortho[eval]' && pip install --no-deps sae-bench==0.6.0"
+INSTALL = "pip install 'topk-ortho[eval]' && pip install --no-deps sae-bench==0.6.0"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"saebench: {error}")
     except ModuleNotFoundError as error:
-        sys.exit(f"saebench: needs {error.name}; install SAEBench with: {_INSTALL}")
+        sys.exit(f"saebench: needs {error.name}; install SAEBench with: {INSTALL}")
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
