@@ -62,12 +62,17 @@ def test_the_backend_is_passed_on(module, function):
 
 
 @pytest.mark.parametrize(
-    ("module", "function", "given_at_call"),
-    [(TopKOrthoLoss, topk_ortho_loss, {"x", "priority", "state"}), (MaxCosineLoss, max_cosine_loss, {"x"})],
+    ("module", "function", "given_at_call", "own"),
+    [
+        (TopKOrthoLoss, topk_ortho_loss, {"x", "priority", "state"}, ["refresh", "recall", "margin"]),
+        (MaxCosineLoss, max_cosine_loss, {"x"}, []),
+    ],
 )
-def test_constructors_take_the_arguments_of_the_functions(module, function, given_at_call):
+def test_constructors_take_the_arguments_of_the_functions(module, function, given_at_call, own):
+    """And `TopKOrthoLoss` those of how its selection is kept."""
     wanted = inspect.signature(function).parameters
-    actual = inspect.signature(module).parameters
+    actual = dict(inspect.signature(module).parameters)
+    assert [actual.pop(name).name for name in own] == own
     assert list(actual.values()) == [p for name, p in wanted.items() if name not in given_at_call]
 
 

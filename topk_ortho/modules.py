@@ -1,11 +1,15 @@
-"""nn.Module forms of the ops; they add nothing but the warm-start state."""
+"""nn.Module forms of the ops; they add nothing but what is kept between calls."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from topk_ortho.definitions import BackendName, Precision, Reduction, Similarity, Tau
 from topk_ortho.functional import max_cosine_loss, topk_ortho_loss
+from topk_ortho.refresh import RefreshedPairs
 from topk_ortho.sparse_features import SparseFeatures
+from topk_ortho.validation import check_word
 from topk_ortho.warm_start import initial_state
 
 _OPTIONS = ("k", "tau", "n_std", "similarity", "reduction", "backend", "precision", "structural_zeros")
@@ -19,11 +23,19 @@ class TopKOrthoLoss(nn.Module):
     ----------
     fraction, k, tau, n_std, similarity, reduction, backend, precision, structural_zeros
         As in `topk_ortho_loss`; checked at the first call.
+    refresh : {"exact", "adaptive", "certified"}
+        "exact" compares all columns at every call. The others are for an x that changes slowly, such as a decoder, and
+        compare them only when it is needed, see `RefreshedPairs`: "adaptive" keeps a measured share of the exact
+        selection, "certified" all of it.
+    recall, margin
+        As in `RefreshedPairs`; unused for ``refresh="exact"``.
 
     Attributes
     ----------
     state : Tensor, float32 [3]
         Warm-start state, see `initial_state`: a buffer, so that it moves and is saved with the module.
+    pairs : RefreshedPairs or None
+        What is kept between calls; None for ``refresh="exact"``. Its ``recall`` and ``interval`` say how it fares.
 
     Examples
     --------
@@ -46,6 +58,9 @@ class TopKOrthoLoss(nn.Module):
         backend: BackendName = "auto",
         precision: Precision = "highest",
         structural_zeros: bool = False,
+        refresh: Literal["exact", "adaptive", "certified"] = "exact",
+        recall: float = 0.99,
+        margin: float = 4.0,
     ):
         super().__init__()
         self.fraction = fraction
@@ -58,15 +73,29 @@ class TopKOrthoLoss(nn.Module):
         self.precision = precision
         self.structural_zeros = structural_zeros
         self.register_buffer("state", initial_state())
+        self.pairs: RefreshedPairs | None = None
+        if refresh != "exact":
+            if structural_zeros:
+                raise ValueError(f'structural_zeros must be False where refresh is "{refresh}"')
+            self.pairs = RefreshedPairs(
+                fraction, k=k, tau=tau, similarity=similarity, refresh=refresh, recall=recall, margin=margin,
+                backend=backend, precision=precision,
+            )  # fmt: skip
 
     def forward(self, x: Tensor | SparseFeatures, priority: Tensor | None = None) -> Tensor:
         """Penalty on the columns of x [M, N]; in each pair the column of higher `priority` [N] is held constant."""
+        if self.pairs is not None:
+            check_word("reduction", self.reduction, Reduction)
+            squares = self.pairs.listed(x, priority).cosines.square()
+            return squares.sum() / max(1, squares.numel()) if self.reduction == "mean" else squares.sum()
         options = {name: getattr(self, name) for name in _OPTIONS}
         return topk_ortho_loss(x, self.fraction, priority=priority, state=self.state, **options)
 
     def reset_state(self) -> None:
         """Forget the last threshold, for instance when the next x has nothing to do with the last."""
         self.state.copy_(initial_state())
+        if self.pairs is not None:
+            self.pairs.reset()
 
     def extra_repr(self) -> str:
         """Arguments, for repr."""

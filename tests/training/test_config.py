@@ -125,6 +125,21 @@ def test_nonsense_is_refused_by_name(build, message):
             lambda: toy(target="activations", encoder_inhibition=0.5),
             'penalty.encoder_inhibition must be 0 unless .*penalty.target = "decoder".*, got 0.5',
         ),
+        (
+            lambda: toy(op="c2r", refresh="adaptive"),
+            'penalty.refresh must be "exact" unless penalty.op = "topk_pairs" and penalty.target = "decoder".*',
+        ),
+        (
+            lambda: toy(target="activations", refresh="certified"),
+            'penalty.refresh must be "exact" unless .*, got certified',
+        ),
+        (
+            lambda: toy(tau="adaptive", refresh="certified"),
+            'penalty.refresh must be "exact" where penalty.tau = "adaptive", .*, got certified',
+        ),
+        (lambda: toy(refresh="often"), "penalty.refresh must be one of .*, got often"),
+        (lambda: toy(refresh_recall=1.0), r"penalty.refresh_recall must be in \(0, 1\), got 1.0"),
+        (lambda: toy(refresh_margin=0.9), "penalty.refresh_margin must be at least 1, got 0.9"),
         (lambda: toy(encoder_inhibition=-1.0), "penalty.encoder_inhibition must be 0 or more, got -1.0"),
         (
             lambda: TrainConfig(sae=SAEConfig(train_decoder=False)),

@@ -665,6 +665,38 @@ def test_further_ops_train_and_resume(op, open_trainer, tmp_path):
     assert torch.equal(second.sae.W_dec, whole.sae.W_dec)
 
 
+@pytest.mark.parametrize("refresh", ["adaptive", "certified"])
+@pytest.mark.parametrize("inhibition", [0.0, 3.0])
+def test_a_selection_that_is_kept_trains_and_resumes(refresh, inhibition, open_trainer, tmp_path):
+    penalty = {"weight": 0.3, "fraction": 0.05, "encoder_inhibition": inhibition, "refresh": refresh}
+    settings = {"sae": {"dead_features": "resample", "resample_every": 7}, "dead_after_tokens": 250, "lr": 1e-4}
+
+    def start(name, penalty, **more):
+        trainer = open_trainer(**settings, steps=20, log_every=1, penalty=penalty, out_dir=tmp_path / name, **more)
+        trainer.sae.b_enc.data[:3] = -100.0  # never fire
+        return trainer
+
+    whole = start("whole", penalty)
+    summary = whole.fit()
+    first = start("parts", penalty)
+    for _ in range(9):
+        first.train_step(first.next_batch())
+    first.save()
+    second = open_trainer(**settings, steps=20, log_every=1, penalty=penalty, out_dir=tmp_path / "parts", resume=True)
+    assert second.fit()["refresh_interval"] == summary["refresh_interval"]
+    assert torch.equal(second.sae.W_dec, whole.sae.W_dec)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    intervals = [line["refresh_interval"] for line in lines]
+    assert max(intervals) > 1
+    assert lines[-1]["refresh_recall"] >= 0.9
+    assert lines[-1]["refresh_recall_low"] <= lines[-1]["refresh_recall"] <= lines[-1]["refresh_recall_high"]
+    exact = start("exact", penalty | {"refresh": "exact"})
+    assert "refresh_interval" not in exact.fit()
+    if refresh == "certified":
+        assert intervals[:8] == [0, 1, 2, 3, 4, 5, 6, 0]  # features were resampled
+        torch.testing.assert_close(whole.sae.W_dec, exact.sae.W_dec, atol=1e-5, rtol=0)
+
+
 def test_dead_features_are_those_that_stopped_firing(open_trainer):
     trainer = open_trainer(dead_after_tokens=250, sae={"dead_features": "none"})
     trainer.sae.b_enc.data[:3] = -100.0

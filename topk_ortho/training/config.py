@@ -143,6 +143,14 @@ class PenaltyConfig:
     """Weight, relative to that of the penalty, of a further term on the pairs that it selects (topk_pairs, decoder):
     how much the encoder of the feature that fires more often is inhibited where the rarer one is present, which is how
     a feature comes to be absorbed. 0 turns it off."""
+    refresh: Literal["exact", "adaptive", "certified"] = "exact"
+    """When all pairs are compared (topk_pairs, decoder): "exact" does so at every use, "adaptive" as often as the
+    measured recall asks for, and "certified" where it cannot be excluded that other pairs are selected. In between only
+    the pairs are compared that were the most similar ones."""
+    refresh_recall: float = 0.99
+    """Least share of the exact selection that "adaptive" is to have."""
+    refresh_margin: float = 4.0
+    """How many pairs are kept to be compared, as a multiple of those that are penalised."""
     n_chunks: int = 1
     """Number of random chunks, of two features or more, within which features are compared (max_cosine, c2r); 1
     compares all with all."""
@@ -159,6 +167,14 @@ class PenaltyConfig:
             in_range = isinstance(self.tau, int | float) and 0 <= self.tau < 1
             require(in_range, "penalty.tau", self.tau, 'in [0, 1), "adaptive" or None')
         require_words(self, "penalty.")
+        require(0 < self.refresh_recall < 1, "penalty.refresh_recall", self.refresh_recall, "in (0, 1)")
+        require(1 <= self.refresh_margin < math.inf, "penalty.refresh_margin", self.refresh_margin, "at least 1")
+        if self.refresh != "exact":
+            allowed = '"exact" unless penalty.op = "topk_pairs" and penalty.target = "decoder" or "none"'
+            has_pairs = self.op == "topk_pairs" and self.target != "activations"
+            require(has_pairs, "penalty.refresh", self.refresh, allowed)
+            allowed = '"exact" where penalty.tau = "adaptive", which depends on all pairs'
+            require(self.tau != "adaptive", "penalty.refresh", self.refresh, allowed)
         if self.op in ("c2r", "random_pairs"):
             allowed = f'"decoder" or "none", as penalty.op = "{self.op}" compares decoder directions'
             require(self.target != "activations", "penalty.target", self.target, allowed)

@@ -99,6 +99,18 @@ METRICS = [
         "pair_jaccard",
         "Share of the penalised pairs that two successive evaluations have in common, if there are any.",
     ),
+    Metric(
+        "refresh_interval",
+        "Uses of the penalty from one comparison of all pairs to the next, if `penalty.refresh` is not exact: as "
+        "planned if it is adaptive, since the last one if it is certified.",
+    ),
+    _share(
+        "refresh_recall",
+        "Share of the exact selection that the pairs compared in between give just before all are compared again, when "
+        "they are a use older than any that were penalised; 1 if it is certified.",
+    ),
+    Metric("refresh_recall_low", "Lower end of Wilson's 95% interval of this share."),
+    Metric("refresh_recall_high", "Its upper end."),
     Metric("pair_stability", "Means over the windows of pairs.jsonl, if `--pairs-every` is not 0:"),
     Metric("pair_stability.n_pairs", "Pairs that were selected in the first step of a window, in its own batch."),
     *(

@@ -1,5 +1,6 @@
 """The orthogonality penalty as a term of the training loss, computed by the public ops."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +46,14 @@ class Penalty(nn.Module):
         super().__init__()
         self.config = config
         self.generator = generator
-        self.topk_pairs = TopKOrthoLoss(config.fraction, reduction=config.reduction, **self._selection())
+        self.topk_pairs = TopKOrthoLoss(
+            config.fraction,
+            reduction=config.reduction,
+            refresh=config.refresh,
+            recall=config.refresh_recall,
+            margin=config.refresh_margin,
+            **self._selection(),
+        )
         self.max_cosine = MaxCosineLoss(config.n_chunks, generator=generator)
 
     def weight(self, step: int, steps: int) -> float:
@@ -76,6 +84,16 @@ class Penalty(nn.Module):
             targets, gradients = (*targets, sae.W_enc), (*gradients, self.config.encoder_inhibition * gradient)
         used = [pair for pair in zip(targets, gradients, strict=True) if pair[1] is not None]
         return PenaltyTerm(value, *zip(*used, strict=True))
+
+    def refreshes(self) -> dict[str, float | None]:
+        """How the kept selection fares, None for what was not measured yet; empty if all pairs are always compared."""
+        pairs = self.topk_pairs.pairs
+        if pairs is None:
+            return {}
+        low, high = pairs.recall_interval
+        numbers = {"refresh_recall": pairs.recall, "refresh_recall_low": low, "refresh_recall_high": high}
+        measured = {name: None if math.isnan(number) else number for name, number in numbers.items()}
+        return {"refresh_interval": pairs.interval, **measured}
 
     def _value(self, W_dec: Tensor, features: Tensor | ActiveFeatures, firing_rate: Tensor) -> Tensor:
         """The penalty, differentiable in those of its arguments that it depends on."""
@@ -127,8 +145,12 @@ class Penalty(nn.Module):
         return self._reduced(cosines.square())
 
     def _pairs(self, W_dec: Tensor, firing_rate: Tensor) -> TopKPairs:
-        """The pairs that `topk_ortho_loss` penalises, whose cosines are differentiable in W_dec."""
-        priority, state = self._priority(firing_rate), self.topk_pairs.state
+        """The pairs that are penalised, whose cosines are differentiable in W_dec."""
+        priority = self._priority(firing_rate)
+        if self.topk_pairs.pairs is not None:
+            pairs: TopKPairs = self.topk_pairs.pairs(W_dec.T, priority)
+            return pairs
+        state = self.topk_pairs.state
         return topk_pairs(W_dec.T, self.config.fraction, priority=priority, state=state, **self._selection())
 
     def _priority(self, firing_rate: Tensor) -> Tensor | None:

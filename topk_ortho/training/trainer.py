@@ -239,6 +239,7 @@ class Trainer:
             "tokens_per_second": ratio(n_steps * self.config.batch_size, sum(seconds.values())),
             **{f"{part}_ms": ratio(1e3 * seconds.get(part, 0.0), n_steps) for part in ("data", "sae", "penalty")},
             "memory_bytes": peak_memory_bytes(self.device),
+            **self.penalty.refreshes(),
         }
 
     def evaluation(self) -> dict[str, Any]:
@@ -343,6 +344,7 @@ class Trainer:
             "dead_fraction": n_dead / self.config.sae.n_features,
             "penalty": penalty,
             "device": str(self.device),
+            **self.penalty.refreshes(),
             **self._mean_stability(),
             **self._token_classes(),
         }

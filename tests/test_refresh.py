@@ -1,0 +1,388 @@
+"""Selections that are kept between calls, of columns that move a little each time, against the float64 oracle."""
+
+import copy
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests import oracle
+from tests.inputs import dyadic, normal, seeded
+from tests.tolerances import assert_selection, cosine_bound, float64
+from topk_ortho import RefreshedPairs, SparseFeatures, TopKOrthoLoss, topk_ortho_loss, topk_pairs
+
+M, N, K = 24, 90, 60
+KINDS = pytest.mark.parametrize("refresh", ["adaptive", "certified"])
+
+
+def walk(n_calls, step, *, seed=0, dtype=torch.float32):
+    """Matrices [M, N] whose columns move by about `step` of their length from one to the next."""
+    x = normal(M, N, seed, torch.float64)
+    generator = seeded(seed + 1)
+    for _ in range(n_calls):
+        yield x.to(dtype)
+        x = x + step * x.norm(dim=0) / M**0.5 * torch.randn(M, N, generator=generator, dtype=torch.float64)
+
+
+def pairs_of(selection):
+    return set(zip(selection.rows.tolist(), selection.cols.tolist(), strict=True))
+
+
+def is_refresh(select):
+    return int(select.schedule[0]) == 0
+
+
+QUERIES = {
+    "abs": {},
+    "positive": {"similarity": "positive"},
+    "tau": {"tau": 0.35},
+    "positive_tau": {"similarity": "positive", "tau": 0.3},
+}
+
+
+@pytest.mark.quick
+@KINDS
+@pytest.mark.parametrize("query", QUERIES.values(), ids=QUERIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_first_call_is_exact(refresh, query, dtype):
+    x = normal(M, N, dtype=dtype)
+    pairs = RefreshedPairs(k=K, refresh=refresh, **query)(x)
+    assert_selection(pairs, x, k=K, **query)
+    expected = topk_pairs(x, k=K, **query)
+    assert pairs_of(pairs) == pairs_of(expected)
+    torch.testing.assert_close(pairs.threshold, expected.threshold)
+    assert pairs._replace(rows=0, cols=0, values=0, threshold=0) == expected._replace(
+        rows=0, cols=0, values=0, threshold=0
+    )
+
+
+@pytest.mark.parametrize("query", QUERIES.values(), ids=QUERIES)
+@pytest.mark.parametrize("step", [1e-5, 1e-3, 1e-2, 0.1])
+@pytest.mark.parametrize("margin", [1.0, 4.0])
+def test_certified_is_exact_at_every_call(query, step, margin):
+    select = RefreshedPairs(k=K, refresh="certified", margin=margin, **query)
+    n_refreshes = 0
+    for x in walk(12, step):
+        assert_selection(select(x), x, k=K, **query)
+        n_refreshes += is_refresh(select)
+    if margin > 1 and "tau" not in query:
+        assert n_refreshes == 1 if step <= 1e-3 else step < 0.1 or n_refreshes > 6
+    assert (select.recall, select.recall_interval) == (1.0, (1.0, 1.0))
+
+
+def test_certified_finds_pairs_that_were_no_candidates():
+    """Two columns that move, though by less than a jump, overtake everything, while the others stand still."""
+    x = normal(M, N, dtype=torch.float64)
+    x /= x.norm(dim=0)
+    select = RefreshedPairs(k=10, refresh="certified", margin=2.0)
+    before = pairs_of(select(x))
+    cosines = (x.T @ x).abs()
+    a, b = next((a, b) for a in range(N) for b in range(a + 1, N) if -0.05 < cosines[a, b] - select.cut < -0.02)
+    assert (a, b) not in before
+    sign = (x[:, a] @ x[:, b]).sign()
+    middle = x[:, a] + sign * x[:, b]
+    x[:, a] += 0.2 * middle
+    x[:, b] += 0.2 * sign * middle
+    pairs = select(x)
+    assert not is_refresh(select)
+    assert (a, b) in pairs_of(pairs)
+    assert_selection(pairs, x, k=10)
+
+
+def rotated(angle):
+    """Columns of which 4 and 5, and 6 and 7, have cosine 0.3; 0 and 1, and 2 and 3, turn towards each other."""
+    x = torch.eye(44, dtype=torch.float64)[:, :40]
+    for a, b in ((4, 5), (6, 7)):
+        x[a, b] = 0.3 / (1 - 0.3**2) ** 0.5
+    for a, b in ((0, 1), (2, 3)):
+        x[a, a] = x[b, b] = math.cos(angle)
+        x[b, a] = x[a, b] = math.sin(angle)
+    return x
+
+
+@pytest.mark.quick
+def test_certified_by_a_bound_that_is_reached():
+    """Where orthogonal columns turn towards each other, their cosine changes by all that the bound allows."""
+    select = RefreshedPairs(k=2, refresh="certified", margin=1.5)
+    for angle, expected in ((0.0, {(4, 5), (6, 7)}), (0.15, {(4, 5), (6, 7)}), (0.154, {(0, 1), (2, 3)})):
+        assert pairs_of(select(rotated(angle))) == expected  # sin(2 * 0.15) < 0.3 < sin(2 * 0.154)
+        assert is_refresh(select) == (angle == 0)
+
+
+@pytest.mark.quick
+@KINDS
+def test_a_candidate_that_falls_below_tau_is_dropped(refresh):
+    select = RefreshedPairs(k=2, tau=0.5, refresh=refresh)
+    for cosine, n_expected in ((0.51, 1), (0.49, 0)):
+        x = torch.eye(6)[:, :5]
+        x[0, 1] = cosine / (1 - cosine**2) ** 0.5
+        select.schedule[1] = 100  # nothing is due
+        pairs = select(x)
+        assert pairs.rows.numel() == n_expected
+        assert pairs.threshold == 0.5
+
+
+@pytest.mark.parametrize(
+    ("interval", "n_found", "expected"),
+    [(1, 100, 2), (10, 100, 20), (10, 99, 20), (10, 97, 16), (10, 95, 11), (10, 94, 8), (10, 50, 5), (1, 50, 1),
+     (2, 94, 1), (900, 100, 1000)],
+)  # fmt: skip
+def test_the_next_refresh_follows_from_what_was_missed(interval, n_found, expected):
+    """Of 100 pairs at most 5 may be missed; as many as are missed, so much shorter or longer."""
+    select = RefreshedPairs(recall=0.95)
+    select.schedule[1] = interval
+    select._plan(torch.arange(n_found), torch.arange(100))
+    assert select.interval == expected
+    assert select.recall == n_found / 100
+
+
+@pytest.mark.quick
+@KINDS
+def test_a_column_that_turned_is_seen_at_once(refresh):
+    """As one that was resampled, or that came to life."""
+    x = normal(M, N)
+    x[:, 5] = 0
+    select = RefreshedPairs(k=K, refresh=refresh)
+    select(x)
+    select.schedule[1] = 100  # nothing is due
+    select(x)
+    assert not is_refresh(select)
+    for change in (x[:, 7], -x[:, 80], 0 * x[:, 7]):  # it is born a double, turns, dies
+        x[:, 5] = change
+        pairs = select(x)
+        assert is_refresh(select)
+        assert_selection(pairs, x, k=K)
+
+
+def test_a_norm_that_jumps_changes_no_cosine():
+    x = normal(M, N)
+    select = RefreshedPairs(k=K, refresh="certified")
+    before = pairs_of(select(x))
+    x[:, 3] *= 1000
+    assert pairs_of(select(x)) == before
+    assert not is_refresh(select)
+
+
+@pytest.mark.quick
+def test_adaptive_waits_longer_where_nothing_moves():
+    x = normal(M, N)
+    select = RefreshedPairs(k=K)
+    assert math.isnan(select.recall)
+    assert all(map(math.isnan, select.recall_interval))
+    refreshed = []
+    for call in range(32):
+        select(x)
+        if is_refresh(select):
+            refreshed.append(call)
+    assert refreshed == [0, 1, 3, 7, 15, 31]
+    assert select.interval == 32
+    assert select.recall == 1.0
+
+
+@pytest.mark.parametrize("step", [3e-4, 3e-3, 0.1])
+def test_adaptive_keeps_the_recall_that_is_asked_for(step):
+    """Over many calls, as the oracle counts it; and its own count is the oracle's for candidates of that age."""
+    target = 0.95
+    select = RefreshedPairs(k=K, recall=target, margin=1.5)
+    recalls, intervals = [], []
+    for x in walk(60, step):
+        old = copy.deepcopy(select)
+        exact = oracle.select(float64(x), K)
+        exact_pairs = set(zip(exact.rows.tolist(), exact.cols.tolist(), strict=True))
+        recalls.append(len(pairs_of(select(x)) & exact_pairs) / K)
+        if is_refresh(select) and old.candidates.numel():
+            old.schedule[1] = 1_000
+            assert select.recall == len(pairs_of(old(x)) & exact_pairs) / K
+            low, high = select.recall_interval
+            assert 0 <= low < select.recall <= high <= 1
+            intervals.append(select.interval)
+    assert np.mean(recalls) >= target
+    last = np.mean(intervals[-5:])
+    assert last < 2 if step == 0.1 else last > 2
+
+
+def test_wilsons_interval():
+    """Against the roots of (p - r)**2 = z**2 r (1 - r) / n."""
+    select = RefreshedPairs()
+    select.audit.copy_(torch.tensor([57, 60]))
+    for r in select.recall_interval:
+        assert (57 / 60 - r) ** 2 == pytest.approx(1.959964**2 * r * (1 - r) / 60)
+    assert select.recall_interval[0] < 57 / 60 < select.recall_interval[1]
+
+
+@pytest.mark.quick
+@KINDS
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("has_priority", [False, True])
+def test_the_loss_and_its_gradient(refresh, reduction, has_priority):
+    """At a refresh and after it."""
+    priority = torch.arange(N) % 7 if has_priority else None
+    loss = TopKOrthoLoss(k=K, similarity="positive", reduction=reduction, refresh=refresh)
+    for x in walk(3, 1e-5, dtype=torch.float64):
+        of = x.clone().requires_grad_()
+        value = loss(of, priority)
+        value.backward()
+        expected = oracle.select(x.numpy(), K, similarity="positive")
+        assert value.item() == pytest.approx(oracle.loss_of(expected.values, reduction), rel=1e-12)
+        numbers = None if priority is None else priority.numpy()
+        gradient = oracle.loss_gradient(x.numpy(), expected.rows, expected.cols, reduction, numbers)
+        np.testing.assert_allclose(of.grad.numpy(), gradient, atol=1e-12)
+    assert value.dtype == torch.float64
+    if refresh == "certified":
+        assert not is_refresh(loss.pairs)
+
+
+@KINDS
+def test_the_values_of_the_pairs_are_differentiable(refresh):
+    x = normal(M, N).requires_grad_()
+    select = RefreshedPairs(k=K, refresh=refresh)
+    for _ in range(2):
+        pairs = select(x)
+        (gradient,) = torch.autograd.grad(pairs.values.sum(), x)
+        expected = oracle.pair_values(x.detach().double().requires_grad_(), pairs.rows.numpy(), pairs.cols.numpy())
+        naive = x.detach().double().requires_grad_()
+        oracle.pair_values(naive, pairs.rows.numpy(), pairs.cols.numpy()).sum().backward()
+        torch.testing.assert_close(gradient.double(), naive.grad, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(pairs.values.double(), expected.detach(), atol=1e-6, rtol=0)
+    with torch.no_grad():
+        assert not select(x).values.requires_grad
+
+
+@KINDS
+def test_a_saved_state_goes_on_bit_by_bit(refresh):
+    """Into a module that was not called yet, and into one that has candidates of another size."""
+    matrices = list(walk(14, 3e-3))
+    whole = TopKOrthoLoss(k=K, refresh=refresh)
+    for x in matrices[:6]:
+        whole(x)
+    file = io.BytesIO()
+    torch.save(whole.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file)
+    other = TopKOrthoLoss(k=K, refresh=refresh)
+    other(normal(5, 40))
+    fresh = TopKOrthoLoss(k=K, refresh=refresh)
+    for resumed in (fresh, other):
+        resumed.load_state_dict(saved)
+    for x in matrices[6:]:
+        value = whole(x)
+        for resumed in (fresh, other):
+            assert torch.equal(resumed(x), value)
+            for name, buffer in whole.named_buffers():
+                assert torch.equal(resumed.get_buffer(name), buffer), name
+
+
+@KINDS
+def test_another_matrix_is_compared_anew(refresh):
+    select = RefreshedPairs(k=20, refresh=refresh)
+    for x in (normal(M, N), normal(M, 50), normal(9, 50), normal(9, 50, dtype=torch.float64)):
+        assert_selection(select(x), x, k=20)
+        assert is_refresh(select)
+    select.schedule[1] = 100  # nothing is due
+    select.k = 90  # more than there were candidates for
+    assert_selection(select(x), x, k=90)
+
+
+@KINDS
+def test_all_pairs_are_candidates(refresh):
+    for margin in (1.0, 3.0):
+        select = RefreshedPairs(fraction=1.0, refresh=refresh, margin=margin)
+        for x in walk(3, 1e-3):
+            pairs = select(x)
+            assert pairs.rows.numel() == N * (N - 1) // 2
+            assert_selection(pairs, x, k=N * (N - 1) // 2)
+        if refresh == "certified":
+            assert not is_refresh(select)
+
+
+@KINDS
+def test_ties_and_dead_columns(refresh):
+    x = dyadic(12, 40)
+    x[:, 9] = 0
+    select = RefreshedPairs(k=100, refresh=refresh)
+    for _ in range(3):
+        pairs = select(x)
+        expected = oracle.select(float64(x), 100)
+        assert pairs.rows.tolist() == expected.rows.tolist()
+        assert pairs.cols.tolist() == expected.cols.tolist()
+
+
+@KINDS
+def test_fewer_pairs_than_asked_for_pass_tau(refresh):
+    x = torch.eye(6)[:, [0, 0, 1, 2, 3, 4]]
+    select = RefreshedPairs(k=5, tau=0.5, refresh=refresh)
+    loss = TopKOrthoLoss(k=5, tau=0.5, refresh=refresh)
+    for _ in range(2):
+        assert pairs_of(select(x)) == {(0, 1)}
+        assert select(x).threshold == 0.5
+        assert loss(x) == 1.0
+    assert TopKOrthoLoss(k=5, tau=0.5, refresh=refresh)(torch.eye(6)) == 0.0
+
+
+def test_reset_forgets():
+    loss = TopKOrthoLoss(k=K, refresh="certified")
+    loss(normal(M, N))
+    loss.reset_state()
+    initial = TopKOrthoLoss(k=K, refresh="certified").pairs
+    assert loss.pairs.candidates.numel() == 0
+    for name in ("schedule", "audit", "state"):
+        assert torch.equal(loss.pairs.get_buffer(name), initial.get_buffer(name))
+    loss(normal(M, N))
+    assert is_refresh(loss.pairs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"refresh": "sometimes"}, "refresh must be one of 'adaptive', 'certified', got 'sometimes'"),
+        ({"recall": 1.0}, r"recall must be in \(0, 1\), got 1.0"),
+        ({"recall": 0.0}, r"recall must be in \(0, 1\), got 0.0"),
+        ({"margin": 0.5}, "margin must be at least 1, got 0.5"),
+        ({"margin": math.nan}, "margin must be at least 1, got nan"),
+        ({"tau": "adaptive"}, 'tau cannot be "adaptive", which depends on all pairs; give a number or None'),
+    ],
+)
+def test_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RefreshedPairs(**arguments)
+    with pytest.raises(ValueError, match=message):
+        TopKOrthoLoss(**({"refresh": "adaptive"} | arguments))
+
+
+@KINDS
+def test_what_is_no_dense_finite_matrix_is_refused(refresh):
+    select = RefreshedPairs(k=K, refresh=refresh)
+    x = normal(M, N)
+    select(x)
+    with pytest.raises(TypeError, match="x must be dense"):
+        select(SparseFeatures(torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 2), N))
+    with pytest.raises(ValueError, match="priority has 1 NaN"):
+        select(x, torch.where(torch.arange(N) == 3, torch.nan, 1.0))
+    with pytest.raises(ValueError, match="x has 1 column with NaN or Inf: 4"):
+        select(torch.where(torch.arange(N) == 4, torch.nan, x))
+    with pytest.raises(ValueError, match=r"k must be in \[1, 10\]"):
+        select(normal(M, 5))
+    with pytest.raises(ValueError, match='structural_zeros must be False where refresh is "'):
+        TopKOrthoLoss(refresh=refresh, structural_zeros=True)
+    with pytest.raises(ValueError, match="reduction must be one of"):
+        TopKOrthoLoss(k=3, refresh=refresh, reduction="max")(x)
+
+
+def test_exact_keeps_nothing_but_the_warm_start():
+    x = normal(M, N)
+    loss = TopKOrthoLoss(k=K)
+    assert loss.pairs is None
+    assert set(loss.state_dict()) == {"state"}
+    assert torch.equal(loss(x), topk_ortho_loss(x, k=K))
+
+
+def test_columns_near_the_largest_norm():
+    x = normal(M, N) * 1e36
+    select = RefreshedPairs(k=K, refresh="certified")
+    for _ in range(2):
+        pairs = select(x)
+        assert_selection(pairs, x, k=K)
+        expected = oracle.pair_values(x.double(), pairs.rows.numpy(), pairs.cols.numpy())
+        assert (pairs.values.double() - expected).abs().max() <= cosine_bound(x)

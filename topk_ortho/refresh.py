@@ -1,0 +1,363 @@
+"""The most similar pairs of an x that changes slowly, without comparing all its columns at every call.
+
+A *refresh* selects exactly, as `topk_pairs` does, more pairs than are asked for: the *candidates*. Calls in between
+compare the candidates alone, O(k M) in place of O(N**2 M), and take the k most similar of them. What they can miss is a
+pair that was no candidate and has become one of the k most similar since.
+
+**Adaptive.** When a refresh is due, it is counted how many of the exact pairs the old candidates give. This is the
+recall of candidates that are a call older than any that were used. From it follows when the next refresh is due.
+
+**Certified.** With x_hat the columns of length 1, r those at the refresh and d_i = ||x_hat_i - r_i||,
+
+    |x_hat_i . x_hat_j - r_i . r_j| <= d_i + d_j + d_i d_j
+
+as r_i and r_j have length 1. No pair that was no candidate was more similar than the last candidate. So where such a
+pair has overtaken the k-th, one of its columns has moved far. These columns are compared with all others; if they are
+too many, it is time for a refresh. The selection is always exact.
+
+Both refresh at once if a column has turned by more than `JUMP`, as one that was resampled.
+"""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from topk_ortho import custom_ops
+from topk_ortho.backends.norms import column_norms, in_range, inverse_norms
+from topk_ortho.backends.precision import matmul_precision
+from topk_ortho.backends.registry import resolve_backend
+from topk_ortho.definitions import (
+    BackendName,
+    Precision,
+    Query,
+    Similarity,
+    Tau,
+    first_in_order,
+    floor_of,
+    n_pairs,
+    similarity_of,
+)
+from topk_ortho.functional import topk_pairs
+from topk_ortho.pairs import TopKPairs
+from topk_ortho.sparse_features import SparseFeatures, is_dense
+from topk_ortho.validation import check_features, check_word, resolve_priority, resolve_query
+from topk_ortho.warm_start import initial_state
+
+Refresh = Literal["adaptive", "certified"]
+
+JUMP = 0.5
+"""Distance between a column of length 1 and itself at the refresh from which all pairs are compared at once"""
+_MOST_MOVED = 0.125
+"""Share of the columns up to which those that have moved far are compared with all"""
+_PRODUCTS = 2**22
+"""Cosines that are held at a time for these"""
+_LONGEST_INTERVAL = 1_000
+_GATHERED_ELEMENTS = {"cpu": 2**18}
+"""Elements of x that are gathered at a time for the pairs; on a CPU these stay in a core's cache"""
+_GATHERED_ELSEWHERE = 2**25
+_Z = 1.959964  # 97.5% quantile of the normal distribution
+
+
+class _Listed(NamedTuple):
+    """Selected pairs, in their order."""
+
+    rows: Tensor
+    cols: Tensor
+    cosines: Tensor
+    """[p] float32, float64 for float64 input; differentiable in x"""
+    query: Query
+
+
+class RefreshedPairs(nn.Module):
+    """`topk_pairs` of an x that changes slowly from call to call, such as a decoder in training.
+
+    Parameters
+    ----------
+    fraction : float, default 1e-3
+        As in `topk_pairs`, like `k`, `similarity`, `backend` and `precision`; checked at the first call.
+    k : int, optional
+        Number of pairs; replaces `fraction`.
+    tau : None or float in [0, 1)
+        A pair counts only if its similarity is above it. An adaptive tau depends on all pairs, so it is refused.
+    similarity : {"abs", "positive"}
+        How pairs are ordered.
+    refresh : {"adaptive", "certified"}
+        When all pairs are compared: as often as the measured recall asks for, or wherever it cannot be excluded that
+        the selection has changed beyond the candidates, so that it is always exact.
+    recall : float in (0, 1), default 0.99
+        Least share of the exact selection that the adaptive one is to have.
+    margin : float, at least 1, default 4.0
+        Number of candidates, as a multiple of k. More of them last longer, and take more time at every call.
+    backend, precision
+        As in `topk_pairs`, for the refreshes.
+
+    Attributes
+    ----------
+    candidates : Tensor, int64 [c]
+        The candidates, each as ``row * N + col``. Like all attributes a buffer, which is saved with the module.
+    reference : Tensor, [N, M]
+        The columns at the refresh, divided by their lengths.
+    cut : Tensor, []
+        Similarity that no other pair exceeded then.
+    schedule : Tensor, int64 [3]
+        Calls since the refresh, after how many the next is due ("adaptive"), and how many candidates were asked for.
+    audit : Tensor, int64 [2]
+        Pairs of the exact selection that were found at the last refresh that was due, and how many there were.
+    state : Tensor, float32 [3]
+        Warm-start state of the refreshes.
+
+    Notes
+    -----
+    A refresh takes the time of `topk_pairs` for ``margin * k`` pairs. Every other call takes ``margin * k * M``
+    multiply-adds and two passes over x, and "certified" also the products of the columns that have moved far with all
+    others. Memory is two copies of x, in the dtype of its products, beside 8 bytes for every candidate.
+
+    Examples
+    --------
+    >>> select = RefreshedPairs(k=1, refresh="certified")
+    >>> pairs = select(torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]]))
+    >>> pairs.rows.tolist(), pairs.cols.tolist()
+    ([0], [2])
+    """
+
+    candidates: Tensor
+    reference: Tensor
+    cut: Tensor
+    schedule: Tensor
+    audit: Tensor
+    state: Tensor
+
+    def __init__(
+        self,
+        fraction: float = 1e-3,
+        *,
+        k: int | None = None,
+        tau: Tau = None,
+        similarity: Similarity = "abs",
+        refresh: Refresh = "adaptive",
+        recall: float = 0.99,
+        margin: float = 4.0,
+        backend: BackendName = "auto",
+        precision: Precision = "highest",
+    ):
+        super().__init__()
+        check_word("refresh", refresh, Refresh)
+        if not 0 < recall < 1:
+            raise ValueError(f"recall must be in (0, 1), got {recall}")
+        if not 1 <= margin < math.inf:
+            raise ValueError(f"margin must be at least 1, got {margin}")
+        if tau == "adaptive":
+            raise ValueError('tau cannot be "adaptive", which depends on all pairs; give a number or None')
+        self.fraction = fraction
+        self.k = k
+        self.tau = tau
+        self.similarity = similarity
+        self.refresh = refresh
+        self.recall_target = recall
+        self.margin = margin
+        self.backend = backend
+        self.precision = precision
+        self.register_buffer("candidates", torch.empty(0, dtype=torch.int64))
+        self.register_buffer("reference", torch.empty(0, 0))
+        self.register_buffer("cut", torch.tensor(0.0))
+        self.register_buffer("schedule", torch.tensor([0, 1, 0]))
+        self.register_buffer("audit", torch.tensor([0, 0]))
+        self.register_buffer("state", initial_state())
+
+    @property
+    def interval(self) -> int:
+        """Calls from one refresh to the next: as it is planned ("adaptive"), or since the last one ("certified")."""
+        return int(self.schedule[1 if self.refresh == "adaptive" else 0])
+
+    @property
+    def recall(self) -> float:
+        """Share of the exact selection that the oldest candidates would have given; NaN before it was measured."""
+        if self.refresh == "certified":
+            return 1.0
+        found, of = self.audit.tolist()
+        return found / of if of else math.nan
+
+    @property
+    def recall_interval(self) -> tuple[float, float]:
+        """Wilson's 95% interval of the recall, as if each pair was found or missed by itself."""
+        if self.refresh == "certified":
+            return 1.0, 1.0
+        of = int(self.audit[1])
+        if not of:
+            return math.nan, math.nan
+        p, z = self.recall, _Z**2 / of
+        half = _Z * math.sqrt(p * (1 - p) / of + z / (4 * of))
+        low, high = (p + z / 2 - half) / (1 + z), (p + z / 2 + half) / (1 + z)
+        return max(0.0, min(low, p)), min(1.0, max(high, p))  # at 0 and 1 but for rounding
+
+    def forward(self, x: Tensor | SparseFeatures, priority: Tensor | None = None) -> TopKPairs:
+        """The pairs of x [M, N], dense; `priority` [N] as in `topk_pairs`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `topk_pairs`; also if x is sparse.
+        """
+        rows, cols, cosines, query = self.listed(x, priority)
+        least = cosines.new_tensor(max(0.0, floor_of(query)))
+        if rows.numel() == query.k:
+            least = similarity_of(cosines.detach()[-1], query.similarity)
+        return TopKPairs(rows, cols, cosines.float(), least.float(), query.tau, x.shape[1], query.k)
+
+    def listed(self, x: Tensor | SparseFeatures, priority: Tensor | None = None) -> _Listed:
+        """The pairs, with cosines in the dtype that products of x are summed in."""
+        check_features(x)
+        if not is_dense(x):
+            raise TypeError("x must be dense: a selection among the entries of a sparse x is not kept")
+        query = resolve_query(
+            x.shape[1], fraction=self.fraction, k=self.k, tau=self.tau, n_std=1.0, similarity=self.similarity,
+            precision=self.precision,
+        )  # fmt: skip
+        priority = resolve_priority(priority, x.shape[1], x.device)
+        custom_ops.refuse_nan(priority)
+        backend = resolve_backend(self.backend, x.device)
+        with torch.no_grad():
+            norms = column_norms(x)
+            scaled, scaled_norms, _ = in_range(x, norms)
+            x_hat = (scaled.T.to(norms.dtype) * inverse_norms(scaled_norms)[:, None]).contiguous()
+            cosines, index = self._select(x.detach(), x_hat, query)
+        rows = index.div(x.shape[1], rounding_mode="floor")
+        cols = index - rows * x.shape[1]
+        if x.requires_grad and torch.is_grad_enabled():
+            cosines = _Cosines.apply(x, norms, cosines, rows, cols, priority, backend)
+        return _Listed(rows, cols, cosines, query)
+
+    def reset(self) -> None:
+        """Forget the candidates, so that the next call is a refresh, and when the one after that is due."""
+        self.candidates = self.candidates[:0]
+        self.schedule.copy_(torch.tensor([0, 1, 0]))
+        self.audit.zero_()
+        self.state.copy_(initial_state())
+
+    def _select(self, x: Tensor, x_hat: Tensor, query: Query) -> tuple[Tensor, Tensor]:
+        """Cosines and index of the selected pairs."""
+        size = min(n_pairs(x.shape[1]), math.ceil(self.margin * query.k))
+        is_same = self.reference.shape == x_hat.shape and self.reference.dtype == x_hat.dtype
+        if not is_same or self.schedule[2] != size:
+            return self._refreshed(x, x_hat, query, size)
+        self.schedule[0] += 1
+        drift = torch.linalg.vector_norm(x_hat - self.reference, dim=1)
+        if drift.max() > JUMP:
+            return self._refreshed(x, x_hat, query, size)
+        found = _selected(_cosines(x_hat, self.candidates), self.candidates, query)
+        if self.refresh == "certified":
+            return self._completed(x_hat, drift, found, query) or self._refreshed(x, x_hat, query, size)
+        if self.schedule[0] < self.schedule[1]:
+            return found
+        exact = self._refreshed(x, x_hat, query, size)
+        self._plan(found[1], exact[1])
+        return exact
+
+    def _refreshed(self, x: Tensor, x_hat: Tensor, query: Query, size: int) -> tuple[Tensor, Tensor]:
+        """Compare all pairs, and keep the first `size` of the order as candidates."""
+        pairs = topk_pairs(
+            x, k=size, tau=query.tau, similarity=query.similarity, backend=self.backend, precision=query.precision,
+            state=self.state,
+        )  # fmt: skip
+        self.candidates = pairs.rows * x.shape[1] + pairs.cols
+        self.reference = x_hat
+        cosines = _cosines(x_hat, self.candidates)
+        is_all = size == n_pairs(x.shape[1])
+        self.cut = pairs.threshold.to(x_hat.dtype) if not is_all else x_hat.new_tensor(-math.inf)
+        self.schedule[0], self.schedule[2] = 0, size
+        return _selected(cosines, self.candidates, query)
+
+    def _plan(self, found: Tensor, exact: Tensor) -> None:
+        """Measure the recall of the old candidates, and plan the next refresh by it."""
+        n_found, n_exact = int(torch.isin(exact, found).sum()), exact.numel()
+        self.audit.copy_(torch.tensor([n_found, n_exact]))
+        missed, allowed = n_exact - n_found, (1 - self.recall_target) * n_exact
+        interval = int(self.schedule[1])
+        # what is missed grows about as the time does
+        factor = min(2.0, max(0.5, allowed / missed)) if missed else 2.0
+        longer, shorter = max(interval + 1, int(factor * interval)), min(interval - 1, int(factor * interval))
+        self.schedule[1] = min(_LONGEST_INTERVAL, longer) if missed <= allowed else max(1, shorter)
+
+    def _completed(
+        self, x_hat: Tensor, drift: Tensor, found: tuple[Tensor, Tensor], query: Query
+    ) -> tuple[Tensor, Tensor] | None:
+        """The selection among the candidates and all pairs that may have overtaken it; None if these are too many."""
+        cosines, index = found
+        n_features, n_rows = x_hat.shape
+        is_full = index.numel() == query.k
+        least = similarity_of(cosines, query.similarity)[-1].item() if is_full else floor_of(query)
+        gap = least - self.cut.item() - 4 * (n_rows + 8) * torch.finfo(drift.dtype).eps  # of sums of so many products
+        if gap <= 0:
+            return None
+        # one column of a pair that has come so much closer has moved by h, where 2 h + h**2 is the gap
+        moved = (drift >= math.sqrt(1 + gap) - 1).nonzero().squeeze(1)
+        if moved.numel() > _MOST_MOVED * n_features:
+            return None
+        has_moved = torch.zeros(n_features, dtype=torch.bool, device=drift.device).index_fill_(0, moved, True)
+        columns = torch.arange(n_features, device=drift.device)
+        for part in moved.split(max(1, _PRODUCTS // n_features)):
+            with matmul_precision(x_hat.device, "highest"):
+                products = (x_hat[part] @ x_hat.T).clamp_(-1, 1)
+            similar = similarity_of(products, query.similarity) >= least
+            similar &= ~has_moved | (columns > part[:, None])  # each pair once, and no column with itself
+            row, col = similar.nonzero().unbind(1)
+            first, second = part[row], col
+            others = torch.minimum(first, second) * n_features + torch.maximum(first, second)
+            is_new = ~torch.isin(others, self.candidates)
+            cosines = torch.cat([cosines, products[row, col][is_new]])
+            index = torch.cat([index, others[is_new]])
+        return _selected(cosines, index, query)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Take buffers of whatever size they were saved in."""
+        for name in ("candidates", "reference", "cut"):
+            saved = state_dict.get(prefix + name)
+            if saved is not None:
+                setattr(self, name, torch.empty_like(saved, device=getattr(self, name).device))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def extra_repr(self) -> str:
+        """Arguments, for repr."""
+        size = f"fraction={self.fraction}" if self.k is None else f"k={self.k}"
+        return (
+            f"{size}, tau={self.tau}, similarity={self.similarity!r}, refresh={self.refresh!r}, "
+            f"recall={self.recall_target}, margin={self.margin}, backend={self.backend!r}, precision={self.precision!r}"
+        )
+
+
+class _Cosines(torch.autograd.Function):
+    """Cosines that were computed already, differentiable in x; the column of higher priority is held."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norms: Tensor, cosines: Tensor, *listed: Any) -> Tensor:
+        *pairs, ctx.backend = listed
+        ctx.save_for_backward(x, norms, cosines, *pairs)
+        return cosines.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, norms, cosines, rows, cols, priority = ctx.saved_tensors
+        pairs = custom_ops.weighted_pairs(rows, cols, grads[0], priority)
+        return custom_ops.pair_gradient(x, norms, cosines, *pairs, ctx.backend, False), *[None] * 6
+
+
+def _cosines(x_hat: Tensor, index: Tensor) -> Tensor:
+    """Cosines of the pairs of an index, of columns that are the rows of x_hat [N, M] and have length 1."""
+    n_features, n_rows = x_hat.shape
+    cosines = x_hat.new_empty(index.numel())
+    size = max(1, _GATHERED_ELEMENTS.get(x_hat.device.type, _GATHERED_ELSEWHERE) // n_rows)
+    for part, out in zip(index.split(size), cosines.split(size), strict=True):
+        rows = part.div(n_features, rounding_mode="floor")
+        cols = part - rows * n_features
+        products = x_hat.index_select(0, rows).mul_(x_hat.index_select(0, cols))
+        torch.sum(products, dim=1, out=out)
+    return cosines.clamp_(-1, 1)
+
+
+def _selected(cosines: Tensor, index: Tensor, query: Query) -> tuple[Tensor, Tensor]:
+    """The first k pairs of the order that pass the floor."""
+    cosines, index = first_in_order(cosines, index, query.similarity, query.k)
+    n_passed = int((similarity_of(cosines, query.similarity) > floor_of(query)).sum())
+    return cosines[:n_passed], index[:n_passed]
