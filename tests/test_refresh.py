@@ -61,13 +61,14 @@ def test_the_first_call_is_exact(refresh, query, dtype):
 @pytest.mark.parametrize("query", QUERIES.values(), ids=QUERIES)
 @pytest.mark.parametrize("step", [1e-5, 1e-3, 1e-2, 0.1])
 @pytest.mark.parametrize("margin", [1.0, 4.0])
-def test_certified_is_exact_at_every_call(query, step, margin):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_certified_is_exact_at_every_call(query, step, margin, dtype):
     select = RefreshedPairs(k=K, refresh="certified", margin=margin, **query)
     n_refreshes = 0
-    for x in walk(12, step):
+    for x in walk(12, step, dtype=dtype):
         assert_selection(select(x), x, k=K, **query)
         n_refreshes += is_refresh(select)
-    if margin > 1 and "tau" not in query:
+    if margin > 1:
         assert n_refreshes == 1 if step <= 1e-3 else step < 0.1 or n_refreshes > 6
     assert (select.recall, select.recall_interval) == (1.0, (1.0, 1.0))
 
@@ -118,42 +119,57 @@ def test_a_candidate_that_falls_below_tau_is_dropped(refresh):
     for cosine, n_expected in ((0.51, 1), (0.49, 0)):
         x = torch.eye(6)[:, :5]
         x[0, 1] = cosine / (1 - cosine**2) ** 0.5
-        select.schedule[1] = 100  # nothing is due
+        select.reach.fill_(9.0)  # nothing is due
         pairs = select(x)
         assert pairs.rows.numel() == n_expected
         assert pairs.threshold == 0.5
 
 
-@pytest.mark.parametrize(
-    ("interval", "n_found", "expected"),
-    [(1, 100, 2), (10, 100, 20), (10, 99, 20), (10, 97, 16), (10, 95, 11), (10, 94, 8), (10, 50, 5), (1, 50, 1),
-     (2, 94, 1), (900, 100, 1000)],
-)  # fmt: skip
-def test_the_next_refresh_follows_from_what_was_missed(interval, n_found, expected):
-    """Of 100 pairs at most 5 may be missed; as many as are missed, so much shorter or longer."""
+@pytest.mark.parametrize(("n_found", "factor"), [(100, 2.0), (99, 2.0), (97, 5 / 3), (95, 1.0), (94, 5 / 6), (50, 0.5)])
+def test_the_next_refresh_follows_from_what_was_missed(n_found, factor):
+    """Of 100 pairs 5 may be missed; as many as are missed, so much less or more may columns move."""
     select = RefreshedPairs(recall=0.95)
-    select.schedule[1] = interval
-    select._plan(torch.arange(n_found), torch.arange(100))
-    assert select.interval == expected
+    select._plan(torch.arange(n_found), torch.arange(100), torch.tensor(0.01))
+    assert select.reach == pytest.approx(0.01 * factor)
     assert select.recall == n_found / 100
+
+
+@pytest.mark.parametrize("query", QUERIES.values(), ids=QUERIES)
+def test_certified_with_more_candidates_than_pass(query):
+    """Half of all pairs are asked for, so that tau or 0 decides, and all pairs are candidates or all positive ones."""
+    select = RefreshedPairs(fraction=0.5, refresh="certified", margin=3.0, **query)
+    for x in walk(12, 0.03):
+        assert_selection(select(x), x, k=oracle.k_of(N, 0.5), **query)
+
+
+def test_certified_to_the_last_bit_of_float64():
+    """Two pairs of nearly equal cosine change places by less than a float32 can tell."""
+    select = RefreshedPairs(k=1, refresh="certified", margin=1.0)
+    x = torch.eye(6, dtype=torch.float64)
+    for cosine, expected in ((0.3 + 5e-9, {(0, 1)}), (0.3 - 5e-9, {(2, 3)})):
+        for a, c in ((0, cosine), (2, 0.3)):
+            x[a, a + 1] = c / (1 - c**2) ** 0.5
+        assert pairs_of(select(x)) == expected
 
 
 @pytest.mark.quick
 @KINDS
-def test_a_column_that_turned_is_seen_at_once(refresh):
-    """As one that was resampled, or that came to life."""
+def test_a_column_that_turned_is_compared_at_once(refresh):
+    """As one that was resampled, or that came to life; the others need not be compared again."""
     x = normal(M, N)
     x[:, 5] = 0
     select = RefreshedPairs(k=K, refresh=refresh)
     select(x)
-    select.schedule[1] = 100  # nothing is due
-    select(x)
-    assert not is_refresh(select)
+    select.reach.fill_(9.0)  # nothing is due
     for change in (x[:, 7], -x[:, 80], 0 * x[:, 7]):  # it is born a double, turns, dies
         x[:, 5] = change
         pairs = select(x)
-        assert is_refresh(select)
+        assert not is_refresh(select)
         assert_selection(pairs, x, k=K)
+    x[:, : N // 2] = normal(M, N // 2, seed=3)  # too many
+    pairs = select(x)
+    assert is_refresh(select)
+    assert_selection(pairs, x, k=K)
 
 
 def test_a_norm_that_jumps_changes_no_cosine():
@@ -166,19 +182,31 @@ def test_a_norm_that_jumps_changes_no_cosine():
 
 
 @pytest.mark.quick
-def test_adaptive_waits_longer_where_nothing_moves():
-    x = normal(M, N)
+def test_adaptive_refreshes_by_how_far_columns_have_moved():
+    """Not at all while they rest, and at once when they move faster than before."""
     select = RefreshedPairs(k=K)
     assert math.isnan(select.recall)
     assert all(map(math.isnan, select.recall_interval))
-    refreshed = []
-    for call in range(32):
+    x, generator = normal(M, N), seeded(5)
+    for _ in range(20):
         select(x)
-        if is_refresh(select):
-            refreshed.append(call)
-    assert refreshed == [0, 1, 3, 7, 15, 31]
-    assert select.interval == 32
+    assert (int(select.schedule[0]), select.interval) == (19, 19)
+
+    def move(angle):
+        turned = x / x.norm(dim=0) + angle * torch.randn(M, N, generator=generator) / M**0.5
+        return turned * x.norm(dim=0)
+
+    x = move(1e-5)
+    select(x)
+    assert is_refresh(select)
     assert select.recall == 1.0
+    assert select.reach == pytest.approx(2e-5, rel=0.1)
+    x = move(1e-5)
+    select(x)
+    assert not is_refresh(select)
+    select(move(1e-4))
+    assert is_refresh(select)
+    assert select.interval == 2
 
 
 @pytest.mark.parametrize("step", [3e-4, 3e-3, 0.1])
@@ -193,7 +221,7 @@ def test_adaptive_keeps_the_recall_that_is_asked_for(step):
         exact_pairs = set(zip(exact.rows.tolist(), exact.cols.tolist(), strict=True))
         recalls.append(len(pairs_of(select(x)) & exact_pairs) / K)
         if is_refresh(select) and old.candidates.numel():
-            old.schedule[1] = 1_000
+            old.reach.fill_(9.0)
             assert select.recall == len(pairs_of(old(x)) & exact_pairs) / K
             low, high = select.recall_interval
             assert 0 <= low < select.recall <= high <= 1
@@ -280,14 +308,32 @@ def test_another_matrix_is_compared_anew(refresh):
     for x in (normal(M, N), normal(M, 50), normal(9, 50), normal(9, 50, dtype=torch.float64)):
         assert_selection(select(x), x, k=20)
         assert is_refresh(select)
-    select.schedule[1] = 100  # nothing is due
+        assert math.isnan(select.recall) or refresh == "certified"
+        select.reach.fill_(9.0)  # nothing is due
+        select.audit += 1
     select.k = 90  # more than there were candidates for
     assert_selection(select(x), x, k=90)
+    select.similarity = "positive"
+    assert_selection(select(x), x, k=90, similarity="positive")
+    select.tau = 0.4
+    assert_selection(select(x), x, k=90, similarity="positive", tau=0.4)
+    select.tau = "adaptive"
+    with pytest.raises(ValueError, match='tau cannot be "adaptive"'):
+        select(x)
+
+
+@KINDS
+def test_the_loss_follows_its_attributes(refresh):
+    x = normal(M, N)
+    loss = TopKOrthoLoss(k=K, refresh=refresh)
+    loss(x)
+    loss.k, loss.similarity, loss.tau = 20, "positive", 0.3
+    torch.testing.assert_close(loss(x), topk_ortho_loss(x, k=20, similarity="positive", tau=0.3))
 
 
 @KINDS
 def test_all_pairs_are_candidates(refresh):
-    for margin in (1.0, 3.0):
+    for margin in (1.0, 3.0, 1e300):
         select = RefreshedPairs(fraction=1.0, refresh=refresh, margin=margin)
         for x in walk(3, 1e-3):
             pairs = select(x)
@@ -327,7 +373,7 @@ def test_reset_forgets():
     loss.reset_state()
     initial = TopKOrthoLoss(k=K, refresh="certified").pairs
     assert loss.pairs.candidates.numel() == 0
-    for name in ("schedule", "audit", "state"):
+    for name in ("reference", "schedule", "audit", "reach", "state"):
         assert torch.equal(loss.pairs.get_buffer(name), initial.get_buffer(name))
     loss(normal(M, N))
     assert is_refresh(loss.pairs)
@@ -336,11 +382,12 @@ def test_reset_forgets():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"refresh": "sometimes"}, "refresh must be one of 'adaptive', 'certified', got 'sometimes'"),
+        ({"refresh": "sometimes"}, "refresh must be one of .*'adaptive', 'certified', got 'sometimes'"),
         ({"recall": 1.0}, r"recall must be in \(0, 1\), got 1.0"),
         ({"recall": 0.0}, r"recall must be in \(0, 1\), got 0.0"),
         ({"margin": 0.5}, "margin must be at least 1, got 0.5"),
         ({"margin": math.nan}, "margin must be at least 1, got nan"),
+        ({"margin": math.inf}, "margin must be at least 1, got inf"),
         ({"tau": "adaptive"}, 'tau cannot be "adaptive", which depends on all pairs; give a number or None'),
     ],
 )
@@ -366,6 +413,10 @@ def test_what_is_no_dense_finite_matrix_is_refused(refresh):
         select(normal(M, 5))
     with pytest.raises(ValueError, match='structural_zeros must be False where refresh is "'):
         TopKOrthoLoss(refresh=refresh, structural_zeros=True)
+    with pytest.raises(TypeError, match="margin must be a number, got str"):
+        RefreshedPairs(margin="4")
+    with pytest.raises(ValueError, match="refresh must be one of 'exact', 'adaptive', 'certified', got 'exat'"):
+        TopKOrthoLoss(refresh="exat", structural_zeros=True)
     with pytest.raises(ValueError, match="reduction must be one of"):
         TopKOrthoLoss(k=3, refresh=refresh, reduction="max")(x)
 

@@ -12,8 +12,11 @@ from topk_ortho.sparse_features import SparseFeatures
 from topk_ortho.validation import check_word
 from topk_ortho.warm_start import initial_state
 
+_Refresh = Literal["exact", "adaptive", "certified"]
 _OPTIONS = ("k", "tau", "n_std", "similarity", "reduction", "backend", "precision", "structural_zeros")
 """Arguments of `topk_ortho_loss` that the module keeps as attributes, beside the fraction."""
+_SELECTION = ("fraction", "k", "tau", "similarity", "backend", "precision")
+"""Attributes that `RefreshedPairs` has too."""
 
 
 class TopKOrthoLoss(nn.Module):
@@ -33,7 +36,8 @@ class TopKOrthoLoss(nn.Module):
     Attributes
     ----------
     state : Tensor, float32 [3]
-        Warm-start state, see `initial_state`: a buffer, so that it moves and is saved with the module.
+        Warm-start state, see `initial_state`: a buffer, so that it moves and is saved with the module. ``pairs`` has
+        its own.
     pairs : RefreshedPairs or None
         What is kept between calls; None for ``refresh="exact"``. Its ``recall`` and ``interval`` say how it fares.
 
@@ -58,7 +62,7 @@ class TopKOrthoLoss(nn.Module):
         backend: BackendName = "auto",
         precision: Precision = "highest",
         structural_zeros: bool = False,
-        refresh: Literal["exact", "adaptive", "certified"] = "exact",
+        refresh: _Refresh = "exact",
         recall: float = 0.99,
         margin: float = 4.0,
     ):
@@ -74,6 +78,7 @@ class TopKOrthoLoss(nn.Module):
         self.structural_zeros = structural_zeros
         self.register_buffer("state", initial_state())
         self.pairs: RefreshedPairs | None = None
+        check_word("refresh", refresh, _Refresh)
         if refresh != "exact":
             if structural_zeros:
                 raise ValueError(f'structural_zeros must be False where refresh is "{refresh}"')
@@ -86,13 +91,15 @@ class TopKOrthoLoss(nn.Module):
         """Penalty on the columns of x [M, N]; in each pair the column of higher `priority` [N] is held constant."""
         if self.pairs is not None:
             check_word("reduction", self.reduction, Reduction)
+            for name in _SELECTION:
+                setattr(self.pairs, name, getattr(self, name))
             squares = self.pairs.listed(x, priority).cosines.square()
             return squares.sum() / max(1, squares.numel()) if self.reduction == "mean" else squares.sum()
         options = {name: getattr(self, name) for name in _OPTIONS}
         return topk_ortho_loss(x, self.fraction, priority=priority, state=self.state, **options)
 
     def reset_state(self) -> None:
-        """Forget the last threshold, for instance when the next x has nothing to do with the last."""
+        """Forget what is kept between calls, for instance when the next x has nothing to do with the last."""
         self.state.copy_(initial_state())
         if self.pairs is not None:
             self.pairs.reset()

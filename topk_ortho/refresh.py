@@ -2,20 +2,22 @@
 
 A *refresh* selects exactly, as `topk_pairs` does, more pairs than are asked for: the *candidates*. Calls in between
 compare the candidates alone, O(k M) in place of O(N**2 M), and take the k most similar of them. What they can miss is a
-pair that was no candidate and has become one of the k most similar since.
+pair that was no candidate and has become one of the k most similar since. How far columns have moved tells when that is
+to be expected. With x_hat the columns divided by their lengths, and r those at the refresh, column i has moved by
+d_i = ||x_hat_i - r_i||.
 
-**Adaptive.** When a refresh is due, it is counted how many of the exact pairs the old candidates give. This is the
-recall of candidates that are a call older than any that were used. From it follows when the next refresh is due.
+**Adaptive.** A refresh is due when the columns have moved by more than `reach` on average. Then it is counted how many
+of the exact pairs the old candidates give. This is the recall of candidates that are a call older than any that were
+used. More pairs are missed the farther columns move, and from this follows the next `reach`. Columns that have moved by
+more than `JUMP`, such as one that was resampled, are compared with all others at once.
 
-**Certified.** With x_hat the columns of length 1, r those at the refresh and d_i = ||x_hat_i - r_i||,
+**Certified.** As the columns have length 1,
 
     |x_hat_i . x_hat_j - r_i . r_j| <= d_i + d_j + d_i d_j
 
-as r_i and r_j have length 1. No pair that was no candidate was more similar than the last candidate. So where such a
-pair has overtaken the k-th, one of its columns has moved far. These columns are compared with all others; if they are
-too many, it is time for a refresh. The selection is always exact.
-
-Both refresh at once if a column has turned by more than `JUMP`, as one that was resampled.
+No pair that was no candidate was more similar than the last candidate. So where such a pair has overtaken the k-th, one
+of its columns has moved far. These columns are compared with all others; if they are more than an eighth of all, it is
+time for a refresh. The selection is always exact.
 """
 
 import math
@@ -42,18 +44,17 @@ from topk_ortho.definitions import (
 from topk_ortho.functional import topk_pairs
 from topk_ortho.pairs import TopKPairs
 from topk_ortho.sparse_features import SparseFeatures, is_dense
-from topk_ortho.validation import check_features, check_word, resolve_priority, resolve_query
+from topk_ortho.validation import check_features, check_number, check_word, resolve_priority, resolve_query
 from topk_ortho.warm_start import initial_state
 
 Refresh = Literal["adaptive", "certified"]
 
 JUMP = 0.5
-"""Distance between a column of length 1 and itself at the refresh from which all pairs are compared at once"""
+"""How far a column may have moved before an adaptive selection compares it with all others"""
 _MOST_MOVED = 0.125
 """Share of the columns up to which those that have moved far are compared with all"""
 _PRODUCTS = 2**22
 """Cosines that are held at a time for these"""
-_LONGEST_INTERVAL = 1_000
 _GATHERED_ELEMENTS = {"cpu": 2**18}
 """Elements of x that are gathered at a time for the pairs; on a CPU these stay in a core's cache"""
 _GATHERED_ELSEWHERE = 2**25
@@ -87,7 +88,8 @@ class RefreshedPairs(nn.Module):
         When all pairs are compared: as often as the measured recall asks for, or wherever it cannot be excluded that
         the selection has changed beyond the candidates, so that it is always exact.
     recall : float in (0, 1), default 0.99
-        Least share of the exact selection that the adaptive one is to have.
+        The share of the exact selection that "adaptive" aims at. It follows what was measured at the last refreshes,
+        and is no guarantee for the calls since. The attribute `recall` is what was measured.
     margin : float, at least 1, default 4.0
         Number of candidates, as a multiple of k. More of them last longer, and take more time at every call.
     backend, precision
@@ -95,14 +97,22 @@ class RefreshedPairs(nn.Module):
 
     Attributes
     ----------
+    recall : float
+        Measured recall at the last refresh.
+    recall_interval : (float, float)
+        Its 95% interval.
+    interval : int
+        Calls from one refresh to the next.
     candidates : Tensor, int64 [c]
-        The candidates, each as ``row * N + col``. Like all attributes a buffer, which is saved with the module.
-    reference : Tensor, [N, M]
+        The candidates, each as ``row * N + col``. This and what follows are buffers, which are saved with the module.
+    reference : Tensor, shape [N, M]
         The columns at the refresh, divided by their lengths.
-    cut : Tensor, []
+    cut : Tensor, shape []
         Similarity that no other pair exceeded then.
-    schedule : Tensor, int64 [3]
-        Calls since the refresh, after how many the next is due ("adaptive"), and how many candidates were asked for.
+    reach : Tensor, shape []
+        How far columns may move on average until the next refresh ("adaptive").
+    schedule : Tensor, int64 [4]
+        Calls since the refresh, calls between the last two, and how many candidates were asked for, 1 if by "abs".
     audit : Tensor, int64 [2]
         Pairs of the exact selection that were found at the last refresh that was due, and how many there were.
     state : Tensor, float32 [3]
@@ -111,8 +121,9 @@ class RefreshedPairs(nn.Module):
     Notes
     -----
     A refresh takes the time of `topk_pairs` for ``margin * k`` pairs. Every other call takes ``margin * k * M``
-    multiply-adds and two passes over x, and "certified" also the products of the columns that have moved far with all
-    others. Memory is two copies of x, in the dtype of its products, beside 8 bytes for every candidate.
+    multiply-adds and a few passes over x, and the products with all others of the columns that have moved far. Memory
+    is up to four copies of x, in the dtype of its products, one of them between the calls, beside some ten bytes for
+    every candidate.
 
     Examples
     --------
@@ -125,6 +136,7 @@ class RefreshedPairs(nn.Module):
     candidates: Tensor
     reference: Tensor
     cut: Tensor
+    reach: Tensor
     schedule: Tensor
     audit: Tensor
     state: Tensor
@@ -144,12 +156,13 @@ class RefreshedPairs(nn.Module):
     ):
         super().__init__()
         check_word("refresh", refresh, Refresh)
+        check_number("recall", recall)
+        check_number("margin", margin)
         if not 0 < recall < 1:
             raise ValueError(f"recall must be in (0, 1), got {recall}")
         if not 1 <= margin < math.inf:
             raise ValueError(f"margin must be at least 1, got {margin}")
-        if tau == "adaptive":
-            raise ValueError('tau cannot be "adaptive", which depends on all pairs; give a number or None')
+        _refuse_adaptive(tau)
         self.fraction = fraction
         self.k = k
         self.tau = tau
@@ -162,14 +175,15 @@ class RefreshedPairs(nn.Module):
         self.register_buffer("candidates", torch.empty(0, dtype=torch.int64))
         self.register_buffer("reference", torch.empty(0, 0))
         self.register_buffer("cut", torch.tensor(0.0))
-        self.register_buffer("schedule", torch.tensor([0, 1, 0]))
+        self.register_buffer("reach", torch.tensor(0.0))
+        self.register_buffer("schedule", torch.tensor([0, 0, 0, 0]))
         self.register_buffer("audit", torch.tensor([0, 0]))
         self.register_buffer("state", initial_state())
 
     @property
     def interval(self) -> int:
-        """Calls from one refresh to the next: as it is planned ("adaptive"), or since the last one ("certified")."""
-        return int(self.schedule[1 if self.refresh == "adaptive" else 0])
+        """Calls from one refresh to the next: between the last two or, if these are more, since the last one."""
+        return int(self.schedule[:2].max())
 
     @property
     def recall(self) -> float:
@@ -215,6 +229,7 @@ class RefreshedPairs(nn.Module):
             x.shape[1], fraction=self.fraction, k=self.k, tau=self.tau, n_std=1.0, similarity=self.similarity,
             precision=self.precision,
         )  # fmt: skip
+        _refuse_adaptive(self.tau)
         priority = resolve_priority(priority, x.shape[1], x.device)
         custom_ops.refuse_nan(priority)
         backend = resolve_backend(self.backend, x.device)
@@ -230,73 +245,85 @@ class RefreshedPairs(nn.Module):
         return _Listed(rows, cols, cosines, query)
 
     def reset(self) -> None:
-        """Forget the candidates, so that the next call is a refresh, and when the one after that is due."""
-        self.candidates = self.candidates[:0]
-        self.schedule.copy_(torch.tensor([0, 1, 0]))
-        self.audit.zero_()
+        """Forget the candidates and what was measured, so that the next call is a refresh."""
+        self.candidates, self.reference = self.candidates.new_empty(0), self.reference.new_empty(0, 0)
+        for buffer in (self.cut, self.reach, self.schedule, self.audit):
+            buffer.zero_()
         self.state.copy_(initial_state())
 
     def _select(self, x: Tensor, x_hat: Tensor, query: Query) -> tuple[Tensor, Tensor]:
         """Cosines and index of the selected pairs."""
-        size = min(n_pairs(x.shape[1]), math.ceil(self.margin * query.k))
+        size = min(n_pairs(x.shape[1]), math.ceil(min(self.margin * query.k, n_pairs(x.shape[1]))))
+        kind = [size, int(query.similarity == "abs")]
         is_same = self.reference.shape == x_hat.shape and self.reference.dtype == x_hat.dtype
-        if not is_same or self.schedule[2] != size:
-            return self._refreshed(x, x_hat, query, size)
+        if not is_same or self.schedule[2:].tolist() != kind:
+            self.reset()
+            self.schedule[2:] = torch.tensor(kind)
+            return self._refreshed(x, x_hat, query)
         self.schedule[0] += 1
         drift = torch.linalg.vector_norm(x_hat - self.reference, dim=1)
-        if drift.max() > JUMP:
-            return self._refreshed(x, x_hat, query, size)
         found = _selected(_cosines(x_hat, self.candidates), self.candidates, query)
-        if self.refresh == "certified":
-            return self._completed(x_hat, drift, found, query) or self._refreshed(x, x_hat, query, size)
-        if self.schedule[0] < self.schedule[1]:
+        far = JUMP if self.refresh == "adaptive" else self._certified_drift(found[0], query, x.shape[0])
+        moved = (drift >= far).nonzero().squeeze(1)
+        if moved.numel() > _MOST_MOVED * x.shape[1]:
+            return self._refreshed(x, x_hat, query)
+        found = self._completed(x_hat, moved, found, query)
+        moved_on_average = drift.clamp_max(JUMP).mean()
+        if self.refresh == "certified" or moved_on_average <= self.reach:
             return found
-        exact = self._refreshed(x, x_hat, query, size)
-        self._plan(found[1], exact[1])
+        exact = self._refreshed(x, x_hat, query)
+        self._plan(found[1], exact[1], moved_on_average)
         return exact
 
-    def _refreshed(self, x: Tensor, x_hat: Tensor, query: Query, size: int) -> tuple[Tensor, Tensor]:
-        """Compare all pairs, and keep the first `size` of the order as candidates."""
+    def _refreshed(self, x: Tensor, x_hat: Tensor, query: Query) -> tuple[Tensor, Tensor]:
+        """Compare all pairs, and keep the first of the order as candidates, whether they pass tau or not."""
+        size = int(self.schedule[2])
         pairs = topk_pairs(
-            x, k=size, tau=query.tau, similarity=query.similarity, backend=self.backend, precision=query.precision,
-            state=self.state,
-        )  # fmt: skip
+            x, k=size, similarity=query.similarity, backend=self.backend, precision=query.precision, state=self.state
+        )
         self.candidates = pairs.rows * x.shape[1] + pairs.cols
         self.reference = x_hat
         cosines = _cosines(x_hat, self.candidates)
-        is_all = size == n_pairs(x.shape[1])
-        self.cut = pairs.threshold.to(x_hat.dtype) if not is_all else x_hat.new_tensor(-math.inf)
-        self.schedule[0], self.schedule[2] = 0, size
+        if self.candidates.numel() == n_pairs(x.shape[1]):
+            self.cut = x_hat.new_tensor(-math.inf)
+        elif self.candidates.numel() == size:
+            self.cut = similarity_of(cosines, query.similarity).min()
+        else:  # no others are above 0
+            self.cut = x_hat.new_zeros(())
+        self.schedule[1] = self.schedule[0]
+        self.schedule[0] = 0
         return _selected(cosines, self.candidates, query)
 
-    def _plan(self, found: Tensor, exact: Tensor) -> None:
-        """Measure the recall of the old candidates, and plan the next refresh by it."""
+    def _plan(self, found: Tensor, exact: Tensor, moved: Tensor) -> None:
+        """Measure the recall of candidates whose columns have moved so far, and plan the next refresh by it."""
         n_found, n_exact = int(torch.isin(exact, found).sum()), exact.numel()
         self.audit.copy_(torch.tensor([n_found, n_exact]))
         missed, allowed = n_exact - n_found, (1 - self.recall_target) * n_exact
-        interval = int(self.schedule[1])
-        # what is missed grows about as the time does
-        factor = min(2.0, max(0.5, allowed / missed)) if missed else 2.0
-        longer, shorter = max(interval + 1, int(factor * interval)), min(interval - 1, int(factor * interval))
-        self.schedule[1] = min(_LONGEST_INTERVAL, longer) if missed <= allowed else max(1, shorter)
+        self.reach = moved * (min(2.0, max(0.5, allowed / missed)) if missed else 2.0)
+
+    def _certified_drift(self, cosines: Tensor, query: Query, n_rows: int) -> float:
+        """How far one column of every pair must have moved that was no candidate and is selected now.
+
+        Where it came closer by a gap, one of its columns has moved by h or more, with 2 h + h**2 = gap.
+        """
+        least = floor_of(query)
+        if cosines.numel() == query.k:
+            least = similarity_of(cosines, query.similarity)[-1].item()
+        rounding = 4 * (n_rows + 8) * torch.finfo(cosines.dtype).eps  # of sums of so many products
+        return math.sqrt(1 + max(0.0, least - self.cut.item() - rounding)) - 1
 
     def _completed(
-        self, x_hat: Tensor, drift: Tensor, found: tuple[Tensor, Tensor], query: Query
-    ) -> tuple[Tensor, Tensor] | None:
-        """The selection among the candidates and all pairs that may have overtaken it; None if these are too many."""
+        self, x_hat: Tensor, moved: Tensor, found: tuple[Tensor, Tensor], query: Query
+    ) -> tuple[Tensor, Tensor]:
+        """The selection among the candidates and all pairs of columns that have moved far."""
+        if not moved.numel():
+            return found
         cosines, index = found
-        n_features, n_rows = x_hat.shape
-        is_full = index.numel() == query.k
-        least = similarity_of(cosines, query.similarity)[-1].item() if is_full else floor_of(query)
-        gap = least - self.cut.item() - 4 * (n_rows + 8) * torch.finfo(drift.dtype).eps  # of sums of so many products
-        if gap <= 0:
-            return None
-        # one column of a pair that has come so much closer has moved by h, where 2 h + h**2 is the gap
-        moved = (drift >= math.sqrt(1 + gap) - 1).nonzero().squeeze(1)
-        if moved.numel() > _MOST_MOVED * n_features:
-            return None
-        has_moved = torch.zeros(n_features, dtype=torch.bool, device=drift.device).index_fill_(0, moved, True)
-        columns = torch.arange(n_features, device=drift.device)
+        n_features = x_hat.shape[0]
+        least = similarity_of(cosines, query.similarity)[-1].item() if index.numel() == query.k else floor_of(query)
+        has_moved = torch.zeros(n_features, dtype=torch.bool, device=moved.device).index_fill_(0, moved, True)
+        columns = torch.arange(n_features, device=moved.device)
+        known = self.candidates.sort().values
         for part in moved.split(max(1, _PRODUCTS // n_features)):
             with matmul_precision(x_hat.device, "highest"):
                 products = (x_hat[part] @ x_hat.T).clamp_(-1, 1)
@@ -305,14 +332,15 @@ class RefreshedPairs(nn.Module):
             row, col = similar.nonzero().unbind(1)
             first, second = part[row], col
             others = torch.minimum(first, second) * n_features + torch.maximum(first, second)
-            is_new = ~torch.isin(others, self.candidates)
+            place = torch.searchsorted(known, others).clamp_max(max(0, known.numel() - 1))
+            is_new = known[place] != others if known.numel() else torch.ones_like(others, dtype=torch.bool)
             cosines = torch.cat([cosines, products[row, col][is_new]])
             index = torch.cat([index, others[is_new]])
         return _selected(cosines, index, query)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Take buffers of whatever size they were saved in."""
-        for name in ("candidates", "reference", "cut"):
+        for name in ("candidates", "reference", "cut", "reach"):
             saved = state_dict.get(prefix + name)
             if saved is not None:
                 setattr(self, name, torch.empty_like(saved, device=getattr(self, name).device))
@@ -341,6 +369,11 @@ class _Cosines(torch.autograd.Function):
         x, norms, cosines, rows, cols, priority = ctx.saved_tensors
         pairs = custom_ops.weighted_pairs(rows, cols, grads[0], priority)
         return custom_ops.pair_gradient(x, norms, cosines, *pairs, ctx.backend, False), *[None] * 6
+
+
+def _refuse_adaptive(tau: object) -> None:
+    if tau == "adaptive":
+        raise ValueError('tau cannot be "adaptive", which depends on all pairs; give a number or None')
 
 
 def _cosines(x_hat: Tensor, index: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def resolve_query(
 def resolve_k(n_features: int, fraction: Any, k: Any) -> int:
     """Number of pairs that `k`, or else `fraction`, asks for."""
     if k is None:
-        _check_number("fraction", fraction)
+        check_number("fraction", fraction)
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {fraction}")
         return k_from_fraction(n_features, float(fraction))
@@ -85,7 +85,7 @@ def resolve_k(n_features: int, fraction: Any, k: Any) -> int:
 
 def resolve_tau(tau: Any, n_std: Any) -> tuple[float | None, float | None]:
     """Two numbers: tau if it is fixed, else None; n_std if tau is adaptive, else None."""
-    _check_number("n_std", n_std)
+    check_number("n_std", n_std)
     if not -float("inf") < n_std < float("inf"):
         raise ValueError(f"n_std must be finite, got {n_std}")
     if tau is None:
@@ -94,7 +94,7 @@ def resolve_tau(tau: Any, n_std: Any) -> tuple[float | None, float | None]:
         if tau != "adaptive":
             raise ValueError(f'tau must be None, "adaptive" or a number in [0, 1), got {tau!r}')
         return None, float(n_std)
-    _check_number("tau", tau)
+    check_number("tau", tau)
     if not 0 <= tau < 1:
         raise ValueError(f'tau must be None, "adaptive" or a number in [0, 1), got {tau}')
     return float(tau), None
@@ -166,7 +166,8 @@ def check_state(state: Any, device: torch.device) -> None:
         raise ValueError(f"state must be on the device of x, {device}; got {state.device}")
 
 
-def _check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any) -> None:
+    """Refuse what is not a real number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {_describe(value)}")
 

@@ -693,7 +693,7 @@ def test_a_selection_that_is_kept_trains_and_resumes(refresh, inhibition, open_t
     exact = start("exact", penalty | {"refresh": "exact"})
     assert "refresh_interval" not in exact.fit()
     if refresh == "certified":
-        assert intervals[:8] == [0, 1, 2, 3, 4, 5, 6, 0]  # features were resampled
+        assert intervals == list(range(20))  # though features were resampled, which were compared by themselves
         torch.testing.assert_close(whole.sae.W_dec, exact.sae.W_dec, atol=1e-5, rtol=0)
 
 

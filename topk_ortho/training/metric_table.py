@@ -101,13 +101,13 @@ METRICS = [
     ),
     Metric(
         "refresh_interval",
-        "Uses of the penalty from one comparison of all pairs to the next, if `penalty.refresh` is not exact: as "
-        "planned if it is adaptive, since the last one if it is certified.",
+        "Uses of the penalty from one comparison of all pairs to the next, if `penalty.refresh` is not exact: between "
+        "the last two or, if these are more, since the last.",
     ),
     _share(
         "refresh_recall",
-        "Share of the exact selection that the pairs compared in between give just before all are compared again, when "
-        "they are a use older than any that were penalised; 1 if it is certified.",
+        "Share of the exact selection that was found at the last comparison of all pairs, by those that had been "
+        "compared until then, which were a use older than any that were penalised; 1 if it is certified.",
     ),
     Metric("refresh_recall_low", "Lower end of Wilson's 95% interval of this share."),
     Metric("refresh_recall_high", "Its upper end."),

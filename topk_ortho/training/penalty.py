@@ -88,7 +88,7 @@ class Penalty(nn.Module):
     def refreshes(self) -> dict[str, float | None]:
         """How the kept selection fares, None for what was not measured yet; empty if all pairs are always compared."""
         pairs = self.topk_pairs.pairs
-        if pairs is None:
+        if pairs is None or self.config.target == "none":
             return {}
         low, high = pairs.recall_interval
         numbers = {"refresh_recall": pairs.recall, "refresh_recall_low": low, "refresh_recall_high": high}
