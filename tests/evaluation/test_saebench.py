@@ -28,7 +28,8 @@ from topk_ortho.evaluation.saebench.__main__ import INSTALL, main
 from topk_ortho.evaluation.saebench.subject import Subject, load_subject
 from topk_ortho.sae import StandardSAE
 from topk_ortho.sae.export import save_saelens
-from topk_ortho.study.benchmark import Benchmark, saebench_numbers
+from topk_ortho.study.benchmark import Benchmark
+from topk_ortho.training.config import TrainConfig
 
 jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("sae_bench", reason="needs SAEBench, which make test installs")
@@ -192,19 +193,19 @@ def test_what_is_there_is_not_measured_again(absorption, text, capsys, monkeypat
 
 
 def test_a_study_judges_its_runs(absorption, text, tmp_path, monkeypatch):
-    """By the command's own defaults but for the number of words."""
     folder = shutil.copytree(absorption[2], tmp_path / absorption[2].name)
+    config = TrainConfig(out_dir=folder, device="cpu")
     benchmark = Benchmark(["absorption"])
     assert benchmark.has_judged(folder)
     shutil.rmtree(folder / "saebench")
     assert not benchmark.has_judged(folder)
     monkeypatch.setattr("topk_ortho.evaluation.saebench.subject.check_subject", lambda *_, **__: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert benchmark.judge(folder) is None
+    assert benchmark.judge(config) is None
     assert benchmark.has_judged(folder)
-    assert saebench_numbers(folder) == saebench_numbers(absorption[2])
-    assert saebench_numbers(folder)["saebench.absorption.with_latent"] == 26
-    assert "is of another number of words" in (benchmark._replace(words=700).judge(folder) or "")
+    assert benchmark.numbers(folder) == benchmark.numbers(absorption[2])
+    assert benchmark.numbers(folder)["saebench.absorption.with_latent"] == 26
+    assert "give more --words" in (benchmark._replace(words=1).judge(config) or "")
 
 
 def fail(*arguments, **settings):

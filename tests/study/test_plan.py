@@ -140,6 +140,19 @@ REFUSED = {
         "saebench.evals.0: Input should be 'absorption' or 'core', got 'scr'",
     ),
     "no_evaluation": (HEAD + "saebench = { evals = [] }\n" + NONE, "saebench.evals: List should have at least 1 item"),
+    "evaluation_twice": (
+        HEAD + 'saebench = { evals = ["core", "core"] }\n' + NONE,
+        "saebench.evals must have each value once, got core 2 times",
+    ),
+    "saebench_of_synthetic_data": (
+        HEAD + 'saebench = { evals = ["core"] }\n' + NONE,
+        "variant none: saebench needs source transformer, got synthetic",
+    ),
+    "saebench_elsewhere": (
+        HEAD.replace("toy-hierarchy", "minilm") + 'saebench = { evals = ["core"] }\n'
+        '[base]\nmodel.hook = "blocks.3.hook_mlp_out"\n' + NONE,
+        "variant none: saebench needs model.hook blocks.N.hook_resid_post, got blocks.3.hook_mlp_out",
+    ),
     "no_words": (
         HEAD + 'saebench = { evals = ["absorption"], words = 0 }\n' + NONE,
         "saebench.words: Input should be greater than or equal to 1, got 0",

@@ -44,7 +44,7 @@ def _run(options: argparse.Namespace) -> int:
     runs = [run for run in study.runs if not options.only or run.point.variant in options.only]
     for run in study.runs:
         is_finished(run.config)  # refuses a folder that holds another study's run
-    if any(run.benchmark for run in runs) and find_spec("sae_bench") is None:
+    if any(run.benchmark and not run.is_done for run in runs) and find_spec("sae_bench") is None:
         raise ValueError(f"the study asks for SAEBench; install it with: {INSTALL}")
     out_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -83,7 +83,8 @@ def _run(options: argparse.Namespace) -> int:
         write_whole(out_dir / "failures.json", json.dumps(failures, indent=2) + "\n")
         for name, reason in failures.items():
             print(f"study: {name} failed: {reason}", file=sys.stderr)
-    print(f"{len(results)} runs are finished; results in {out_dir}/results.csv and {out_dir}/report.html")
+    n_finished = sum(run.is_done for run in study.runs)
+    print(f"{n_finished} runs are finished; results in {out_dir}/results.csv and {out_dir}/report.html")
     return 1 if failures else 0
 
 

@@ -156,7 +156,7 @@ def _train_quietly(planned: PlannedRun, threads: int) -> str | None:
             if not is_finished(config):
                 with open_run(config, resume=True) as run:
                     Trainer(config, open_source(config, resolve_device(config.device)), run).fit()
-            return planned.benchmark.judge(config.out_dir) if planned.benchmark else None
+            return planned.benchmark.judge(config) if planned.benchmark else None
         except Exception as error:
             traceback.print_exc()
             return f"{type(error).__name__}: {error}"

@@ -213,6 +213,10 @@ def _checked(file: _StudyFile, text: str, out_dir: Path) -> Study:
     for number, figure in enumerate(file.figures):
         _check_figure(figure, f"figures.{number}", file.variants, points)
     benchmark = Benchmark(file.saebench.evals, file.saebench.words) if file.saebench else None
+    if benchmark:
+        _refuse_duplicates("saebench.evals", benchmark.evals)
+        for point in points:
+            _check_judged(point)
     runs = [
         PlannedRun(p, seed, replace(p.config, seed=seed, out_dir=p.config.out_dir / f"seed-{seed}"), benchmark)
         for p in points
@@ -273,6 +277,15 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
         name: _merged(below[name], value) if isinstance(value, dict) and isinstance(below.get(name), dict) else value
         for name, value in above.items()
     }
+
+
+def _check_judged(point: Point) -> None:
+    """Refuse a variant whose dictionaries SAEBench cannot judge, as far as its settings tell."""
+    if point.config.source != "transformer":
+        raise ValueError(f"variant {point.variant}: saebench needs source transformer, got {point.config.source}")
+    hook = point.config.model.hook
+    if not re.fullmatch(r"blocks\.\d+\.hook_resid_post", hook):
+        raise ValueError(f"variant {point.variant}: saebench needs model.hook blocks.N.hook_resid_post, got {hook}")
 
 
 def _check_figure(figure: Any, where: str, variants: Mapping[str, Any], points: Sequence[Point]) -> None:

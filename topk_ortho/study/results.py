@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from topk_ortho.study.benchmark import SAEBENCH_METRICS, saebench_numbers
+from topk_ortho.study.benchmark import ABSORPTION, SAEBENCH_METRICS, absorption_in_common
 from topk_ortho.study.plan import Study
 from topk_ortho.training.config import flatten
 from topk_ortho.training.metric_table import METRICS, Metric, is_number
@@ -77,8 +77,8 @@ def collect(study: Study) -> pd.DataFrame:
         if is_finished(run.config):
             summary = flatten(json.loads((run.config.out_dir / "summary.json").read_text("utf-8")))
             numbers = {name: value for name, value in summary.items() if is_number(value)}
-            if run.benchmark and run.is_done:
-                numbers |= saebench_numbers(run.config.out_dir)
+            if run.benchmark:
+                numbers |= run.benchmark.numbers(run.config.out_dir)
             swept = {name: run.point.swept.get(name) for name in swept_settings(study)}
             rows.append({"variant": run.point.variant, "seed": run.seed} | swept | numbers)
             labels.append(run.point.label)
@@ -133,7 +133,8 @@ def summarise(study: Study, results: pd.DataFrame) -> pd.DataFrame:
         base = results.loc[results.index == (other.label if other else None)].set_index("seed")
         head = {"point": point.label, "variant": point.variant} | {name: own[name].iloc[0] for name in swept}
         for metric in metrics:
-            values, differences = own[metric].dropna(), (own[metric] - base[metric]).dropna()
+            more = absorption_in_common(own, base) if metric == ABSORPTION else own[metric] - base[metric]
+            values, differences = own[metric].dropna(), more.dropna()
             mean, difference = mean_interval(values.tolist()), mean_interval(differences.tolist())
             rows.append(head | _cells(metric, len(values), mean, len(differences), difference))
         rows += [head | row for row in _efficiency(own, base)]

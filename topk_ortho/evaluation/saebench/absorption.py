@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from sae_bench.evals.absorption.common import train_and_save_probes
 from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
 from sae_bench.evals.absorption.eval_output import (
@@ -278,18 +279,21 @@ def _cached_probes(subject: Subject, model: _Model, config: AbsorptionEvalConfig
     folder = cache_dir / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     remove_abandoned(cache_dir)
     if not folder.is_dir():
-        set_seed(config.random_seed)
-        with finished_folder(folder) as unfinished:
-            train_and_save_probes(
-                model,
-                layers=[subject.layer],
-                base_template=config.prompt_template,
-                pos_idx=config.prompt_token_pos,
-                probes_dir=unfinished,
-                device=str(subject.transformer.device),
-            )
-            for activations in unfinished.rglob("*.dat"):  # they are in data.npz, too
-                activations.unlink()
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_dir / f".{folder.name}.lock"):  # it takes minutes, and others may need the same
+            if not folder.is_dir():
+                set_seed(config.random_seed)
+                with finished_folder(folder) as unfinished:
+                    train_and_save_probes(
+                        model,
+                        layers=[subject.layer],
+                        base_template=config.prompt_template,
+                        pos_idx=config.prompt_token_pos,
+                        probes_dir=unfinished,
+                        device=str(subject.transformer.device),
+                    )
+                    for activations in unfinished.rglob("*.dat"):  # they are in data.npz, too
+                        activations.unlink()
     data = folder / model.cfg.model_name / f"layer_{subject.layer}" / "data.npz"
     if not data.is_file():
         raise ValueError(f"{folder} is damaged, delete it: it lacks {data.name}")
