@@ -160,7 +160,7 @@ def test_a_column_that_turned_is_compared_at_once(refresh):
     x[:, 5] = 0
     select = RefreshedPairs(k=K, refresh=refresh)
     select(x)
-    select.reach.fill_(9.0)  # nothing is due
+    select.reach.fill_(0.01)  # one of 90 columns does not count for more, however far it moves
     for change in (x[:, 7], -x[:, 80], 0 * x[:, 7]):  # it is born a double, turns, dies
         x[:, 5] = change
         pairs = select(x)
@@ -317,9 +317,32 @@ def test_another_matrix_is_compared_anew(refresh):
     assert_selection(select(x), x, k=90, similarity="positive")
     select.tau = 0.4
     assert_selection(select(x), x, k=90, similarity="positive", tau=0.4)
+    select.similarity = "abs"
+    select.tau = None
+    assert_selection(select(x), x, k=90)
     select.tau = "adaptive"
     with pytest.raises(ValueError, match='tau cannot be "adaptive"'):
         select(x)
+
+
+@KINDS
+def test_opposite_directions_count_as_soon_as_they_are_asked_for(refresh):
+    x = normal(M, N)
+    x = torch.cat([x, -x], dim=1)  # every column has its opposite
+    select = RefreshedPairs(k=N, similarity="positive", refresh=refresh)
+    select(x)
+    select.similarity = "abs"
+    assert pairs_of(select(x)) == {(n, n + N) for n in range(N)}
+
+
+@KINDS
+def test_back_and_forth(refresh):
+    """What columns are compared with are those of the last refresh."""
+    select = RefreshedPairs(k=K, refresh=refresh)
+    for seed in (0, 1, 0, 1):
+        x = normal(M, N, seed)
+        assert_selection(select(x), x, k=K)
+        assert is_refresh(select)
 
 
 @KINDS
