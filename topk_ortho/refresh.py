@@ -21,6 +21,7 @@ time for a refresh. The selection is always exact.
 """
 
 import math
+import warnings
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -55,9 +56,8 @@ _MOST_MOVED = 0.125
 """Share of the columns up to which those that have moved far are compared with all"""
 _PRODUCTS = 2**22
 """Cosines that are held at a time for these"""
-_GATHERED_ELEMENTS = {"cpu": 2**18}
-"""Elements of x that are gathered at a time for the pairs; on a CPU these stay in a core's cache"""
-_GATHERED_ELSEWHERE = 2**25
+_GATHERED_ELEMENTS = 2**25
+"""Elements of x that are gathered at a time for the pairs"""
 _Z = 1.959964  # 97.5% quantile of the normal distribution
 
 
@@ -104,7 +104,8 @@ class RefreshedPairs(nn.Module):
     interval : int
         Calls from one refresh to the next.
     candidates : Tensor, int64 [c]
-        The candidates, each as ``row * N + col``. This and what follows are buffers, which are saved with the module.
+        The candidates, each as ``row * N + col``, ascending. This and what follows are buffers, which are saved with
+        the module.
     reference : Tensor, shape [N, M]
         The columns at the refresh, divided by their lengths.
     cut : Tensor, shape []
@@ -281,7 +282,7 @@ class RefreshedPairs(nn.Module):
         pairs = topk_pairs(
             x, k=size, similarity=query.similarity, backend=self.backend, precision=query.precision, state=self.state
         )
-        self.candidates = pairs.rows * x.shape[1] + pairs.cols
+        self.candidates = (pairs.rows * x.shape[1] + pairs.cols).sort().values
         self.reference = x_hat
         cosines = _cosines(x_hat, self.candidates)
         if self.candidates.numel() == n_pairs(x.shape[1]):
@@ -323,7 +324,6 @@ class RefreshedPairs(nn.Module):
         least = similarity_of(cosines, query.similarity)[-1].item() if index.numel() == query.k else floor_of(query)
         has_moved = torch.zeros(n_features, dtype=torch.bool, device=moved.device).index_fill_(0, moved, True)
         columns = torch.arange(n_features, device=moved.device)
-        known = self.candidates.sort().values
         for part in moved.split(max(1, _PRODUCTS // n_features)):
             with matmul_precision(x_hat.device, "highest"):
                 products = (x_hat[part] @ x_hat.T).clamp_(-1, 1)
@@ -332,8 +332,9 @@ class RefreshedPairs(nn.Module):
             row, col = similar.nonzero().unbind(1)
             first, second = part[row], col
             others = torch.minimum(first, second) * n_features + torch.maximum(first, second)
-            place = torch.searchsorted(known, others).clamp_max(max(0, known.numel() - 1))
-            is_new = known[place] != others if known.numel() else torch.ones_like(others, dtype=torch.bool)
+            is_new = torch.searchsorted(self.candidates, others) == torch.searchsorted(
+                self.candidates, others, right=True
+            )
             cosines = torch.cat([cosines, products[row, col][is_new]])
             index = torch.cat([index, others[is_new]])
         return _selected(cosines, index, query)
@@ -377,15 +378,24 @@ def _refuse_adaptive(tau: object) -> None:
 
 
 def _cosines(x_hat: Tensor, index: Tensor) -> Tensor:
-    """Cosines of the pairs of an index, of columns that are the rows of x_hat [N, M] and have length 1."""
+    """Cosines of the pairs of an ascending index, of columns that are the rows of x_hat [N, M] and have length 1."""
     n_features, n_rows = x_hat.shape
+    rows = index.div(n_features, rounding_mode="floor")
+    cols = index - rows * n_features
+    if x_hat.device.type == "cpu" and torch.backends.mkl.is_available():  # four times as fast as gathering
+        starts, size = torch.searchsorted(rows, torch.arange(n_features + 1)), (n_features, n_features)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks)")
+            pattern = torch.sparse_csr_tensor(
+                starts, cols, x_hat.new_zeros(index.numel()), size, check_invariants=False
+            )
+        sampled: Tensor = torch.sparse.sampled_addmm(pattern, x_hat, x_hat.T, beta=0.0)
+        return sampled.values().clamp_(-1, 1)
     cosines = x_hat.new_empty(index.numel())
-    size = max(1, _GATHERED_ELEMENTS.get(x_hat.device.type, _GATHERED_ELSEWHERE) // n_rows)
-    for part, out in zip(index.split(size), cosines.split(size), strict=True):
-        rows = part.div(n_features, rounding_mode="floor")
-        cols = part - rows * n_features
-        products = x_hat.index_select(0, rows).mul_(x_hat.index_select(0, cols))
-        torch.sum(products, dim=1, out=out)
+    n_gathered = max(1, _GATHERED_ELEMENTS // n_rows)
+    parts = (rows.split(n_gathered), cols.split(n_gathered), cosines.split(n_gathered))
+    for row, col, out in zip(*parts, strict=True):
+        torch.sum(x_hat.index_select(0, row).mul_(x_hat.index_select(0, col)), dim=1, out=out)
     return cosines.clamp_(-1, 1)
 
 
