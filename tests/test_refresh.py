@@ -128,7 +128,7 @@ def test_a_candidate_that_falls_below_tau_is_dropped(refresh):
 
 @pytest.mark.parametrize(("n_found", "factor"), [(100, 2.0), (99, 2.0), (97, 5 / 3), (95, 1.0), (94, 5 / 6), (50, 0.5)])
 def test_the_next_refresh_follows_from_what_was_missed(n_found, factor):
-    """Of 100 pairs 5 may be missed; as many as are missed, so much less or more may columns move."""
+    """If 5 of 100 pairs may be missed, columns may move 5 / n times as far where n were, but half to twice as far."""
     select = RefreshedPairs(recall=0.95)
     select._plan(torch.arange(n_found), torch.arange(100), torch.tensor(0.01))
     assert select.reach == pytest.approx(0.01 * factor)
@@ -156,7 +156,7 @@ def test_certified_to_the_last_bit_of_float64():
 @pytest.mark.quick
 @KINDS
 def test_a_column_that_turned_is_compared_at_once(refresh):
-    """As one that was resampled, or that came to life; the others need not be compared again."""
+    """A column that is resampled, comes to life or dies is compared with all others, and this is no refresh."""
     x = normal(M, N)
     x[:, 5] = 0
     select = RefreshedPairs(k=K, refresh=refresh)
@@ -347,12 +347,10 @@ def test_back_and_forth(refresh):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("has_mkl", [False, True])
+@pytest.mark.parametrize("has_mkl", sorted({False, torch.backends.mkl.is_available()}))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_cosines_of_candidates(has_mkl, dtype, monkeypatch):
     """By gathering a few at a time, and by torch's sampled product."""
-    if has_mkl and not torch.backends.mkl.is_available():
-        pytest.skip("torch is built without MKL")
     monkeypatch.setattr("torch.backends.mkl.is_available", lambda: has_mkl)
     monkeypatch.setattr("topk_ortho.refresh._GATHERED_ELEMENTS", 7 * M)
     x_hat = torch.nn.functional.normalize(normal(M, N, dtype=dtype).T, dim=1)

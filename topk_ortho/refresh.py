@@ -113,7 +113,8 @@ class RefreshedPairs(nn.Module):
     reach : Tensor, shape []
         How far columns may move on average until the next refresh ("adaptive").
     schedule : Tensor, int64 [4]
-        Calls since the refresh, calls between the last two, and how many candidates were asked for, 1 if by "abs".
+        Calls since the refresh; calls between the last two; how many candidates were asked for; 1 if `similarity` was
+        "abs" then, else 0.
     audit : Tensor, int64 [2]
         Pairs of the exact selection that were found at the last refresh that was due, and how many there were.
     state : Tensor, float32 [3]

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
+from topk_ortho.evaluation.saebench import LATENT_STANDS_FOR, result_name
 from topk_ortho.files import sha256_of
 from topk_ortho.training.config import TrainConfig, flatten
 from topk_ortho.training.metric_table import Metric, is_number
@@ -39,7 +40,6 @@ SAEBENCH_METRICS = [
 ]  # fmt: skip
 """Those that the report of a study shows; results.csv has every number of SAEBench's results."""
 ABSORPTION = SAEBENCH_METRICS[2].key
-_STANDS_FOR = 0.5  # F1 score of a latent
 
 
 class Benchmark(NamedTuple):
@@ -65,7 +65,7 @@ class Benchmark(NamedTuple):
         return None
 
     def has_judged(self, folder: Path) -> bool:
-        """Whether a finished run has all results."""
+        """Whether the dictionary of a finished run has a result of every evaluation that is asked for."""
         return len(self.results(folder)) == len(self.evals)
 
     def results(self, folder: Path) -> dict[str, dict[str, Any]]:
@@ -74,7 +74,7 @@ class Benchmark(NamedTuple):
         weights = folder / "sae" / "sae_weights.safetensors"
         dictionary = sha256_of(weights) if weights.is_file() else None
         for name in self.evals:
-            path = folder / "saebench" / name / f"{folder.name}_custom_sae_eval_results.json"
+            path = folder / "saebench" / name / result_name(folder.name)
             try:
                 result = json.loads(path.read_text())
                 judged = result["eval_result_unstructured"]["judged"]
@@ -108,7 +108,7 @@ def absorption_in_common(own: pd.DataFrame, base: pd.DataFrame) -> pd.Series:
     )
     seeds = own.index.intersection(base.index)
     own, base = own.loc[seeds].reindex(columns=rates + scores), base.loc[seeds].reindex(columns=rates + scores)
-    stands = (own[scores].to_numpy() >= _STANDS_FOR) & (base[scores].to_numpy() >= _STANDS_FOR)
+    stands = (own[scores].to_numpy() >= LATENT_STANDS_FOR) & (base[scores].to_numpy() >= LATENT_STANDS_FOR)
     return (own[rates] - base[rates]).where(stands).mean(axis="columns")
 
 

@@ -120,7 +120,7 @@ class PlannedRun(NamedTuple):
 
     @property
     def is_done(self) -> bool:
-        """Whether the run is trained and has been judged.
+        """Whether the run is trained and, if the study asks for SAEBench, has all its results.
 
         Raises
         ------

@@ -148,7 +148,7 @@ class PenaltyConfig:
     measured recall asks for, and "certified" where it cannot be excluded that other pairs are selected. In between only
     the pairs are compared that were the most similar ones."""
     refresh_recall: float = 0.99
-    """Least share of the exact selection that "adaptive" is to have."""
+    """Share of the exact selection that "adaptive" aims at."""
     refresh_margin: float = 4.0
     """How many pairs are kept to be compared, as a multiple of those that are penalised."""
     n_chunks: int = 1

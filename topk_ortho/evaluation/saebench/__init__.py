@@ -11,3 +11,11 @@ turn takes models and data that are there already, so it is these functions that
 
 [1] Karvonen et al., "SAEBench", arXiv:2503.09532.
 """
+
+LATENT_STANDS_FOR = 0.5
+"""F1 score of a letter's first latent from which the absorption of the letter means something"""
+
+
+def result_name(dictionary: str) -> str:
+    """Name of the file that SAEBench writes of a dictionary, in a folder of its evaluation."""
+    return f"{dictionary}_custom_sae_eval_results.json"

@@ -36,12 +36,11 @@ from torch import Tensor
 from transformers import set_seed
 
 from topk_ortho.activations.text import special_tokens_of, tokenizer_identity
+from topk_ortho.evaluation.saebench import LATENT_STANDS_FOR
 from topk_ortho.evaluation.saebench.output import Evaluation, provenance
 from topk_ortho.evaluation.saebench.subject import Subject
 from topk_ortho.files import finished_folder, remove_abandoned
 
-_LATENT_STANDS_FOR = 0.5
-"""F1 score of a letter's first latent from which the absorption of the letter means something"""
 _FEWEST_BATCHES = 8
 _FEWEST_WORDS = 100
 _MOST_KEPT_BYTES = 4 * 2**30
@@ -177,7 +176,7 @@ def _validity(probing: Any, details: list[AbsorptionResultDetail]) -> dict[str, 
         }
         for detail in details
     }
-    rates = [one["full_absorption_rate"] for one in letters.values() if one["latent_f1"] >= _LATENT_STANDS_FOR]
+    rates = [one["full_absorption_rate"] for one in letters.values() if one["latent_f1"] >= LATENT_STANDS_FOR]
     return {
         "letters": letters,
         "mean_latent_f1": statistics.mean(one["latent_f1"] for one in letters.values()),
@@ -194,7 +193,7 @@ def _summary(result: dict[str, Any]) -> str:
         f"full absorption {mean['mean_full_absorption_score']:.1%} and fraction "
         f"{mean['mean_absorption_fraction_score']:.3f} over {len(validity['letters'])} letters. The latent that is "
         f"chosen first for a letter has a mean F1 score of {validity['mean_latent_f1']:.2f}.\n"
-        f"  {validity['with_latent']} letters have a latent with an F1 score of {_LATENT_STANDS_FOR} or more{of_those};"
+        f"  {validity['with_latent']} letters have a latent with an F1 score of {LATENT_STANDS_FOR} or more{of_those};"
         " of the others the figures say nothing."
     )
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jsonschema
 
+from topk_ortho.evaluation.saebench import result_name
 from topk_ortho.evaluation.saebench.subject import Subject
 from topk_ortho.files import write_whole
 
@@ -81,4 +82,4 @@ def read_result(path: Path, judged: dict[str, Any]) -> dict[str, Any]:
 
 def result_path(evaluation: Evaluation, subject: Subject, folder: Path) -> Path:
     """Where SAEBench would write a result."""
-    return folder / evaluation.folder / f"{subject.name}_custom_sae_eval_results.json"
+    return folder / evaluation.folder / result_name(subject.name)
