@@ -5,6 +5,7 @@ python train.py --preset toy-hierarchy           # known true features: how much
 python train.py --penalty.target none            # the default without the penalty
 python train.py --sae.n-features 8192 --steps 2000 --out-dir runs/wide
 python train.py --config my.toml --resume        # settings from a file; go on where the run was interrupted
+torchrun --nproc-per-node 2 train.py             # two processes hold the dictionary together
 python train.py --overwrite                      # replaces the run that is there, once this one is finished
 """
 
@@ -22,13 +23,13 @@ try:
     import tyro
 
     from topk_ortho.activations.config import expanded
-    from topk_ortho.device import resolve_device
-    from topk_ortho.training.build import open_source
+    from topk_ortho.distributed.ranks import FailedOnFirst
     from topk_ortho.training.config import TrainConfig
     from topk_ortho.training.interrupt import Interrupted, SignalGuard
     from topk_ortho.training.metric_table import headlines
     from topk_ortho.training.presets import PRESETS
-    from topk_ortho.training.run_folder import digest_of, folder_to_resume, open_run
+    from topk_ortho.training.processes import LostRanks, is_first_process, open_processes, open_source_together
+    from topk_ortho.training.run_folder import digest_of, folder_to_resume, open_run_together
     from topk_ortho.training.settings import check_arguments, with_settings
     from topk_ortho.training.trainer import Trainer
 except ModuleNotFoundError as error:
@@ -45,25 +46,36 @@ def main() -> None:
     with SignalGuard(_stop) as guard:
         try:
             config, mode = parse(sys.argv[1:])
-            with open_run(config, **mode) as run:
-                source = open_source(config, resolve_device(config.device))
-                summary = Trainer(config, source, run).fit()
-            show(config, summary)
+            with open_processes(config) as parallel, open_run_together(config, parallel.world, **mode) as run:
+                source = open_source_together(config, parallel)
+                summary = Trainer(config, source, run, parallel).fit()
+            if is_first_process():
+                show(config, summary)
         except Interrupted as interruption:
             flags = "--resume" if run.folder == config.out_dir else "--overwrite --resume"
-            print(f"train.py: {interruption}; --out-dir {config.out_dir} {flags} goes on from there", file=sys.stderr)
+            _say(f"{interruption}; --out-dir {config.out_dir} {flags} goes on from there")
             sys.exit(interruption.exit_code)
+        except LostRanks as error:
+            sys.exit(f"train.py: {error}; --resume goes on from the latest checkpoint, if there is one")
         except BaseException as error:
             # a library may have made another error of it
             if guard.received or isinstance(error, KeyboardInterrupt):
                 number = guard.received or signal.SIGINT
-                print(f"train.py: stopped by {number.name}; what was saved is kept", file=sys.stderr)
+                _say(f"stopped by {number.name}; what was saved is kept")
                 sys.exit(128 + number)
+            if isinstance(error, FailedOnFirst):
+                sys.exit(1)
             if isinstance(error, ValueError | OSError | FloatingPointError):
                 sys.exit(f"train.py: {error}")
             if isinstance(error, MemoryError | RuntimeError) and "allocate" in str(error):  # torch's words
                 sys.exit(f"train.py: out of memory: {str(error).splitlines()[0]}")
             raise
+
+
+def _say(message: str) -> None:
+    """Print what all processes have to say, once."""
+    if is_first_process():
+        print(f"train.py: {message}", file=sys.stderr)
 
 
 def _stop() -> None:

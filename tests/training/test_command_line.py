@@ -144,7 +144,7 @@ def test_a_signal_before_training_ends_without_a_traceback(number, code, becomes
                 raise
             raise becomes from None
 
-    monkeypatch.setattr(train, "open_source", interrupted)
+    monkeypatch.setattr("topk_ortho.training.processes.open_source", interrupted)
     before = signal.signal(number, signal.default_int_handler)  # the tests themselves may run under nohup
     try:
         with pytest.raises(SystemExit) as end:

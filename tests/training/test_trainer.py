@@ -551,7 +551,7 @@ def test_the_best_checkpoint_stays(open_trainer, out_dir, monkeypatch):
 
 
 def test_a_checkpoint_that_cannot_be_written_is_said_and_the_run_goes_on(open_trainer, out_dir, monkeypatch, capsys):
-    def full(folder, checkpoint):
+    def full(folder, checkpoint, ranks):
         raise OSError("no space left on device")
 
     trainer = open_trainer(checkpoint_every=2, steps=4)

@@ -3,9 +3,12 @@
 An epoch deals the shards out to pools of about `buffer_tokens` tokens, at random; the tokens of a pool are shuffled
 together. So a batch mixes as many shards as fit a buffer, and which tokens are in the n-th batch follows from the
 seed and n alone: to resume is to count. A thread prepares the next pool while this one is used.
+
+Where several processes train together, each reads and holds a part of a pool, and they exchange the rows of a batch.
 """
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import accumulate
 from typing import NamedTuple
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 
 from topk_ortho.activations.source import ActivationSource, generator_of
+from topk_ortho.distributed.parallel import Parallel
 
 
 class Stopped(Exception):
@@ -31,6 +35,8 @@ class _Pool(NamedTuple):
 class Batches:
     """Iterator over batches [batch_size, d_in], float32, without end; every token at most once an epoch.
 
+    All processes of `parallel` ask for the same batches. Each gets its rows, ``batch_size / parts of the batch``.
+
     Parameters
     ----------
     source : ActivationSource
@@ -45,6 +51,8 @@ class Batches:
         Decides the order.
     position : int
         Number of batches to skip at the beginning.
+    parallel : Parallel, optional
+        The processes; this one alone by default.
     """
 
     def __init__(
@@ -55,7 +63,9 @@ class Batches:
         buffer_tokens: int,
         seed: int,
         position: int = 0,
+        parallel: Parallel | None = None,
     ):
+        self.parallel = Parallel.alone() if parallel is None else parallel
         self.source = source
         self.shards = shards
         self.batch_size = batch_size
@@ -89,14 +99,23 @@ class Batches:
         rows = self._order[self._used * self.batch_size : (self._used + 1) * self.batch_size]
         self._used += 1
         self.position += 1
-        return self._tokens[rows].float()
+        return self._exchange(rows).float()
 
     @property
     def pool(self) -> Tensor:
-        """All tokens [n, d_in] that are shuffled together for the next batch; waits for them."""
+        """The tokens [n, d_in] of this process that are shuffled together for the next batch; waits for them."""
         if not self._is_loaded:
             return self._wait()[0]
         return self._tokens
+
+    def is_stopped_while_waiting(self) -> bool:
+        """Wait until the next batch is there, or `stop` is called; whether it was."""
+        try:
+            if not self._is_loaded or self._used == self._pool.n_batches:
+                self._wait()
+        except Stopped:
+            return True
+        return self._stopping.is_set()
 
     def stop(self) -> None:
         """Make a thread that waits for a batch raise `Stopped`; safe in a signal handler."""
@@ -107,6 +126,21 @@ class Batches:
         self.stop()
         self._executor.shutdown(cancel_futures=True)
 
+    def _exchange(self, rows: Tensor) -> Tensor:
+        """The tokens of this process's part of a batch, whose rows in the pool are given; others may hold them."""
+        world, parts = self.parallel.world, rows.tensor_split(self.parallel.batch.size)
+        if world.size == 1:
+            return self._tokens[rows]
+        starts = torch.tensor([_part(rank, world.size, len(self._order)).start for rank in range(1, world.size)])
+        here = _part(world.rank, world.size, len(self._order))
+        # process f * parts + b works on part b
+        sent = [part[(part >= here.start) & (part < here.stop)] - here.start for part in parts]
+        sent *= self.parallel.features.size
+        holders = torch.searchsorted(starts, parts[self.parallel.batch.rank], right=True)
+        n_received: list[int] = holders.bincount(minlength=world.size).tolist()
+        received = world.exchange(self._tokens[torch.cat(sent)], [len(part) for part in sent], n_received)
+        return torch.empty_like(received).index_copy_(0, holders.argsort(stable=True), received)
+
     def _wait(self) -> tuple[Tensor, Tensor]:
         while not wait([self._next], timeout=0.1).done:
             if self._stopping.is_set():
@@ -114,26 +148,21 @@ class Batches:
         return self._next.result()
 
     def _load(self, pool: _Pool) -> tuple[Tensor, Tensor]:
-        """The tokens of a pool and the order in which they are used."""
+        """The tokens of a pool that this process holds, and the order in which those of all processes are used."""
         # if an epoch is one pool, the next one has the same tokens in another order
         if self._last is None or self._last[0] != pool.shards:
             self._last = (pool.shards, self._read(pool.shards))
-        tokens = self._last[1]
         generator = generator_of("order of tokens", self.seed, pool.epoch, pool.number)
-        return tokens, torch.randperm(tokens.shape[0], generator=generator)
+        n_tokens = sum(self.source.shard_sizes[shard] for shard in pool.shards)
+        return self._last[1], torch.randperm(n_tokens, generator=generator)
 
     def _read(self, shards: list[int]) -> Tensor:
-        """The tokens of some shards, one shard after another."""
-        sizes = [self.source.shard_sizes[shard] for shard in shards]
-        tokens = Tensor()
-        for shard, start, size in zip(shards, accumulate(sizes, initial=0), sizes, strict=False):
-            if self._stopping.is_set():
-                raise Stopped
-            part = self.source.shard(shard)
-            if start == 0:  # to collect the parts first would take twice the memory
-                tokens = part.new_empty(sum(sizes), part.shape[1])
-            tokens[start : start + size] = part
-        return tokens
+        """The part of this process of the tokens of some shards, one shard after another."""
+        return read_part(self.source, shards, self.parallel, self._refuse_if_stopping)
+
+    def _refuse_if_stopping(self) -> None:
+        if self._stopping.is_set():
+            raise Stopped
 
     def _pools(self, epoch: int) -> list[_Pool]:
         """The pools of an epoch."""
@@ -153,3 +182,30 @@ class Batches:
             position -= pool.n_batches
             pool = self._after(pool)
         return pool, position
+
+
+def read_part(
+    source: ActivationSource, shards: list[int], parallel: Parallel, before_shard: Callable[[], None] = lambda: None
+) -> Tensor:
+    """The part of this process [n, d_in] of the tokens of some shards, one shard after another.
+
+    Shards without a token of this part are not read. `before_shard` is called before one is, and may raise.
+    """
+    sizes = [source.shard_sizes[shard] for shard in shards]
+    here = _part(parallel.world.rank, parallel.world.size, sum(sizes))
+    tokens = None
+    for shard, start, size in zip(shards, accumulate(sizes, initial=0), sizes, strict=False):
+        own = range(max(start, here.start), min(start + size, here.stop))
+        if not own:
+            continue
+        before_shard()
+        part = source.shard(shard)
+        if tokens is None:  # to collect the parts first would take twice the memory
+            tokens = part.new_empty(len(here), part.shape[1])
+        tokens[own.start - here.start : own.stop - here.start] = part[own.start - start : own.stop - start]
+    return torch.empty(0, source.d_in) if tokens is None else tokens
+
+
+def _part(rank: int, n_ranks: int, n_tokens: int) -> range:
+    """Which of so many tokens a process holds."""
+    return range(rank * n_tokens // n_ranks, (rank + 1) * n_tokens // n_ranks)

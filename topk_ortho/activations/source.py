@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from topk_ortho.distributed.ranks import Ranks
+
 
 class ActivationSource(Protocol):
     """Activations in shards."""
@@ -65,16 +67,18 @@ def split_shards(source: ActivationSource, held_out_tokens: int, seed: int) -> t
     return sorted(order[:n_held_out]), sorted(order[n_held_out:])
 
 
-def mean_and_variance(tokens: Tensor) -> tuple[Tensor, float]:
-    """Mean [d_in] and total variance of activations [n, d_in], n >= 1, in float64.
+def mean_and_variance(tokens: Tensor, ranks: Ranks | None = None) -> tuple[Tensor, float]:
+    """Mean [d_in] and total variance of activations [n, d_in], in float64, at least one of all ranks together.
 
     The variance is 0 also if the activations differ by rounding alone: in every dimension by less than their dtype
     resolves, or by less than float32 arithmetic with vectors of their length does.
     """
     # a few at a time: all of them in float64 can be larger than memory
-    parts = tokens.split(8_192)
-    mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(tokens)
-    variance = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts]).sum(dim=0) / len(tokens)
+    parts, ranks = tokens.split(8_192), Ranks.alone() if ranks is None else ranks
+    n_tokens = int(ranks.sum(torch.tensor(len(tokens))))
+    mean = ranks.sum(torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0)) / n_tokens
+    squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts]).sum(dim=0)
+    variance = ranks.sum(squares) / n_tokens
     square = variance + mean.square()
     of_dtype = torch.finfo(tokens.dtype).eps ** 2 * square
     of_arithmetic = (8 * torch.finfo(torch.float32).eps) ** 2 * square.mean()

@@ -5,6 +5,6 @@ other arguments. What is selected is what one process selects among all the colu
 every rank, and its backward pass, which all of them must run, gives each the gradient of its own columns.
 """
 
-from topk_ortho.distributed.ops import max_cosine_loss, topk_ortho_loss, topk_pairs
+from topk_ortho.distributed.ops import largest_cosines, max_cosine_loss, topk_ortho_loss, topk_pairs
 
-__all__ = ["max_cosine_loss", "topk_ortho_loss", "topk_pairs"]
+__all__ = ["largest_cosines", "max_cosine_loss", "topk_ortho_loss", "topk_pairs"]

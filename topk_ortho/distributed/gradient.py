@@ -73,10 +73,31 @@ class _SumOverRanks(torch.autograd.Function):
         return grad, None
 
 
+class _TakeToRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, same: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return same.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.ranks.sum(grad.clone()), None
+
+
 def sum_over_ranks(own: Tensor, ranks: Ranks) -> Tensor:
-    """The sum of a number of every rank. It is one number, so its gradient is not summed over ranks again."""
-    total: Tensor = _SumOverRanks.apply(own, ranks)
+    """The sum of what every rank has. It is one number or tensor, so its gradient is not summed over ranks again."""
+    if ranks.size == 1:
+        return own
+    total: Tensor = _SumOverRanks.apply(own.contiguous(), ranks)
     return total
+
+
+def take_to_ranks(same: Tensor, ranks: Ranks) -> Tensor:
+    """A tensor that is the same on all ranks, for a use that differs; its gradient is the sum over ranks."""
+    if ranks.size == 1:
+        return same
+    taken: Tensor = _TakeToRanks.apply(same, ranks)
+    return taken
 
 
 def gradient_here(x: Dealt, cosines: Tensor, pairs: WeightedPairs) -> Tensor:

@@ -180,31 +180,68 @@ def max_cosine_loss(
     Chunks follow one another on the ranks. With fewer chunks than ranks, but more than one, some ranks compute more
     than others. For a sparse x every rank computes all.
     """
+    with _device_of(x):
+        call, places, partners, cosines = _nearest("max_cosine_loss", x, n_chunks, group, generator, precision)
+        cosines = call.columns.attach(places, partners, cosines)
+        return sum_over_ranks(cosines.square().sum(), call.ranks) / call.n_features
+
+
+def largest_cosines(
+    x: Tensor | SparseFeatures, *, group: Any = None, precision: Precision = "highest"
+) -> tuple[Tensor, Tensor]:
+    """The largest signed cosine of every column to another one, where ranks hold the columns together.
+
+    Parameters
+    ----------
+    x : Tensor or SparseFeatures, shape [M, N_local]
+        As in `topk_pairs`.
+    group, precision
+        As in `topk_pairs`.
+
+    Returns
+    -------
+    features : Tensor, shape [n], int64
+        Some columns by their numbers among all. Every column is listed by one rank, not always by the one that has it.
+    cosines : Tensor, shape [n]
+        The largest cosine of each; float32, float64 for float64 input. No gradient goes through them.
+
+    Raises
+    ------
+    RuntimeError, TypeError, ValueError
+        As in `topk_pairs`.
+    """
+    with _device_of(x):
+        _, features, _, cosines = _nearest("largest_cosines", x, 1, group, None, precision)
+        return features, cosines
+
+
+def _nearest(
+    op: str,
+    x: Tensor | SparseFeatures,
+    n_chunks: int,
+    group: Any,
+    generator: torch.Generator | None,
+    precision: Precision,
+) -> tuple["_Call", Tensor, Tensor, Tensor]:
+    """The call, and (places, partners, cosines) of the most similar other column of the columns of this rank."""
 
     def check() -> Facts:
         check_generator(generator)
         return {}
 
-    with _device_of(x):
-        arguments = {
-            "n_chunks": n_chunks,
-            "precision": precision,
-            "generator": _whether_given(generator),
-        }
-        call = _Call.of("max_cosine_loss", x, group, arguments, check)
-        check_n_chunks(n_chunks, call.n_features)
-        check_word("precision", precision, Precision)
-        chunks = None
-        if n_chunks > 1:
-            device = x.device if generator is None else generator.device
-            permutation = torch.randperm(call.n_features, generator=generator, device=device).to(x.device)
-            call.ranks.broadcast(permutation)
-            chunks = [chunk.sort().values for chunk in permutation.tensor_split(n_chunks)]
-        call.columns.join(call.ranks, call.facts, chunks)
-        with torch.no_grad():
-            places, partners, cosines = call.columns.nearest(precision)
-        cosines = call.columns.attach(places, partners, cosines)
-        return sum_over_ranks(cosines.square().sum(), call.ranks) / call.n_features
+    arguments = {"n_chunks": n_chunks, "precision": precision, "generator": _whether_given(generator)}
+    call = _Call.of(op, x, group, arguments, check)
+    check_n_chunks(n_chunks, call.n_features)
+    check_word("precision", precision, Precision)
+    chunks = None
+    if n_chunks > 1:
+        device = x.device if generator is None else generator.device
+        permutation = torch.randperm(call.n_features, generator=generator, device=device).to(x.device)
+        call.ranks.broadcast(permutation)
+        chunks = [chunk.sort().values for chunk in permutation.tensor_split(n_chunks)]
+    call.columns.join(call.ranks, call.facts, chunks)
+    with torch.no_grad():
+        return call, *call.columns.nearest(precision)
 
 
 class _Call(NamedTuple):

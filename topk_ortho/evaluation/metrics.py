@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topk_ortho import nearest_columns
+from topk_ortho import distributed, nearest_columns
 from topk_ortho.activations.source import mean_and_variance
+from topk_ortho.distributed.parallel import Parallel
+from topk_ortho.distributed.ranks import Ranks
 from topk_ortho.sae import SparseAutoencoder, firing_counts
 
 _TOKENS_AT_A_TIME = 1_024
@@ -17,6 +19,8 @@ _LOG10_EDGES = [-6 + 0.25 * n for n in range(25)]
 def evaluate(sae: SparseAutoencoder, activations: Tensor) -> dict[str, Any]:
     """Reconstruction and sparsity on activations [n, d_in], which may be on another device than the SAE.
 
+    Where processes hold the SAE together, each passes other activations, and gets the result for those of all.
+
     - ``explained_variance = 1 - sum ||x - x_rec||**2 / sum ||x - mean(x)||**2``, None if the activations are all equal
       up to rounding, see `mean_and_variance`;
     - ``normalized_mse = sum ||x - x_rec||**2 / sum ||x||**2``, None if the activations are all 0;
@@ -26,18 +30,20 @@ def evaluate(sae: SparseAutoencoder, activations: Tensor) -> dict[str, Any]:
 
     All are None if there is no token.
     """
-    n_tokens = len(activations)
+    parallel = sae.parallel
+    n_tokens = parallel.count_of_all(activations[:, 0])
     if n_tokens == 0:
         return dict.fromkeys(("explained_variance", "normalized_mse", "l0", "density_histogram"))
     squared_error = squared_norm = 0.0
-    counts = torch.zeros(sae.n_features, dtype=torch.int64)
-    for part in activations.split(_TOKENS_AT_A_TIME):
-        x = part.to(sae.W_dec.device).float()
+    counts = torch.zeros(len(sae.W_dec), dtype=torch.int64)
+    for x in parallel.shared_parts(activations, _TOKENS_AT_A_TIME, sae.W_dec.device):
         output = sae(x)
         counts += firing_counts(output.features).cpu()
         squared_error += (x - output.reconstruction).double().square().sum().item()
         squared_norm += x.double().square().sum().item()
-    _, variance = mean_and_variance(activations)
+    squared_error, squared_norm = parallel.batch.sum(torch.tensor([squared_error, squared_norm]).double()).tolist()
+    counts = parallel.gather_features(parallel.batch.sum(counts), sae.n_features)
+    _, variance = mean_and_variance(activations, parallel.world)
     fvu = ratio(squared_error, n_tokens * variance)
     return {
         "explained_variance": None if fvu is None else 1 - fvu,
@@ -48,14 +54,19 @@ def evaluate(sae: SparseAutoencoder, activations: Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def mean_max_cosine(W_dec: Tensor) -> float | None:
+def mean_max_cosine(W_dec: Tensor, parallel: Parallel | None = None) -> float | None:
     """Mean over the directions in W_dec [n_features, d_in] of the largest signed cosine to another direction.
 
-    It is None if there are fewer than two.
+    It is None if there are fewer than two. W_dec may be the part of a process.
     """
-    if len(W_dec) < 2:
+    ranks = Ranks.alone() if parallel is None else parallel.features
+    n_features = int(ranks.sum(torch.tensor(len(W_dec))))
+    if n_features < 2:
         return None
-    return nearest_columns(W_dec.float().T).cosines.mean().item()
+    if ranks.size == 1:
+        return nearest_columns(W_dec.float().T).cosines.mean().item()
+    _, cosines = distributed.largest_cosines(W_dec.float().T, group=ranks.group)
+    return ranks.sum(cosines.sum()).item() / n_features
 
 
 def ratio(numerator: float, denominator: float) -> float | None:

@@ -13,13 +13,17 @@ def source_metrics(sae: SparseAutoencoder, source: ActivationSource, shards: lis
 
     Synthetic activations are compared with their true features, see `ground_truth_metrics`. A transformer is run with
     reconstructions in place of its activations, see `cross_entropy_metrics`. Any other source
-    allows none. What is not defined on these shards is None.
+    allows none. What is not defined on these shards is None. Where processes hold the SAE together, all of them pass
+    the same shards, and do the same but for their features.
     """
     if isinstance(source, KnownActivations):
         x, coefficients = (torch.cat(parts) for parts in zip(*map(source.sample, shards), strict=True))
         features = sae.encode(x.to(sae.W_dec.device))
         dense = features.to_dense() if isinstance(features, ActiveFeatures) else features
-        return ground_truth_metrics(sae.W_dec.detach().cpu(), dense.cpu(), source.truth, coefficients)
+        W_dec, by_feature = (
+            sae.parallel.gather_features(part.detach().cpu(), sae.n_features) for part in (sae.W_dec, dense.T)
+        )
+        return ground_truth_metrics(W_dec, by_feature.T, source.truth, coefficients)
     # imported only when needed: transformers and datasets take a second
     from topk_ortho.activations.cache import TransformerActivations
     from topk_ortho.evaluation.cross_entropy import cross_entropy_metrics

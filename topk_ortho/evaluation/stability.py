@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from topk_ortho import TopKPairs, pair_jaccard
+from topk_ortho import TopKPairs
 from topk_ortho.activations.true_features import TrueFeatures
+from topk_ortho.distributed.parallel import Parallel
 
 LAGS = (1, 2, 5, 10, 20, 50, 100)
 """Steps from the beginning of a window to the selections that its first one is compared with"""
@@ -24,30 +25,38 @@ RELATIONS = ("unmatched", "same", "parent_child", "siblings", "relatives", "unre
 
 
 class PairStability:
-    """How many of the most similar pairs stay the same from one evaluation to the next."""
+    """How many of the most similar pairs stay the same from one evaluation to the next.
 
-    def __init__(self) -> None:
-        self._last: TopKPairs | None = None
+    Parameters
+    ----------
+    parallel : Parallel, optional
+        The processes that each find some of the pairs; this one alone by default.
+    """
+
+    def __init__(self, parallel: Parallel | None = None) -> None:
+        self._parallel = Parallel.alone() if parallel is None else parallel
+        self._last: Tensor | None = None  # pair numbers, those that belong to this process
 
     def jaccard_with_last(self, pairs: TopKPairs) -> float | None:
-        """`pair_jaccard` with the pairs of the last call; None at the first, and if neither has a pair to share."""
-        last, self._last = self._last, pairs
-        if last is None or last.rows.numel() == pairs.rows.numel() == 0:
+        """The pairs shared with the last call over those of either call; None at the first, and if neither has any."""
+        index = self._parallel.deal((pairs.rows * pairs.n_features + pairs.cols).cpu())
+        last, self._last = self._last, index
+        if last is None:
             return None
-        device = pairs.rows.device
-        return pair_jaccard(last._replace(rows=last.rows.to(device), cols=last.cols.to(device)), pairs)
+        n_union = torch.cat([last, index]).unique().numel()
+        counts = torch.tensor([n_union, last.numel() + index.numel() - n_union])
+        n_union, n_common = self._parallel.world.sum(counts).tolist()
+        return n_common / n_union if n_union else None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The last pairs as tensors by name; empty before the first call."""
-        fields = {} if self._last is None else self._last._asdict()
-        fields.pop("tau", None)  # it may be None, and nothing is compared with it
-        return {name: torch.as_tensor(value) for name, value in fields.items()}
+        """The last pairs as a tensor by name, on the first process; empty on others and before the first call."""
+        index = None if self._last is None else self._parallel.world.gather_on_first(self._last)
+        return {} if index is None else {"index": index}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over the last pairs."""
+        """Take over the last pairs, of all processes."""
         if state:
-            sizes: dict[str, Any] = {name: int(state[name]) for name in ("n_features", "k")}
-            self._last = TopKPairs(**(state | sizes), tau=None)
+            self._last = self._parallel.dealt_here(state["index"])
 
 
 @dataclass

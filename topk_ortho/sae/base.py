@@ -3,7 +3,8 @@
     features = activation(W_enc (x - b_dec) + b_enc)     [batch, n_features]
     reconstruction = features @ W_dec + b_dec            [batch, d_in]
 
-Row i of W_enc and of W_dec belongs to feature i.
+Row i of W_enc and of W_dec belongs to feature i. Several processes can hold a dictionary together, each the rows of
+some of its features. Then "features" are those of this process, and reconstructions those of all.
 """
 
 from abc import ABC, abstractmethod
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from topk_ortho.distributed.parallel import Parallel
 from topk_ortho.sae.active import ActiveFeatures, decode_active
 from topk_ortho.sae.decoder import normalize_decoder
 
@@ -30,6 +32,11 @@ class SAEOutput(NamedTuple):
     """Reconstructions [batch, d_in] by the first features alone (Matryoshka), else empty"""
 
 
+_DRAWN_ROWS = 1_024
+"""Directions that are drawn at a time, as all of them may be more than this process holds; a multiple of 16, by which
+torch gives the same numbers in parts as at once"""
+
+
 class SparseAutoencoder(nn.Module, ABC):
     """Encoder and decoder of a dictionary; a subclass adds the activation.
 
@@ -43,6 +50,8 @@ class SparseAutoencoder(nn.Module, ABC):
         The encoder starts as the decoder times this, tied [1]_.
     generator : torch.Generator, optional
         Draws the decoder's random directions, of unit length.
+    parallel : Parallel, optional
+        The processes that hold the dictionary together; this one alone by default.
 
     References
     ----------
@@ -50,31 +59,57 @@ class SparseAutoencoder(nn.Module, ABC):
     """
 
     def __init__(
-        self, d_in: int, n_features: int, *, encoder_scale: float = 1.0, generator: torch.Generator | None = None
+        self,
+        d_in: int,
+        n_features: int,
+        *,
+        encoder_scale: float = 1.0,
+        generator: torch.Generator | None = None,
+        parallel: Parallel | None = None,
     ):
         super().__init__()
+        self.parallel = Parallel.alone() if parallel is None else parallel
+        self.n_features = n_features
         self._encoder_scale = encoder_scale
-        self.W_dec = nn.Parameter(torch.empty(n_features, d_in))
-        self.W_enc = nn.Parameter(torch.empty(n_features, d_in))
-        self.start_from(torch.randn(n_features, d_in, generator=generator))
-        self.b_enc = nn.Parameter(torch.zeros(n_features))
+        n_here = len(range(n_features)[self.parallel.rows_here(n_features)])
+        self.W_dec = nn.Parameter(torch.empty(n_here, d_in))
+        self.W_enc = nn.Parameter(torch.empty(n_here, d_in))
+        self._draw_directions(generator)
+        self.b_enc = nn.Parameter(torch.zeros(n_here))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
     @torch.no_grad()
     def start_from(self, directions: Tensor) -> None:
         """Take directions [n_features, d_in], of any length but 0, for the decoder and for the tied encoder."""
-        self.W_dec.copy_(directions)
+        self.W_dec.copy_(directions[self.parallel.rows_here(self.n_features)])
+        self._start()
+
+    @torch.no_grad()
+    def _draw_directions(self, generator: torch.Generator | None) -> None:
+        here = self.parallel.rows_here(self.n_features)
+        for first in range(0, self.n_features, _DRAWN_ROWS):
+            drawn = torch.randn(min(_DRAWN_ROWS, self.n_features - first), self.W_dec.shape[1], generator=generator)
+            kept = range(max(first, here.start), min(first + len(drawn), here.stop))
+            if kept:
+                own = drawn[kept.start - first : kept.stop - first]
+                self.W_dec[kept.start - here.start : kept.stop - here.start] = own
+        self._start()
+
+    def _start(self) -> None:
         normalize_decoder(self.W_dec)
         self.W_enc.copy_(self.W_dec * self._encoder_scale)
 
-    @property
-    def n_features(self) -> int:
-        """Size of the dictionary."""
-        return self.W_dec.shape[0]
+    def is_of_features(self, name: str) -> bool:
+        """Whether a parameter or buffer has a row for every feature, which the process of that feature holds."""
+        return self.state_dict()[name].dim() > 0 and name != "b_dec"
+
+    def centred(self, x: Tensor) -> Tensor:
+        """``x - b_dec``, the input of the encoder, [batch, d_in], for x [batch, d_in]."""
+        return self.parallel.take_to_features(x - self.b_dec)
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """Inputs of the activation function, [batch, n_features], for x [batch, d_in]."""
-        return linear(x - self.b_dec, self.W_enc, self.b_enc)
+        return linear(self.centred(x), self.W_enc, self.b_enc)
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor | ActiveFeatures:
@@ -82,9 +117,8 @@ class SparseAutoencoder(nn.Module, ABC):
 
     def decode(self, features: Tensor | ActiveFeatures) -> Tensor:
         """Reconstruction [batch, d_in] of features [batch, n_features]."""
-        if isinstance(features, ActiveFeatures):
-            return decode_active(features, self.W_dec) + self.b_dec
-        return features @ self.W_dec + self.b_dec
+        own = decode_active(features, self.W_dec) if isinstance(features, ActiveFeatures) else features @ self.W_dec
+        return self.parallel.sum_features(own) + self.b_dec
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Encode and decode x [batch, d_in]."""

@@ -9,6 +9,7 @@ neighbours, those above a threshold are: the average over training steps of the 
 import torch
 from torch import Tensor
 
+from topk_ortho.distributed.parallel import Parallel
 from topk_ortho.sae.active import ActiveFeatures, encode_selected
 from topk_ortho.sae.base import SparseAutoencoder
 
@@ -22,7 +23,7 @@ class BatchTopKSAE(SparseAutoencoder):
 
     Parameters
     ----------
-    d_in, n_features, generator
+    d_in, n_features, generator, parallel
         As in `SparseAutoencoder`.
     l0 : int
         Active features of a token, on average.
@@ -35,15 +36,23 @@ class BatchTopKSAE(SparseAutoencoder):
 
     threshold: Tensor
 
-    def __init__(self, d_in: int, n_features: int, l0: int, *, generator: torch.Generator | None = None):
-        super().__init__(d_in, n_features, generator=generator)
+    def __init__(
+        self,
+        d_in: int,
+        n_features: int,
+        l0: int,
+        *,
+        generator: torch.Generator | None = None,
+        parallel: Parallel | None = None,
+    ):
+        super().__init__(d_in, n_features, generator=generator, parallel=parallel)
         self.l0 = l0
         self.register_buffer("threshold", torch.zeros(()))
 
     def encode(self, x: Tensor) -> ActiveFeatures:
         """Feature activations [batch, n_features] of x [batch, d_in], by their active entries."""
         select = self._select_largest if self.training else self._select_above
-        features: ActiveFeatures = encode_selected(x - self.b_dec, self.W_enc, self.b_enc, select)
+        features: ActiveFeatures = encode_selected(self.centred(x), self.W_enc, self.b_enc, select)
         return features
 
     @torch.no_grad()
@@ -51,8 +60,9 @@ class BatchTopKSAE(SparseAutoencoder):
         """Move the threshold towards the smallest value that was kept in a training step."""
         assert isinstance(features, ActiveFeatures)
         active = features.values[features.values > 0]
-        if active.numel():
-            smallest = active.min()
+        if self.parallel.count_of_all(active):
+            smallest = active.min() if active.numel() else active.new_tensor(torch.inf)
+            smallest = self.parallel.world.min(smallest)
             self.threshold.lerp_(smallest, torch.where(self.threshold == 0, 1.0, 1 - _THRESHOLD_DECAY))
 
     @torch.no_grad()
@@ -71,11 +81,8 @@ class BatchTopKSAE(SparseAutoencoder):
         guess, where all of them are unless fewer than batch * l0 values exceed it.
         """
         flat = pre_activations.flatten()
-        n_kept = pre_activations.shape[0] * self.l0
+        n_kept = self.parallel.n_rows(pre_activations) * self.l0
         positions = (flat > _GUESS * self.threshold).nonzero().squeeze(1)
-        if positions.numel() < n_kept:
+        if self.parallel.count_of_all(positions) < n_kept:
             positions = (flat > 0).nonzero().squeeze(1)
-        if positions.numel() > n_kept:
-            largest = flat[positions].topk(n_kept, sorted=False).indices
-            positions = positions[largest].sort().values
-        return positions
+        return self.parallel.largest_of_batch(pre_activations, positions, n_kept)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from topk_ortho.distributed.parallel import Parallel
 from topk_ortho.sae.base import SAEOutput, SparseAutoencoder
 
 
@@ -22,7 +23,7 @@ class JumpReLUSAE(SparseAutoencoder):
 
     Parameters
     ----------
-    d_in, n_features, generator
+    d_in, n_features, generator, parallel
         As in `SparseAutoencoder`.
     l0 : int
         Active features of a token, on average, that the sparsity term pulls to (section 4.2 of [1] names this form).
@@ -41,11 +42,12 @@ class JumpReLUSAE(SparseAutoencoder):
         initial_threshold: float,
         bandwidth: float,
         generator: torch.Generator | None = None,
+        parallel: Parallel | None = None,
     ):
-        super().__init__(d_in, n_features, generator=generator)
+        super().__init__(d_in, n_features, generator=generator, parallel=parallel)
         self.l0 = l0
         self.bandwidth = bandwidth
-        self.threshold = nn.Parameter(torch.full((n_features,), initial_threshold))
+        self.threshold = nn.Parameter(torch.full_like(self.b_enc, initial_threshold))
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations [batch, n_features] of x [batch, d_in]."""
@@ -61,7 +63,8 @@ class JumpReLUSAE(SparseAutoencoder):
         """Squared relative distance of the mean number of active features from `l0`."""
         assert output.pre_activations is not None
         count: Tensor = _Step.apply(output.pre_activations, self.threshold, self.bandwidth)
-        return (count.sum(dim=1).mean() / self.l0 - 1).square()
+        count = count.sum(dim=1).sum() / self.parallel.n_rows(count)
+        return (self.parallel.sum_batch(self.parallel.sum_features(count)) / self.l0 - 1).square()
 
     @torch.no_grad()
     def divide_scale(self, factor: float) -> None:

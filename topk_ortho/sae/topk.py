@@ -6,6 +6,7 @@
 import torch
 from torch import Tensor
 
+from topk_ortho.distributed.parallel import Parallel
 from topk_ortho.sae.active import ActiveFeatures, encode_selected
 from topk_ortho.sae.base import SparseAutoencoder
 
@@ -15,22 +16,28 @@ class TopKSAE(SparseAutoencoder):
 
     Parameters
     ----------
-    d_in, n_features, generator
+    d_in, n_features, generator, parallel
         As in `SparseAutoencoder`.
     l0 : int
         Active features of a token.
     """
 
-    def __init__(self, d_in: int, n_features: int, l0: int, *, generator: torch.Generator | None = None):
-        super().__init__(d_in, n_features, generator=generator)
+    def __init__(
+        self,
+        d_in: int,
+        n_features: int,
+        l0: int,
+        *,
+        generator: torch.Generator | None = None,
+        parallel: Parallel | None = None,
+    ):
+        super().__init__(d_in, n_features, generator=generator, parallel=parallel)
         self.l0 = l0
 
     def encode(self, x: Tensor) -> ActiveFeatures:
         """Feature activations [batch, n_features] of x [batch, d_in], by their active entries."""
-        features: ActiveFeatures = encode_selected(x - self.b_dec, self.W_enc, self.b_enc, self._select)
+        features: ActiveFeatures = encode_selected(self.centred(x), self.W_enc, self.b_enc, self._select)
         return features
 
     def _select(self, pre_activations: Tensor) -> Tensor:
-        batch, n_features = pre_activations.shape
-        features = pre_activations.topk(self.l0, dim=1, sorted=False).indices.sort(dim=1).values
-        return (torch.arange(batch, device=features.device)[:, None] * n_features + features).flatten()
+        return self.parallel.largest_in_rows(pre_activations, self.l0)

@@ -242,6 +242,11 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Number of latest checkpoints that are kept, besides the one with the best explained variance."""
 
+    data_parallel: int = 1
+    """Number of parts that a batch is spread over, where torchrun starts several processes. A number that divides
+    that of the processes; the dictionary is spread over the rest, so 1 spreads it over all of them."""
+    rank_timeout: float = 1_800.0
+    """Seconds that a process waits for the others before it takes them for lost, where torchrun starts several."""
     seed: int = 0
     """Seeds the initial weights, the held-out tokens, the order of the others, and synthetic data."""
     device: str = "auto"
@@ -258,7 +263,8 @@ class TrainConfig:
             require(path != Path("None"), name, path, "a folder")
             object.__setattr__(self, name, path)
         require_at_least(1, self, "", "steps", "batch_size", "buffer_tokens", "held_out_tokens", "dead_after_tokens")
-        require_at_least(1, self, "", "log_every", "eval_every", "keep_checkpoints")
+        require_at_least(1, self, "", "log_every", "eval_every", "keep_checkpoints", "data_parallel")
+        require(0 < self.rank_timeout < 1e8, "rank_timeout", self.rank_timeout, "above 0")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 (off) or more")
         require(self.pairs_every >= 0, "pairs_every", self.pairs_every, "0 (off) or more")
         require(0 < self.lr < math.inf, "lr", self.lr, "above 0")

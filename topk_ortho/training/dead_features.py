@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 from torch.optim import Optimizer
 
+from topk_ortho.distributed.parallel import Parallel
 from topk_ortho.sae import ActiveFeatures, SparseAutoencoder, firing_counts
 from topk_ortho.training.config import TrainConfig
 
@@ -23,6 +24,9 @@ class DeadFeatures(nn.Module):
         Width of the activations.
     generator : torch.Generator
         Draws the tokens at which features are restarted.
+    parallel : Parallel, optional
+        The processes that train together, this one alone by default. Each counts its part of the features, which are
+        the n_features of what follows.
 
     Attributes
     ----------
@@ -40,13 +44,15 @@ class DeadFeatures(nn.Module):
     firing_rate: Tensor
     tokens_since_fired: Tensor
 
-    def __init__(self, config: TrainConfig, d_in: int, generator: torch.Generator):
+    def __init__(self, config: TrainConfig, d_in: int, generator: torch.Generator, parallel: Parallel | None = None):
         super().__init__()
         self.config = config
         self.n_active = config.sae.auxk or min(config.sae.n_features, max(1, d_in // 2))
         self.generator = generator
-        self.register_buffer("firing_rate", torch.zeros(config.sae.n_features))
-        self.register_buffer("tokens_since_fired", torch.zeros(config.sae.n_features, dtype=torch.int64))
+        self.parallel = Parallel.alone() if parallel is None else parallel
+        firing_rate = torch.zeros(config.sae.n_features)[self.parallel.rows_here(config.sae.n_features)]
+        self.register_buffer("firing_rate", firing_rate.clone())
+        self.register_buffer("tokens_since_fired", torch.zeros_like(firing_rate, dtype=torch.int64))
 
     @property
     def mask(self) -> Tensor:
@@ -54,14 +60,14 @@ class DeadFeatures(nn.Module):
         return self.tokens_since_fired >= self.config.dead_after_tokens
 
     def n_dead(self, n_tokens: int) -> int:
-        """Number of features that have been silent for `dead_after_tokens`, or for all n_tokens of a shorter run."""
+        """Features of all processes that were silent for `dead_after_tokens`, or for all n_tokens of a shorter run."""
         window = max(1, min(self.config.dead_after_tokens, n_tokens))
-        return int((self.tokens_since_fired >= window).sum())
+        return int(self.parallel.features.sum((self.tokens_since_fired >= window).sum()))
 
     @torch.no_grad()
     def count(self, features: Tensor | ActiveFeatures) -> None:
         """Take in the features [batch, n_features] of a training step."""
-        counts = firing_counts(features)
+        counts = self.parallel.batch.sum(firing_counts(features))
         self.firing_rate.lerp_(counts / self.config.batch_size, 1 - _FIRING_RATE_DECAY)
         self.tokens_since_fired += self.config.batch_size
         self.tokens_since_fired[counts > 0] = 0
@@ -84,16 +90,21 @@ class DeadFeatures(nn.Module):
             Features that stopped firing.
         """
         numbers = dead.nonzero().squeeze(1)
-        config = self.config.sae
-        if config.dead_features != "auxk" or config.auxk_weight == 0 or numbers.numel() == 0:
+        config, parallel = self.config.sae, self.parallel
+        if config.dead_features != "auxk" or config.auxk_weight == 0:
             return residual.new_zeros(())
-        pre_activations = linear(x - sae.b_dec, sae.W_enc[numbers], sae.b_enc[numbers])
-        largest = pre_activations.topk(min(self.n_active, numbers.numel()), dim=1, sorted=False)
-        features = torch.zeros_like(pre_activations).scatter(1, largest.indices, largest.values)
+        n_dead = int(parallel.features.sum(dead.sum()))
+        if n_dead == 0:
+            return residual.new_zeros(())
+        pre_activations = linear(sae.centred(x), sae.W_enc[numbers], sae.b_enc[numbers])
+        active = parallel.largest_in_rows(pre_activations.detach(), min(self.n_active, n_dead))
+        features = torch.zeros_like(pre_activations).flatten()
+        features = features.scatter(0, active, pre_activations.flatten()[active]).view_as(pre_activations)
         residual = residual.detach()
-        error = features.float() @ sae.W_dec[numbers] - residual
-        rounding = torch.finfo(residual.dtype).eps * x.detach().square().sum()
-        return error.square().sum() / torch.maximum(residual.square().sum(), rounding)
+        error = parallel.sum_features(features.float() @ sae.W_dec[numbers]) - residual
+        squares = parallel.batch.sum(torch.stack([residual.square().sum(), x.detach().square().sum()]))
+        explained = torch.maximum(squares[0], torch.finfo(residual.dtype).eps * squares[1])
+        return parallel.sum_batch(error.square().sum()) / explained
 
     def resamples_after(self, step: int) -> bool:
         """Whether dead features are restarted when so many steps are done; none are in the last fifth of the run."""
@@ -109,15 +120,21 @@ class DeadFeatures(nn.Module):
         takes its direction. The encoder's row gets 0.2 times the mean length of the rows of living features. The bias
         becomes 0, and so do the moments of Adam. The arguments are those of `auxiliary_loss` and the optimizer.
         """
-        numbers = dead.nonzero().squeeze(1)
-        if numbers.numel() == 0:
+        numbers, parallel = dead.nonzero().squeeze(1), self.parallel
+        n_dead: list[int] = parallel.features.gather_objects(numbers.numel())
+        if sum(n_dead) == 0:
             return
+        first_row, n_rows = len(x) * parallel.batch.rank, parallel.n_rows(x)
+        x, residual = (parallel.batch.gather(part, first_row, n_rows) for part in (x, residual))
         error = residual.double().square().sum(dim=1).cpu()
         weights = error.square() + 1e-30
-        chosen = torch.multinomial(weights, numbers.numel(), replacement=True, generator=self.generator)
-        directions = normalize(x[chosen.to(x.device)] - sae.b_dec, dim=1)
-        alive = sae.W_enc[~dead]
-        length = torch.linalg.vector_norm(alive, dim=1).mean() if alive.shape[0] else 1.0
+        chosen = torch.multinomial(weights, sum(n_dead), replacement=True, generator=self.generator)
+        first = sum(n_dead[: parallel.features.rank])
+        directions = normalize(x[chosen[first : first + numbers.numel()].to(x.device)] - sae.b_dec, dim=1)
+        n_alive = self.config.sae.n_features - sum(n_dead)
+        length = 1.0
+        if n_alive:
+            length = float(parallel.features.sum(torch.linalg.vector_norm(sae.W_enc[~dead], dim=1).sum())) / n_alive
         sae.W_dec[numbers] = directions
         sae.W_enc[numbers] = directions * (_ENCODER_SHRINK * length)
         sae.b_enc[numbers] = 0.0

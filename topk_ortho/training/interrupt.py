@@ -1,6 +1,9 @@
 """Turns Ctrl-C, SIGTERM and the end of a terminal into a request to stop at the next good moment."""
 
+import math
+import os
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -33,10 +36,15 @@ class SignalGuard:
     ----------
     wake : callable
         Called in the signal handler, to cut a wait short. It may raise.
+    echo : float, default 0.0
+        Seconds after the first signal in which others are taken for the same one: what a terminal has sent to all
+        processes, torchrun passes on to them again.
     """
 
-    def __init__(self, wake: Callable[[], None]):
+    def __init__(self, wake: Callable[[], None], echo: float = 0.0):
         self.received: signal.Signals | None = None
+        self._echo = echo
+        self._first = -math.inf
         self._wake = wake
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -57,6 +65,11 @@ class SignalGuard:
             signal.signal(*self._previous.popitem())
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        self.__exit__()
-        self._wake()
+        if self.received is None:
+            self.received, self._first = signal.Signals(number), time.monotonic()
+            if self._echo == 0:
+                self.__exit__()
+            self._wake()
+        elif time.monotonic() > self._first + self._echo:
+            self.__exit__()
+            os.kill(os.getpid(), number)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from topk_ortho import MaxCosineLoss, TopKOrthoLoss, TopKPairs, nearest_columns, topk_pairs
+from topk_ortho import MaxCosineLoss, TopKOrthoLoss, TopKPairs, distributed, nearest_columns, topk_pairs
 from topk_ortho.definitions import EPS, k_from_fraction
+from topk_ortho.distributed.parallel import Parallel
 from topk_ortho.sae import ActiveFeatures, SparseAutoencoder, activation_norms
 from topk_ortho.training.config import PenaltyConfig
 from topk_ortho.training.schedules import warmup
@@ -34,18 +35,26 @@ class Penalty(nn.Module):
     The gradient is computed apart from the SAE's, so that its time is known and its memory is free again before the
     SAE's backward pass.
 
+    Processes that train together find the pairs together. What no distributed op does (encoder inhibition, kept pairs,
+    random pairs) each of them does for itself, with a whole dictionary.
+
     Parameters
     ----------
     config : PenaltyConfig
         Target, op and its arguments.
     generator : torch.Generator
         Draws chunks and random pairs.
+    parallel : Parallel, optional
+        The processes; this one alone by default.
     """
 
-    def __init__(self, config: PenaltyConfig, generator: torch.Generator):
+    def __init__(self, config: PenaltyConfig, generator: torch.Generator, parallel: Parallel | None = None):
         super().__init__()
         self.config = config
         self.generator = generator
+        self.parallel = Parallel.alone() if parallel is None else parallel
+        has_op = config.op == "max_cosine" or (config.op == "topk_pairs" and config.refresh == "exact")
+        self._is_shared = self.parallel.world.size > 1 and has_op and not config.encoder_inhibition
         self.topk_pairs = TopKOrthoLoss(
             config.fraction,
             reduction=config.reduction,
@@ -82,6 +91,8 @@ class Penalty(nn.Module):
             inhibition, gradient = encoder_inhibition(sae.W_enc, sae.W_dec, *_rarer_first(pairs, firing_rate))
             value = value + self.config.encoder_inhibition * inhibition
             targets, gradients = (*targets, sae.W_enc), (*gradients, self.config.encoder_inhibition * gradient)
+        if not self._is_shared and self.parallel.batch.size > 1:  # gradients will be summed over these processes
+            gradients = tuple(None if grad is None else grad / self.parallel.batch.size for grad in gradients)
         used = [pair for pair in zip(targets, gradients, strict=True) if pair[1] is not None]
         return PenaltyTerm(value, *zip(*used, strict=True))
 
@@ -99,6 +110,8 @@ class Penalty(nn.Module):
         """The penalty, differentiable in those of its arguments that it depends on."""
         config = self.config
         value: Tensor
+        if self._is_shared:
+            return self._value_of_all(W_dec, features, firing_rate)
         priority = self._priority(firing_rate)
         x = W_dec.T if config.target == "decoder" else _matrix(features)
         match config.op:
@@ -111,6 +124,31 @@ class Penalty(nn.Module):
             case "random_pairs":
                 value = self._of_random_pairs(W_dec, priority)
         return value
+
+    def _value_of_all(self, W_dec: Tensor, features: Tensor | ActiveFeatures, firing_rate: Tensor) -> Tensor:
+        """The penalty of what all processes hold; each passes columns that no other does."""
+        config, group = self.config, self.parallel.world.group
+        x, part = self._columns(W_dec, features)
+        if config.op == "max_cosine":
+            return distributed.max_cosine_loss(x, config.n_chunks, group=group, generator=self.generator)
+        priority = self._priority(firing_rate)
+        return distributed.topk_ortho_loss(
+            x,
+            config.fraction,
+            group=group,
+            reduction=config.reduction,
+            priority=None if priority is None else priority[part],
+            state=self.topk_pairs.state,
+            **self._selection(),
+        )
+
+    def _columns(self, W_dec: Tensor, features: Tensor | ActiveFeatures) -> tuple[Tensor, slice]:
+        """The columns that this process passes to a distributed op, and which of its features they are."""
+        if self.config.target == "activations":
+            return _matrix(features), slice(None)
+        bounds = [len(W_dec) * n // self.parallel.batch.size for n in range(self.parallel.batch.size + 1)]
+        part = slice(*bounds[self.parallel.batch.rank :][:2])
+        return W_dec[part].T, part
 
     def _activation_weighted(self, x: Tensor, features: Tensor | ActiveFeatures) -> Tensor:
         """The penalty of C2R (arXiv:2606.30609): like OrtSAE's, weighted by how active both features of a pair are.
@@ -163,9 +201,14 @@ class Penalty(nn.Module):
 
     @torch.no_grad()
     def select(self, sae: SparseAutoencoder, features: Tensor | ActiveFeatures) -> TopKPairs:
-        """The most similar pairs of the target (of the decoder if there is none), by fraction, tau and similarity."""
-        is_decoder = self.config.target != "activations"
-        x = sae.W_dec.detach().T if is_decoder else _matrix(_with_values(features, _values(features).detach()))
+        """The most similar pairs of the target (of the decoder if there is none), by fraction, tau and similarity.
+
+        Of several processes each gets the pairs that it has found.
+        """
+        x, _ = self._columns(sae.W_dec.detach(), _with_values(features, _values(features).detach()))
+        if self.parallel.world.size > 1:
+            group = self.parallel.world.group
+            return distributed.topk_pairs(x, self.config.fraction, group=group, **self._selection())
         return topk_pairs(x, self.config.fraction, **self._selection())
 
     def _selection(self) -> dict[str, Any]:

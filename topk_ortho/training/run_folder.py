@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from topk_ortho.distributed.ranks import Ranks
 from topk_ortho.files import finished_as, remove_abandoned
 from topk_ortho.training.checkpoint import (
     CHECKPOINT_FILES,
@@ -40,7 +41,7 @@ _SUCCESSOR, _MOVING = ".successor", ".moving"
 """Subfolder of a run that is to replace the one around it; its name once the files of that one have been removed"""
 _FREE = {
     "out_dir", "cache_dir", "device", "log_every", "eval_every", "loggers", "checkpoint_every", "keep_checkpoints",
-    "model.batch_size",
+    "model.batch_size", "data_parallel", "rank_timeout",
 }  # fmt: skip
 """Settings that a resumed run may change: none of them decides the weights."""
 _NAMES = {"model.name", "model.sha256", "text.source", "text.revision"}
@@ -107,6 +108,14 @@ def open_run(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
         yield Run(folder, checkpoint)
         if folder == successor and _is_finished(successor):
             _move_successor(out_dir)
+
+
+@contextlib.contextmanager
+def open_run_together(config: TrainConfig, ranks: Ranks, *, resume: bool, overwrite: bool) -> Iterator[Run]:
+    """`open_run` for several processes, of which the first holds the folder for all."""
+    with contextlib.ExitStack() as opened:
+        run = ranks.on_first(lambda: opened.enter_context(open_run(config, resume=resume, overwrite=overwrite)))
+        yield run
 
 
 def is_finished(config: TrainConfig) -> bool:

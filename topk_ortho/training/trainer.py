@@ -5,24 +5,30 @@
 FVU is the fraction of variance unexplained, mean ||x - x_rec||**2 / V, where V is the total variance of the training
 activations; for a Matryoshka SAE it is the mean over its nested reconstructions. No term depends on the activations'
 scale. Weights, gradients and Adam's moments are float32; autocast concerns the SAE's matrix products alone.
+
+Several processes can train together, see `topk_ortho.distributed.parallel`. Each has its part of the features, with
+their gradients and moments, and its rows of a batch; every number that is logged is that of all. The first one writes.
 """
 
 import copy
 import json
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from topk_ortho.activations.batches import Batches, Stopped
+from topk_ortho.activations.batches import Batches, Stopped, read_part
 from topk_ortho.activations.source import ActivationSource, generator_of, mean_and_variance, split_shards
 from topk_ortho.activations.synthetic import KnownActivations
 from topk_ortho.device import resolve_device
+from topk_ortho.distributed.parallel import Parallel
 from topk_ortho.evaluation import (
     PairStability,
     PairWindows,
@@ -40,7 +46,7 @@ from topk_ortho.training.checkpoint import Checkpoint, prune_checkpoints, save_c
 from topk_ortho.training.config import TrainConfig, differences, flatten
 from topk_ortho.training.dead_features import DeadFeatures
 from topk_ortho.training.interrupt import Interrupted, SignalGuard
-from topk_ortho.training.loggers import open_loggers, open_pairs_log
+from topk_ortho.training.loggers import Log, open_loggers, open_pairs_log
 from topk_ortho.training.penalty import Penalty, PenaltyTerm
 from topk_ortho.training.results import save_results
 from topk_ortho.training.run_folder import Run
@@ -48,6 +54,8 @@ from topk_ortho.training.schedules import decay, warmup
 from topk_ortho.training.stopwatch import Stopwatch, peak_memory_bytes
 
 _SAVED_NUMBERS = ("variance", "scale", "seconds", "best")
+_ECHO = 5.0
+"""Seconds after a signal in which torchrun may send it again"""
 _PENALISED_TOKENS = 1_024
 """Held-out tokens over which activations are compared: how similar they are depends on how many tokens there are."""
 
@@ -79,7 +87,9 @@ class Trainer:
         Its activations; some shards are held out.
     run : Run
         Where it writes, and the checkpoint that it goes on from, bit by bit as if it had not been interrupted; see
-        `open_run`.
+        `open_run`. Another number of processes goes on from it too, but for rounding.
+    parallel : Parallel, optional
+        The processes that train together; this one alone by default. All of them make the same calls.
 
     Raises
     ------
@@ -87,7 +97,9 @@ class Trainer:
         If the activations do not suit the run, or are not those that the checkpoint was made with.
     """
 
-    def __init__(self, config: TrainConfig, source: ActivationSource, run: Run):
+    def __init__(self, config: TrainConfig, source: ActivationSource, run: Run, parallel: Parallel | None = None):
+        self.parallel = Parallel.alone() if parallel is None else parallel
+        self.is_first = self.parallel.world.rank == 0
         self.config = config
         self.source = source
         self.folder = run.folder
@@ -99,20 +111,22 @@ class Trainer:
             raise ValueError(f"{self.folder} cannot be resumed, as its activations have changed: {changes}")
 
         self.held_out_shards, training = split_shards(source, config.held_out_tokens, config.seed)
-        self.held_out = torch.cat([source.shard(number) for number in self.held_out_shards])
-        if len(self.held_out) == 0:
+        self.held_out = read_part(source, self.held_out_shards, self.parallel)
+        if self.parallel.count_of_all(self.held_out[:, 0]) == 0:
             raise ValueError(f"{source.name}: the shards that are held out have no tokens, so nothing can be measured")
-        self.batches = Batches(source, training, config.batch_size, config.buffer_tokens, config.seed, self.step)
+        self.batches = Batches(
+            source, training, config.batch_size, config.buffer_tokens, config.seed, self.step, self.parallel
+        )
 
-        self.sae = build_sae(config.sae, source, self.generator).to(self.device)
+        self.sae = build_sae(config.sae, source, self.generator, self.parallel).to(self.device)
         self.model: Callable[[Tensor], Any] = torch.compile(self.sae) if config.compile else self.sae
-        self.penalty = Penalty(config.penalty, self.generator).to(self.device)
-        self.pairs = PairStability()
+        self.penalty = Penalty(config.penalty, self.generator, self.parallel).to(self.device)
+        self.pairs = PairStability(self.parallel)
         self.pair_windows = PairWindows(config.pairs_every)
-        self.dead_features = DeadFeatures(config, source.d_in, self.generator).to(self.device)
+        self.dead_features = DeadFeatures(config, source.d_in, self.generator, self.parallel).to(self.device)
         self.sae.W_dec.requires_grad_(config.sae.train_decoder)
-        trained = [parameter for parameter in self.sae.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=config.lr, fused=True)
+        self._trained = {name: weights for name, weights in self.sae.named_parameters() if weights.requires_grad}
+        self.optimizer = torch.optim.Adam(self._trained.values(), lr=config.lr, fused=True)
         if config.sae.train_decoder:
             keep_normalized(self.optimizer, self.sae.W_dec, config.sae.decoder_norm)
 
@@ -142,13 +156,18 @@ class Trainer:
         """
         config = self.config
         with (
-            SignalGuard(self.batches.stop) as guard,
+            SignalGuard(self.batches.stop, echo=0.0 if self.parallel.world.size == 1 else _ECHO) as guard,
             closing(self.batches),
-            open_loggers(config, self.folder, self.step) as log,
-            open_pairs_log(config, self.folder, self.step) as log_pairs,
-            tqdm(total=config.steps, initial=self.step, desc="sae", unit=" steps", mininterval=0.5) as progress,
+            self._open_logs() as (log, log_pairs),
+            tqdm(
+                total=config.steps,
+                initial=self.step,
+                desc="sae",
+                unit=" steps",
+                mininterval=0.5,
+                disable=not self.is_first,
+            ) as progress,
         ):
-            write_whole(self.folder / "config.json", json.dumps(config.as_json(), indent=2) + "\n")
             try:
                 evaluation = self.evaluation() if self.step == config.steps else {}
                 while self.step < config.steps:
@@ -165,24 +184,36 @@ class Trainer:
                         log(metrics | evaluation)
                     if self._is_due(config.checkpoint_every):
                         self.save(evaluation["explained_variance"])
-                    if guard.received:
+                    if guard.received and self.parallel.world.size == 1:  # several stop together, at the next batch
                         raise Stopped
             except Stopped as stopped:
-                assert guard.received
+                number = int(self.parallel.world.max(torch.tensor(guard.received or 0)))
                 self.seconds += sum(self.stopwatch.read().values())
                 self.save()
-                raise Interrupted(guard.received, self.step) from stopped
-        summary = self._summary(evaluation)
-        save_results(config, self.source, self.folder, self.inference_sae(), summary)
+                raise Interrupted(signal.Signals(number), self.step) from stopped
+        sae = self._whole_sae()
+        summary = self._summary(evaluation) | self.parallel.world.on_first(partial(self._token_classes, sae))
+        save = partial(save_results, config, self.source, self.folder, sae, summary)
+        self.parallel.world.on_first(save)
         return summary
 
     def next_batch(self) -> Tensor:
-        """The next batch [batch, d_in] as the source gives it, on the device; waits for it."""
+        """The next batch [batch, d_in] as the source gives it, on the device; waits for it.
+
+        Raises
+        ------
+        Stopped
+            If `Batches.stop` was called, in any of the processes; in all of them.
+        """
         with self.stopwatch.measure("data"):
+            if self.parallel.world.size > 1:
+                has_stopped = torch.tensor(int(self.batches.is_stopped_while_waiting()))
+                if self.parallel.world.max(has_stopped):
+                    raise Stopped
             return next(self.batches).to(self.device, non_blocking=True)
 
     def train_step(self, x: Tensor) -> StepResult:
-        """One optimizer step on x [batch, d_in], activations as the source gives them."""
+        """One optimizer step on x [batch, d_in], activations as the source gives them: the rows of this process."""
         with self.stopwatch.measure("sae"):
             x = x * self.scale
             dead = self.dead_features.mask
@@ -191,8 +222,8 @@ class Trainer:
                 residual = x - output.reconstruction.float()
                 auxiliary = self.dead_features.auxiliary_loss(self.sae, x, residual, dead)
                 sparsity = self.sae.sparsity(output, self.variance)
-            fvu = residual.square().sum(dim=1).mean() / self.variance
-            inner = [(x - r.float()).square().sum(dim=1).mean() / self.variance for r in output.inner]
+            fvu = self._fraction_unexplained(residual)
+            inner = [self._fraction_unexplained(x - reconstruction.float()) for reconstruction in output.inner]
             loss = (
                 torch.stack([fvu, *inner]).mean()
                 + self.config.sae.sparsity_weight * self._warmup() * sparsity
@@ -233,12 +264,12 @@ class Trainer:
             "step": self.step,
             "tokens": self._n_tokens,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "l0": firing_counts(result.features).sum().item() / self.config.batch_size,
+            "l0": self.parallel.world.sum(firing_counts(result.features).sum()).item() / self.config.batch_size,
             **terms,
             "dead_fraction": self.dead_features.n_dead(self._n_tokens) / self.config.sae.n_features,
             "tokens_per_second": ratio(n_steps * self.config.batch_size, sum(seconds.values())),
             **{f"{part}_ms": ratio(1e3 * seconds.get(part, 0.0), n_steps) for part in ("data", "sae", "penalty")},
-            "memory_bytes": peak_memory_bytes(self.device),
+            "memory_bytes": int(self.parallel.world.max(torch.tensor(peak_memory_bytes(self.device)))),
             **self.penalty.refreshes(),
         }
 
@@ -261,8 +292,8 @@ class Trainer:
                 "explained_variance": measured["explained_variance"],
                 "normalized_mse": measured["normalized_mse"],
                 "held_out_l0": measured["l0"],
-                "mean_max_decoder_cosine": mean_max_cosine(sae.W_dec),
-                "penalised_pairs": pairs.rows.numel(),
+                "mean_max_decoder_cosine": mean_max_cosine(sae.W_dec, self.parallel),
+                "penalised_pairs": self.parallel.count_of_all(pairs.rows),
                 "pair_threshold": pairs.threshold.item(),
                 "pair_jaccard": self.pairs.jaccard_with_last(pairs),
                 "tau": pairs.tau,
@@ -274,9 +305,21 @@ class Trainer:
         return metrics | source_metrics(sae, self.source, self.held_out_shards)
 
     def inference_sae(self) -> SparseAutoencoder:
-        """A copy of the SAE in eval mode, for activations as the source gives them."""
+        """A copy of the SAE in eval mode, for activations as the source gives them: the part of this process."""
         sae = copy.deepcopy(self.sae).eval().requires_grad_(False)
         sae.divide_scale(self.scale)
+        return sae
+
+    def _whole_sae(self) -> SparseAutoencoder:
+        """`inference_sae` with the features of all processes, on the first one; of no use on others."""
+        sae, ranks = self.inference_sae(), self.parallel.features
+        if ranks.size > 1:
+            sae.cpu()  # it may be larger than the memory of one device
+            for name, own in sae.named_parameters():
+                whole = ranks.gather_on_first(own) if sae.is_of_features(name) else None
+                if whole is not None:
+                    own.data = whole
+            sae.parallel = Parallel.alone()
         return sae
 
     def save(self, explained_variance: float | None = None) -> None:
@@ -290,13 +333,15 @@ class Trainer:
             self.best = {"step": self.step, "value": explained_variance}
         folder = self.folder / "checkpoints"
         try:
-            save_checkpoint(folder, self._checkpoint())
+            save_checkpoint(folder, self._checkpoint(), self.parallel.world)
         except OSError as error:
             self.best = before
-            tqdm.write(f"{error}; earlier checkpoints are as they were", file=sys.stderr)
+            if self.is_first:
+                tqdm.write(f"{error}; earlier checkpoints are as they were", file=sys.stderr)
             return
         best_step = None if self.best is None else self.best["step"]
-        prune_checkpoints(folder, self.step, self.config.keep_checkpoints, best_step)
+        if self.is_first:
+            prune_checkpoints(folder, self.step, self.config.keep_checkpoints, best_step)
 
     def _parts(self) -> dict[str, torch.nn.Module | PairStability | PairWindows]:
         """The parts of a run that know their state, by their names in a checkpoint."""
@@ -305,18 +350,39 @@ class Trainer:
 
     def _checkpoint(self) -> Checkpoint:
         """Everything that decides the rest of the run. Which batches are next follows from the step."""
-        state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
-        state |= {"optimizer": self.optimizer.state_dict()["state"], "generator": self.generator.get_state()}
+        parts: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
+        parts |= {"optimizer": self.optimizer.state_dict()["state"]}
+        tensors = {"generator": self.generator.get_state()}
+        for part, state in parts.items():
+            for name, tensor in flatten(state).items():
+                if self._is_of_features(part, name):
+                    tensor = self.parallel.as_part_of(tensor, self.config.sae.n_features)
+                tensors[f"{part}.{name}"] = tensor
         values = {name: getattr(self, name) for name in _SAVED_NUMBERS} | {"source": self.source.identity}
-        return Checkpoint(self.step, flatten(state), values, self.config.as_json())
+        return Checkpoint(self.step, tensors, values, self.config.as_json())
+
+    def _is_of_features(self, part: str, name: str) -> bool:
+        """Whether a tensor of a part of the run has a row for every feature."""
+        if part == "dead_features":
+            return True
+        if part == "optimizer":  # 0.exp_avg is of the first parameter, and 0.step a number of steps
+            number, _, moment = name.partition(".")
+            return moment != "step" and self.sae.is_of_features(list(self._trained)[int(number)])
+        return part == "sae" and self.sae.is_of_features(name)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Take over the state of a checkpoint."""
+
+        def stored(part: str) -> dict[str, Tensor]:
+            return checkpoint.tensors_of(part, self.parallel, partial(self._is_of_features, part))
+
         for name, part in self._parts().items():
-            part.load_state_dict(checkpoint.tensors_of(name))
-        state = self.optimizer.state_dict()
-        numbers = state["param_groups"][0]["params"]
-        state["state"] = {number: checkpoint.tensors_of(f"optimizer.{number}") for number in numbers}
+            part.load_state_dict(stored(name))
+        state, moments = self.optimizer.state_dict(), stored("optimizer")
+        state["state"] = {number: {} for number in state["param_groups"][0]["params"]}
+        for name, tensor in moments.items():
+            number, _, moment = name.partition(".")
+            state["state"][int(number)][moment] = tensor
         self.optimizer.load_state_dict(state)
         self.generator.set_state(checkpoint.tensors["generator"])
         for name in _SAVED_NUMBERS:
@@ -346,11 +412,10 @@ class Trainer:
             "device": str(self.device),
             **self.penalty.refreshes(),
             **self._mean_stability(),
-            **self._token_classes(),
         }
 
-    def _token_classes(self) -> dict[str, Any]:
-        """How classes of tokens are absorbed; empty if it is not asked for."""
+    def _token_classes(self, sae: SparseAutoencoder) -> dict[str, Any]:
+        """How classes of tokens are absorbed in a whole dictionary; empty if it is not asked for."""
         if not self.config.token_classes:
             return {}
         # transformers and datasets take a second to import
@@ -359,7 +424,7 @@ class Trainer:
 
         if not isinstance(self.source, TransformerActivations):
             raise ValueError(f"token_classes needs the activations of a transformer, not {self.source.name}")
-        return token_class_metrics(self.inference_sae(), self.source, self.held_out_shards)
+        return token_class_metrics(sae, self.source, self.held_out_shards)
 
     def _mean_stability(self) -> dict[str, dict[str, float]]:
         """How stable the selected pairs were through the run, and what they stood for; empty if it was not measured."""
@@ -412,15 +477,33 @@ class Trainer:
         else:
             gradients = [weight * gradient for gradient in term.gradients]
             torch.autograd.backward([loss, *term.targets], [None, *gradients])
-        gradient_norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), config.clip_norm or math.inf)
+        for weights in self._trained.values():
+            if weights.grad is not None:
+                weights.grad = self.parallel.batch.sum(weights.grad.contiguous())
+        gradient_norm = self._gradient_norm()
+        torch.nn.utils.clip_grads_with_norm_(self._trained.values(), config.clip_norm or math.inf, gradient_norm)
         fall = decay(self.step, config.steps, config.decay_fraction * config.steps)
         self.optimizer.param_groups[0]["lr"] = config.lr * min(self._warmup(), fall)
         self.optimizer.step()
         return gradient_norm
 
+    def _gradient_norm(self) -> Tensor:
+        """The norm of the gradient in the weights of all processes."""
+        by_place: dict[bool, list[Tensor]] = {True: [], False: []}
+        for name, weights in self._trained.items():
+            if weights.grad is not None:
+                by_place[self.sae.is_of_features(name)].append(weights.grad)
+        of_features, of_all = (torch.nn.utils.get_total_norm(by_place[place]) for place in (True, False))
+        return (self.parallel.features.sum(of_features.square()) + of_all.square()).sqrt()
+
+    def _fraction_unexplained(self, residual: Tensor) -> Tensor:
+        """Mean squared norm of the residuals [batch, d_in] of all processes, relative to the total variance."""
+        mean = residual.square().sum(dim=1).sum() / self.parallel.n_rows(residual)
+        return self.parallel.sum_batch(mean) / self.variance
+
     def _fit_scale(self) -> None:
         """Take scale, total variance and the SAE's centre from the first tokens that are shuffled together."""
-        mean, variance = mean_and_variance(self.batches.pool)
+        mean, variance = mean_and_variance(self.batches.pool, self.parallel.world)
         if variance == 0:
             raise ValueError(
                 f"all activations at {self.source.name} are equal up to rounding: there is nothing to learn"
@@ -432,7 +515,23 @@ class Trainer:
 
     def _penalised_tokens(self) -> Tensor:
         """The held-out tokens [n, d_in] over which activations are compared, float32, on the device."""
-        return self.held_out[:_PENALISED_TOKENS].to(self.device).float()
+        n_held = self.parallel.world.gather_objects(len(self.held_out))
+        start, total = sum(n_held[: self.parallel.world.rank]), min(_PENALISED_TOKENS, sum(n_held))
+        own = self.held_out[: max(0, total - start)].float()
+        return self.parallel.world.gather(own, start, total).to(self.device)
+
+    @contextmanager
+    def _open_logs(self) -> Iterator[tuple[Log, Log]]:
+        """Write the configuration, and open the logs of metrics and of windows of pairs; only the first process."""
+        if not self.is_first:
+            yield lambda metrics: None, lambda line: None
+            return
+        with (
+            open_loggers(self.config, self.folder, self.step) as log,
+            open_pairs_log(self.config, self.folder, self.step) as log_pairs,
+        ):
+            write_whole(self.folder / "config.json", json.dumps(self.config.as_json(), indent=2) + "\n")
+            yield log, log_pairs
 
     @contextmanager
     def _divergence_is_named(self) -> Iterator[None]:
