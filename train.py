@@ -10,9 +10,11 @@ python train.py --overwrite                      # replaces the run that is ther
 """
 
 import argparse
+import io
 import os
 import signal
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,7 @@ def main() -> None:
     """Parse, load, train, show; what the user can mend ends in one line."""
     with SignalGuard(_stop) as guard:
         try:
-            config, mode = parse(sys.argv[1:])
+            config, mode = _parse_once(sys.argv[1:])
             with open_processes(config) as parallel, open_run_together(config, parallel.world, **mode) as run:
                 source = open_source_together(config, parallel)
                 summary = Trainer(config, source, run, parallel).fit()
@@ -70,6 +72,17 @@ def main() -> None:
             if isinstance(error, MemoryError | RuntimeError) and "allocate" in str(error):  # torch's words
                 sys.exit(f"train.py: out of memory: {str(error).splitlines()[0]}")
             raise
+
+
+def _parse_once(arguments: list[str]) -> tuple[TrainConfig, dict[str, bool]]:
+    """`parse`, where the first of several processes speaks for all."""
+    if is_first_process():
+        return parse(arguments)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        try:
+            return parse(arguments)
+        except (ValueError, OSError):
+            sys.exit(1)
 
 
 def _say(message: str) -> None:

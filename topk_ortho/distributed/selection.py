@@ -23,9 +23,11 @@ def first_of_all(similarity: Tensor, index: Tensor, count: int, ranks: Ranks) ->
     keys = integers_in_order(similarity)
     bits = 8 * keys.element_size()
     keys = keys.long()
-    last_key, n_larger = _at_rank(keys, count, bits, ranks)
+    last_key, n_larger, n_equal = _at_rank(keys, count, bits, ranks)
+    if n_larger + n_equal == count:
+        return keys >= last_key
     reversed_index = ~index
-    last_reversed, _ = _at_rank(reversed_index[keys == last_key], count - n_larger, 64, ranks)
+    last_reversed, _, _ = _at_rank(reversed_index[keys == last_key], count - n_larger, 64, ranks)
     return (keys > last_key) | ((keys == last_key) & (reversed_index >= last_reversed))
 
 
@@ -43,16 +45,16 @@ class RankedSimilarities:
 
     def __getitem__(self, position: int) -> Tensor:
         """The similarity at a position, from 0."""
-        key, _ = _at_rank(self._keys.long(), position + 1, 8 * self._keys.element_size(), self._ranks)
+        key, _, _ = _at_rank(self._keys.long(), position + 1, 8 * self._keys.element_size(), self._ranks)
         return numbers_in_order(self._keys.new_tensor(key))
 
 
-def _at_rank(keys: Tensor, rank: int, bits: int, ranks: Ranks) -> tuple[int, int]:
-    """The key at a rank, from 1, of those of all processes in descending order; and how many are larger.
+def _at_rank(keys: Tensor, rank: int, bits: int, ranks: Ranks) -> tuple[int, int, int]:
+    """The key at a rank, from 1, of those of all processes in descending order; how many are larger, how many equal.
 
     `keys` are int64 of which so many `bits` are used.
     """
-    n_larger, key = 0, 0
+    n_larger, n_equal, key = 0, 0, 0
     for shift in range(bits - _DIGIT, -1, -_DIGIT):
         digits = keys >> shift
         # the highest digit has the sign
@@ -63,6 +65,7 @@ def _at_rank(keys: Tensor, rank: int, bits: int, ranks: Ranks) -> tuple[int, int
         if position:
             n_larger += int(n_from[position - 1])
         digit = 2**_DIGIT - 1 - position
+        n_equal = int(counts[digit])
         keys = keys[digits == digit]
         key = digit - 2 ** (_DIGIT - 1) if shift == bits - _DIGIT else (key << _DIGIT) | digit
-    return key, n_larger
+    return key, n_larger, n_equal

@@ -6,6 +6,7 @@ They are started by torchrun, whose environment variables tell each of them abou
 import datetime
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +25,11 @@ from topk_ortho.training.config import TrainConfig
 from topk_ortho.training.interrupt import Interrupted, SignalGuard
 
 _PATIENCE = 10.0
-"""Seconds in which the processes that are left tell each other so"""
+"""Seconds to wait for the store that all processes share"""
+_BEAT = 1.0
+"""Seconds between two signs of life"""
+_SILENCE = 6.0
+"""Seconds without one after which a process is taken for lost, where an exchange has failed"""
 
 
 class LostRanks(RuntimeError):
@@ -66,9 +71,10 @@ def open_processes(config: TrainConfig) -> Iterator[Parallel]:
         torch.cuda.set_device(resolve_device(f"cuda:{os.environ['LOCAL_RANK']}"))
     backend, patience = "cpu:gloo,cuda:nccl" if is_cuda else "gloo", datetime.timedelta(seconds=config.rank_timeout)
     dist.init_process_group(backend, timeout=patience)
+    heartbeat = _Heartbeat()
     try:
         parallel = Parallel.of_all("cuda" if is_cuda else "cpu", config.data_parallel)
-        _check(config, parallel)
+        refuse_what_cannot_be_trained_together(config, parallel)
         yield parallel
     except BaseException as error:
         with SignalGuard(lambda: None):  # torchrun tells those that are left to stop
@@ -79,6 +85,7 @@ def open_processes(config: TrainConfig) -> Iterator[Parallel]:
                 raise FailedOnFirst from error
         raise
     finally:
+        heartbeat.end()
         with suppress(RuntimeError):
             dist.destroy_process_group()
 
@@ -91,8 +98,8 @@ def open_source_together(config: TrainConfig, parallel: Parallel) -> ActivationS
     return opened[0] if opened else open_source(config, device)
 
 
-def _check(config: TrainConfig, parallel: Parallel) -> None:
-    """Refuse what several processes cannot train together, all of them in the same words."""
+def refuse_what_cannot_be_trained_together(config: TrainConfig, parallel: Parallel) -> None:
+    """Raise a ValueError, on all processes in the same words, if so many cannot train a configuration."""
     n_parts, penalty = parallel.features.size, config.penalty
     several = f"with {parallel.world.size} processes"
     divides = config.batch_size % parallel.batch.size == 0
@@ -105,7 +112,7 @@ def _check(config: TrainConfig, parallel: Parallel) -> None:
     require(config.pairs_every == 0, "pairs_every", config.pairs_every, f"0 {several}")
     if penalty.target == "none":
         return
-    require(penalty.op != "c2r", "penalty.op", penalty.op, f"another {several}")
+    require(penalty.op != "c2r", "penalty.op", penalty.op, f"topk_pairs or max_cosine {several}")
     if parallel.batch.size > 1:
         allowed = "decoder or none where data_parallel spreads the batch over which activations are compared"
         require(penalty.target == "decoder", "penalty.target", penalty.target, allowed)
@@ -125,23 +132,45 @@ def _is_first_to_say(message: str) -> bool:
         return True
 
 
+class _Heartbeat:
+    """Counts in the store that all processes share, so that others see that this one lives."""
+
+    def __init__(self) -> None:
+        self._store, self._key = _store(), f"beat {dist.get_rank()}"
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Stop counting."""
+        self._is_over.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        with suppress(RuntimeError):  # the process that kept the store is gone
+            while not self._is_over.wait(_BEAT):
+                self._store.add(self._key, 1)
+
+
 def _why_lost(error: Disconnected) -> str:
-    """Which processes are the reason why the others cannot go on; waits for a few seconds to hear who is left."""
-    everybody, states = range(dist.get_world_size()), dict[int, str]()
-    deadline = time.monotonic() + _PATIENCE
+    """Which processes are the reason why the others cannot go on; takes some heartbeats."""
+    store, others = _store(), [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
     try:
-        _store().set(f"rank {dist.get_rank()}", "left")
-        while len(states) < len(everybody) and time.monotonic() < deadline:
-            for rank in everybody:
-                if rank not in states and _store().check([f"rank {rank}"]):
-                    states[rank] = _store().get(f"rank {rank}").decode()
-            time.sleep(0.1)
+        store.set(f"rank {dist.get_rank()}", "left")  # as the others will, from when they notice
+        first_beats = {rank: store.add(f"beat {rank}", 0) for rank in others}
+        silent, deadline = set(others), time.monotonic() + _SILENCE
+        while silent and time.monotonic() < deadline:
+            time.sleep(_BEAT / 4)
+            silent -= {rank for rank in silent if store.add(f"beat {rank}", 0) > first_beats[rank]}
+            silent -= {rank for rank in silent if store.check([f"rank {rank}"])}
+        states = {rank: store.get(f"rank {rank}") for rank in others if store.check([f"rank {rank}"])}
     except RuntimeError:
         return "the process at which all of them meet (that of torchrun, or rank 0) does not answer any more"
-    failed = [rank for rank, state in states.items() if state == "failed"]
-    silent = [rank for rank in everybody if rank not in states]
+    failed = [rank for rank, state in states.items() if state == b"failed"]
     reasons = [f"{_named(failed)} failed"] if failed else []
-    reasons += [f"{_named(silent)} does not answer: it was killed, hangs or cannot be reached"] if silent else []
+    reasons += (
+        [f"{_named(sorted(silent))} does not answer: it was killed, hangs or cannot be reached"] if silent else []
+    )
     return " and ".join(reasons) or f"the ranks could not exchange data: {error}"
 
 
