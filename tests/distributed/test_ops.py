@@ -342,6 +342,15 @@ class TestMaxCosine:
             dtype=x.dtype,
         )
 
+    @pytest.mark.parametrize("form", ["dense", "SparseFeatures"])
+    @pytest.mark.parametrize("n_ranks", N_RANKS)
+    def test_the_largest_cosine_of_every_column(self, ranks: Pool, n_ranks, form):
+        x = activations(24, 61)
+        features, cosines = zip(*ranks.run(n_ranks, _largest_cosines, x, form), strict=True)
+        assert sorted(torch.cat(features).tolist()) == list(range(61))
+        expected, _ = oracle.max_cosines(float64(x))
+        np.testing.assert_allclose(torch.cat(cosines), expected[torch.cat(features)], atol=1e-6)
+
     @pytest.mark.parametrize("n_ranks", N_RANKS)
     def test_the_lowest_of_equal_partners(self, ranks: Pool, n_ranks):
         x = dyadic(16, 50)
@@ -416,15 +425,6 @@ def _error_outside(group: dist.ProcessGroup) -> str:
     except ValueError as error:
         return f"ValueError: {error}"[:51]
     return "none"
-
-    @pytest.mark.parametrize("form", ["dense", "SparseFeatures"])
-    @pytest.mark.parametrize("n_ranks", N_RANKS)
-    def test_the_largest_cosine_of_every_column(self, ranks: Pool, n_ranks, form):
-        x = activations(24, 61)
-        features, cosines = zip(*ranks.run(n_ranks, _largest_cosines, x, form), strict=True)
-        assert sorted(torch.cat(features).tolist()) == list(range(61))
-        expected, _ = oracle.max_cosines(float64(x))
-        np.testing.assert_allclose(torch.cat(cosines), expected[torch.cat(features)], atol=1e-6)
 
 
 def _largest_cosines(group: dist.ProcessGroup, x: Tensor, form: str) -> tuple[Tensor, Tensor]:
