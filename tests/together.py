@@ -2,6 +2,7 @@
 
 import datetime
 import multiprocessing
+import pickle
 import traceback
 import uuid
 from collections.abc import Callable
@@ -34,7 +35,7 @@ def run_together(
         process.start()
         pipes.append(ours)
         processes.append(process)
-    answers = [pipe.recv() if pipe.poll(120) else ("no answer", None) for pipe in pipes]
+    answers = [pickle.loads(pipe.recv_bytes()) if pipe.poll(120) else ("no answer", None) for pipe in pipes]
     for process in processes:
         process.join(20)
         process.kill()
@@ -52,7 +53,9 @@ def _run(
     patience = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=n_ranks, timeout=patience)
     try:
-        pipe.send((None, function(Parallel.of_all("cpu", n_batch_parts), *arguments)))
+        answer = (None, function(Parallel.of_all("cpu", n_batch_parts), *arguments))
     except BaseException:
-        pipe.send((traceback.format_exc(), None))
+        answer = (traceback.format_exc(), None)
+    # in bytes: the memory of a tensor that is sent as it is goes with the process
+    pipe.send_bytes(pickle.dumps(answer))
     dist.destroy_process_group()

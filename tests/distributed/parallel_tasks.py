@@ -14,7 +14,9 @@ from topk_ortho.activations.source import mean_and_variance
 from topk_ortho.distributed.parallel import Parallel
 from topk_ortho.distributed.ranks import FailedOnFirst
 from topk_ortho.evaluation import evaluate
-from topk_ortho.sae import ActiveFeatures, SparseAutoencoder
+from topk_ortho.sae import ActiveFeatures, SparseAutoencoder, StandardSAE
+from topk_ortho.training.config import SAEConfig, TrainConfig
+from topk_ortho.training.dead_features import DeadFeatures
 
 
 def largest_in_rows(parallel: Parallel, values: Tensor, count: int) -> Tensor:
@@ -110,8 +112,28 @@ def on_first(parallel: Parallel, fails: bool) -> Any:
 
 def drawn(parallel: Parallel, n_features: int, d_in: int) -> Tensor:
     """The directions that are drawn here."""
-    from topk_ortho.sae import StandardSAE
-
     sae = StandardSAE(d_in, n_features, generator=torch.Generator().manual_seed(3), parallel=parallel)
     assert math.isclose(sae.W_enc.norm().item(), sae.W_dec.norm().item() * d_in / n_features, rel_tol=1e-4)
     return sae.W_dec.detach()
+
+
+def revived(parallel: Parallel, dead: Tensor, x: Tensor, residual: Tensor) -> dict[str, Tensor]:
+    """Auxiliary loss and gradient of dead features, and the weights after they were restarted."""
+    settings: dict[str, Any] = {"n_features": len(dead), "l0": 1, "auxk": 4}
+    n_features, generator = len(dead), torch.Generator().manual_seed(5)
+    sae = StandardSAE(x.shape[1], n_features, generator=generator, parallel=parallel)
+    part = parallel.batch.rank
+    own_x, own_residual = (rows.split(len(x) // parallel.batch.size)[part] for rows in (x, residual))
+    own_dead = dead[parallel.rows_here(n_features)]
+    features = DeadFeatures(TrainConfig(batch_size=len(x), sae=SAEConfig(**settings)), x.shape[1], generator, parallel)
+    loss = features.auxiliary_loss(sae, own_x, own_residual, own_dead)
+    gradient = torch.zeros_like(sae.W_dec)
+    if loss.requires_grad:
+        loss.backward()
+        gradient = parallel.batch.sum(sae.W_dec.grad)
+    features.tokens_since_fired += own_dead * 10**9
+    n_dead = features.n_dead(10**9)
+    features.resample(sae, torch.optim.Adam(sae.parameters()), own_x, own_residual, own_dead)
+    found = {"gradient": gradient, "W_dec": sae.W_dec.detach(), "W_enc": sae.W_enc.detach()}
+    whole = {name: parallel.gather_features(tensor, n_features) for name, tensor in found.items()}
+    return whole | {"loss": loss.detach(), "n_dead": torch.tensor(n_dead), "left": torch.tensor(features.n_dead(10**9))}

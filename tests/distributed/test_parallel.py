@@ -113,3 +113,16 @@ def test_the_directions_drawn_are_those_of_one_process(tmp_path: Path):
     at_once = torch.randn(2_500, 3, generator=torch.Generator().manual_seed(3))
     assert torch.allclose(whole, torch.nn.functional.normalize(at_once, dim=1), atol=1e-6)
     assert torch.equal(torch.cat(run_together(3, 1, tmp_path, tasks.drawn, 2_500, 3)), whole)
+
+
+@pytest.mark.parametrize("dead", ["none", "some", "first", "all"])
+@pytest.mark.parametrize(("n_ranks", "n_parts"), GRIDS)
+def test_dead_features_are_revived_as_by_one_process(n_ranks: int, n_parts: int, dead: str, tmp_path: Path):
+    masks = {"none": [], "some": [1, 4, 5, 9, 17, 21, 22], "first": [0, 2, 3], "all": list(range(23))}
+    mask = torch.zeros(23, dtype=torch.bool).index_fill(0, torch.tensor(masks[dead], dtype=torch.int64), True)
+    x, residual = normal(12, 5), normal(24, 5)[12:]
+    expected = tasks.revived(Parallel.alone(), mask, x, residual)
+    assert (int(expected["n_dead"]), int(expected["left"])) == (len(masks[dead]), 0)
+    for found in run_together(n_ranks, n_parts, tmp_path, tasks.revived, mask, x, residual):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, msg=name)

@@ -1,6 +1,6 @@
 """The first k pairs of the order among what all ranks have kept: counted, not gathered.
 
-The k-th similarity is found digit by digit, from the highest 16 bits down. At each digit the ranks add up how many of
+The k-th similarity is found digit by digit, from the highest 8 bits down. At each digit the ranks add up how many of
 their similarities have which value there, so that the one that holds the k-th is known exactly. Where more pairs tie at
 the k-th similarity than are wanted, the index of the last one is found in the same way.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 from topk_ortho.definitions import integers_in_order, numbers_in_order
 from topk_ortho.distributed.ranks import Ranks
 
-_DIGIT = 16
+_DIGIT = 8
 """Bits that are counted at a time"""
 
 
@@ -60,7 +60,7 @@ def _at_rank(keys: Tensor, rank: int, bits: int, ranks: Ranks) -> tuple[int, int
         # the highest digit has the sign
         digits = digits + 2 ** (_DIGIT - 1) if shift == bits - _DIGIT else digits & (2**_DIGIT - 1)
         counts = ranks.sum(torch.bincount(digits, minlength=2**_DIGIT))
-        n_from = counts.flip(0).cumsum(0)  # how many have at least the digit 2 ** 16 - 1 - i
+        n_from = counts.flip(0).cumsum(0)  # how many have at least the digit 2 ** 8 - 1 - i
         position = int(torch.searchsorted(n_from, torch.tensor(rank - n_larger, device=keys.device)))
         if position:
             n_larger += int(n_from[position - 1])

@@ -105,7 +105,7 @@ class SparseAutoencoder(nn.Module, ABC):
 
     def centred(self, x: Tensor) -> Tensor:
         """``x - b_dec``, the input of the encoder, [batch, d_in], for x [batch, d_in]."""
-        return self.parallel.take_to_features(x - self.b_dec)
+        return x - self.parallel.take_to_features(self.b_dec)
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """Inputs of the activation function, [batch, n_features], for x [batch, d_in]."""
