@@ -5,6 +5,8 @@ python -m bench.scaling [--ranks 1 2 4] [--report]
 Every process has one thread, so that two of them have twice the cores of one; beyond the cores of the machine they take
 turns, and only their bytes say something. What is measured is
 
+- "products": a process's share of the bare matrix products, which shows how much faster the machine itself is with
+  several processes;
 - "penalty": `topk_ortho_loss` of a decoder and its gradient, dictionary spread by features;
 - "step by features": a training step with that penalty, the dictionary spread by features;
 - "step by batch": the same step, the batch spread.
@@ -41,7 +43,8 @@ from topk_ortho.training.run_folder import Run
 from topk_ortho.training.trainer import Trainer
 
 _OUT = Path(__file__).resolve().parent / "results" / "scaling.jsonl"
-_MODES = ("penalty", "step by features", "step by batch")
+_TILE = 1_024
+_MODES = ("products", "penalty", "step by features", "step by batch")
 
 
 class Size(NamedTuple):
@@ -68,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
         size = Size(*options.size)
         options.out.unlink(missing_ok=True)
         for n_ranks in options.ranks:
-            for mode in _MODES if n_ranks > 1 else _MODES[:2]:
+            for mode in _MODES if n_ranks > 1 else _MODES[:-1]:
                 line = _measure(mode, n_ranks, size, options.rounds)
                 with options.out.open("a") as file:
                     print(json.dumps(line), file=file)
@@ -77,6 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def ring_bytes(mode: str, n_ranks: int, size: Size) -> int:
     """Bytes that all processes together send in a call, by the algorithm; see the description of the module."""
+    if mode == "products":
+        return 0
     decoder = size.n_features * size.d_in
     ring = (n_ranks // 2 + n_ranks - 1) * decoder
     reduced = {
@@ -96,7 +101,8 @@ def table(lines: list[dict[str, Any]]) -> str:
         fits = line["ranks"] <= line["environment"]["cores"]
         took = f"{line['time_s']:.2f} s" if fits else "more processes than cores"
         ratio = f"{alone[line['mode']] / line['time_s']:.2f} x as fast" if fits and line["ranks"] > 1 else ""
-        sent = f"{line['sent_bytes'] / 1e6:.1f}" if line["ranks"] > 1 else "0"
+        is_silent = line["ranks"] == 1 or line["mode"] == "products"
+        sent = "0" if is_silent else f"{line['sent_bytes'] / 1e6:.1f}"
         row = (line["mode"], line["ranks"], took, ratio, sent, f"{line['ring_bytes'] / 1e6:.1f}")
         rows.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(rows)
@@ -124,7 +130,7 @@ def _run(rank: int, n_ranks: int, mode: str, size: Size, rounds: int, meeting: P
     if n_ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=n_ranks)
         parallel = Parallel.of_all("cpu", n_ranks if mode == "step by batch" else 1)
-    call = _penalty(parallel, size) if mode == "penalty" else _step(parallel, size)
+    call = {"products": _products, "penalty": _penalty}.get(mode, _step)(parallel, size)
     call()
     times = []
     _meet(parallel)
@@ -141,6 +147,19 @@ def _run(rank: int, n_ranks: int, mode: str, size: Size, rounds: int, meeting: P
     if n_ranks > 1:
         dist.destroy_process_group()
     os._exit(0)  # the thread that reads activations ahead is not waited for
+
+
+def _products(parallel: Parallel, size: Size) -> Callable[[], None]:
+    """The products of half of all pairs of columns, shared out, without anything else."""
+    decoder = torch.randn(size.n_features, size.d_in, generator=torch.Generator().manual_seed(0))
+    rows, columns = decoder[:_TILE], decoder[:_TILE].T
+    n_tiles = round(size.n_features**2 / (2 * len(rows) ** 2 * parallel.world.size))
+
+    def call() -> None:
+        for _ in range(n_tiles):
+            rows @ columns
+
+    return call
 
 
 def _penalty(parallel: Parallel, size: Size) -> Callable[[], None]:
