@@ -3,8 +3,9 @@
 python -m bench.plan [--n-features N] [--d-in D] [--batch-size B] [--l0 L] [--fraction F] [--gpus 8 64]
 
 It counts what a process holds at the same time, and what it computes and sends in a step of `train.py` with the
-penalty on the decoder, a BatchTopK dictionary and autocast in bfloat16, and divides by what datasheets promise of an
-H100 SXM. So its times are a floor, and its memory leaves out what torch keeps beside (fragments, workspaces of cuBLAS).
+penalty on the decoder, a BatchTopK dictionary without AuxK and autocast in bfloat16, and divides by what datasheets
+promise of an H100 SXM. So its times are a floor, and its memory leaves out what torch keeps beside (fragments,
+workspaces of cuBLAS).
 """
 
 import argparse
@@ -54,6 +55,7 @@ def plan(n_features: int, d_in: int, batch_size: int, l0: int, fraction: float, 
         "products of pairs (tf32)": n_features**2 * d_in / n_gpus / peak["tf32"],
         "products of pairs (float32)": n_features**2 * d_in / n_gpus / peak["fp32"],
         "shards sent, loss": (n_gpus // 2) * own * d_in * 4 / link,
+        "reconstructions summed": 2 * (n_gpus - 1) / n_gpus * batch_size * d_in * 4 / link,
         "shards sent, gradient": (n_gpus - 1) * own * d_in * 4 / link,
     }
     return Plan(memory, seconds)

@@ -129,7 +129,7 @@ def _run(rank: int, n_ranks: int, mode: str, size: Size, rounds: int, meeting: P
     parallel = Parallel.alone()
     if n_ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=n_ranks)
-        parallel = Parallel.of_all("cpu", n_ranks if mode == "step by batch" else 1)
+        parallel = Parallel.of_all(n_ranks if mode == "step by batch" else 1)
     call = {"products": _products, "penalty": _penalty}.get(mode, _step)(parallel, size)
     call()
     times = []

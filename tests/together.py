@@ -53,7 +53,7 @@ def _run(
     patience = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=n_ranks, timeout=patience)
     try:
-        answer = (None, function(Parallel.of_all("cpu", n_batch_parts), *arguments))
+        answer = (None, function(Parallel.of_all(n_batch_parts), *arguments))
     except BaseException:
         answer = (traceback.format_exc(), None)
     # in bytes: the memory of a tensor that is sent as it is goes with the process

@@ -203,7 +203,8 @@ def read_part(
         if tokens is None:  # to collect the parts first would take twice the memory
             tokens = part.new_empty(len(here), part.shape[1])
         tokens[own.start - here.start : own.stop - here.start] = part[own.start - start : own.stop - start]
-    return torch.empty(0, source.d_in) if tokens is None else tokens
+    # no token of this part, but of the others' dtype
+    return source.shard(shards[0])[:0].clone() if tokens is None else tokens
 
 
 def _part(rank: int, n_ranks: int, n_tokens: int) -> range:

@@ -8,13 +8,15 @@ A term of a loss is the same number on every rank: sums of what the ranks hold g
 rank the gradient of that number in what it holds itself.
 """
 
+import datetime
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from topk_ortho.distributed.gradient import sum_over_ranks, take_to_ranks
@@ -49,8 +51,8 @@ class Parallel:
         return cls(Ranks.alone(), Ranks.alone(), Ranks.alone())
 
     @classmethod
-    def of_all(cls, device_type: str, n_batch_parts: int) -> "Parallel":
-        """All processes of torch.distributed, which is initialised, in a grid.
+    def of_all(cls, n_batch_parts: int, patience: datetime.timedelta | None = None) -> "Parallel":
+        """All processes of torch.distributed, which is initialised, in a grid, and how long they wait for each other.
 
         Raises
         ------
@@ -62,11 +64,15 @@ class Parallel:
             raise ValueError(
                 f"data_parallel must divide the number of processes, which is {world.size}, got {n_batch_parts}"
             )
-        shape = (world.size // n_batch_parts, n_batch_parts)
-        mesh = init_device_mesh(device_type, shape, mesh_dim_names=("features", "batch"))
+        grid = torch.arange(world.size).view(-1, n_batch_parts)
+        groups = []
+        for lines in (grid.T, grid):  # every process makes the groups of all
+            made = [dist.new_group(line, timeout=patience) for line in lines.tolist()]
+            groups += [group for group, line in zip(made, lines.tolist(), strict=True) if world.rank in line]
+        # on the CPU, where checkpoints are written from and read to
+        mesh = DeviceMesh.from_group(groups, "cpu", grid, mesh_dim_names=("features", "batch"))
         features, batch = (
-            Ranks(mesh.get_group(name)) if size > 1 else Ranks.alone()
-            for name, size in zip(("features", "batch"), shape, strict=True)
+            Ranks(group) if size > 1 else Ranks.alone() for group, size in zip(groups, grid.shape, strict=True)
         )
         return cls(world, features, batch, mesh)
 
@@ -98,7 +104,7 @@ class Parallel:
     def as_part_of(self, own: Tensor, n_features: int) -> Tensor:
         """What belongs to the features here as a part of what belongs to all, which torch knows how to save and load.
 
-        It is a DTensor if several processes hold parts, and shares its memory with `own`.
+        It is a DTensor if several processes hold parts. `own` is on the CPU, and shares its memory.
         """
         if self.features.size == 1:
             return own

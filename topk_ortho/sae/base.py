@@ -118,7 +118,7 @@ class SparseAutoencoder(nn.Module, ABC):
     def decode(self, features: Tensor | ActiveFeatures) -> Tensor:
         """Reconstruction [batch, d_in] of features [batch, n_features]."""
         own = decode_active(features, self.W_dec) if isinstance(features, ActiveFeatures) else features @ self.W_dec
-        return self.parallel.sum_features(own) + self.b_dec
+        return self.parallel.sum_features(own.to(self.b_dec.dtype)) + self.b_dec  # not in the dtype of autocast
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Encode and decode x [batch, d_in]."""

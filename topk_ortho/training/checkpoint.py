@@ -4,8 +4,9 @@ A checkpoint is a folder `step-00000200` with `state.safetensors` (all tensors) 
 configuration, and the sha256 of the state). It is written under another name, synced to disk and renamed. So earlier
 checkpoints stay as they were if the process is killed at any moment, or if the disk is full.
 
-Where several processes train together, each of them writes a file of tensors, `shard-00001-....safetensors`, by
-torch.distributed.checkpoint, which also reads them: any number of processes can go on from what any number has saved.
+Where several processes train together, which see the same folder, each writes what it holds to a file of its own,
+`shard-00001-....safetensors`, by torch.distributed.checkpoint, which also reads them: any number of processes can go on
+from what any number has saved.
 """
 
 import contextlib
@@ -86,10 +87,13 @@ class StoredTensors(Mapping[str, Tensor]):
                 whole[name] = parallel.as_part_of(own[name], size[0])
             else:
                 own[name] = whole[name] = torch.empty(size, dtype=dtype)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), exchange_with_others():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             reader = HuggingFaceStorageReader(str(self._folder))
-            load(whole, storage_reader=reader, no_dist=parallel.world.size == 1)
+            try:
+                load(whole, storage_reader=reader, no_dist=parallel.world.size == 1)
+            except _torch_error() as error:
+                raise CheckpointError(f"{self._folder} cannot be read: {error}") from error
         return own
 
     def _sizes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -135,15 +139,15 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, ranks: Ranks | None = 
         _write_tensors(unfinished, checkpoint.tensors, ranks)
         hashes = _hashes(unfinished, ranks)
         ranks.on_first(partial(_finish, unfinished, path, checkpoint, hashes))
-    except (OSError, SafetensorError, FailedOnFirst, _save_error()) as error:
+    except (OSError, SafetensorError, FailedOnFirst, _torch_error()) as error:
         if ranks.rank == 0:
             _remove(unfinished)
         raise OSError(f"checkpoint {path} could not be written: {error}") from error
     return path
 
 
-def _save_error() -> type[BaseException]:
-    """What torch.distributed.checkpoint raises on all ranks if one of them cannot write."""
+def _torch_error() -> type[BaseException]:
+    """What torch.distributed.checkpoint raises on all ranks if one of them cannot write or read."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     return CheckpointException
@@ -203,10 +207,11 @@ def _finish(unfinished: Path, path: Path, checkpoint: Checkpoint, hashes: dict[s
     for file in (unfinished / "manifest.json", unfinished):
         _sync(file)
     if path.is_dir():  # a resumed run comes to the same step again, with as many processes as before or others
-        for file in _files_in(path):
-            file.unlink()
-        for file in _files_in(unfinished):
+        for file in _files_in(unfinished):  # the manifest last
             file.replace(path / file.name)
+        for file in _files_in(path):
+            if file.name not in (*hashes, "manifest.json"):
+                file.unlink()
         unfinished.rmdir()
     else:
         unfinished.rename(path)

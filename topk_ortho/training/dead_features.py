@@ -101,7 +101,8 @@ class DeadFeatures(nn.Module):
         features = torch.zeros_like(pre_activations).flatten()
         features = features.scatter(0, active, pre_activations.flatten()[active]).view_as(pre_activations)
         residual = residual.detach()
-        error = parallel.sum_features(features.float() @ sae.W_dec[numbers]) - residual
+        reconstruction = features.float() @ sae.W_dec[numbers]
+        error = parallel.sum_features(reconstruction.to(residual.dtype)) - residual  # not in the dtype of autocast
         squares = parallel.batch.sum(torch.stack([residual.square().sum(), x.detach().square().sum()]))
         explained = torch.maximum(squares[0], torch.finfo(residual.dtype).eps * squares[1])
         return parallel.sum_batch(error.square().sum()) / explained

@@ -21,11 +21,9 @@ from topk_ortho.device import resolve_device
 from topk_ortho.distributed.parallel import Parallel
 from topk_ortho.distributed.ranks import Disconnected, FailedOnFirst
 from topk_ortho.training.build import open_source
-from topk_ortho.training.config import TrainConfig
+from topk_ortho.training.config import TrainConfig, flatten
 from topk_ortho.training.interrupt import Interrupted, SignalGuard
 
-_PATIENCE = 10.0
-"""Seconds to wait for the store that all processes share"""
 _BEAT = 1.0
 """Seconds between two signs of life"""
 _SILENCE = 6.0
@@ -73,14 +71,16 @@ def open_processes(config: TrainConfig) -> Iterator[Parallel]:
     dist.init_process_group(backend, timeout=patience)
     heartbeat = _Heartbeat()
     try:
-        parallel = Parallel.of_all("cuda" if is_cuda else "cpu", config.data_parallel)
+        parallel = Parallel.of_all(config.data_parallel, patience)
+        parallel.world.agree(lambda: (flatten(config.as_json()), {}))
         refuse_what_cannot_be_trained_together(config, parallel)
         yield parallel
     except BaseException as error:
         with SignalGuard(lambda: None):  # torchrun tells those that are left to stop
             if isinstance(error, Disconnected):
                 raise LostRanks(_why_lost(error)) from error
-            _store().set(f"rank {dist.get_rank()}", "failed")
+            with suppress(RuntimeError):  # the process that kept the store is gone
+                _store().set(f"rank {dist.get_rank()}", "failed")
             if not isinstance(error, Interrupted) and not _is_first_to_say(str(error)):
                 raise FailedOnFirst from error
         raise
@@ -147,8 +147,8 @@ class _Heartbeat:
         self._thread.join()
 
     def _beat(self) -> None:
-        with suppress(RuntimeError):  # the process that kept the store is gone
-            while not self._is_over.wait(_BEAT):
+        while not self._is_over.wait(_BEAT):
+            with suppress(RuntimeError):  # the process that kept the store is gone
                 self._store.add(self._key, 1)
 
 
@@ -179,6 +179,4 @@ def _named(ranks: list[int]) -> str:
 
 
 def _store() -> Any:
-    store = dist.distributed_c10d._get_default_store()
-    store.set_timeout(datetime.timedelta(seconds=_PATIENCE))
-    return store
+    return dist.distributed_c10d._get_default_store()

@@ -155,31 +155,27 @@ class Trainer:
             If training diverged.
         """
         config = self.config
+        quiet: dict[str, Any] = {} if self.is_first else {"disable": True}  # a study has its own way to hide all bars
         with (
             SignalGuard(self.batches.stop, echo=0.0 if self.parallel.world.size == 1 else _ECHO) as guard,
             closing(self.batches),
             self._open_logs() as (log, log_pairs),
             tqdm(
-                total=config.steps,
-                initial=self.step,
-                desc="sae",
-                unit=" steps",
-                mininterval=0.5,
-                disable=not self.is_first,
+                total=config.steps, initial=self.step, desc="sae", unit=" steps", mininterval=0.5, **quiet
             ) as progress,
         ):
             try:
                 evaluation = self.evaluation() if self.step == config.steps else {}
                 while self.step < config.steps:
                     result = self.train_step(self.next_batch())
-                    progress.update()
+                    bar.update()
                     for line in self.pair_windows.lines(self.step, is_end=self.step == config.steps):
                         log_pairs(line)
                     # once in a while: log, evaluate, save
                     evaluates = self._is_due(config.eval_every, config.checkpoint_every)
                     if evaluates or self._is_due(config.log_every):
                         metrics = self.metrics(result)
-                        progress.set_postfix_str(_in_short(metrics))
+                        bar.set_postfix_str(_in_short(metrics))
                         evaluation = self.evaluation() if evaluates else {}
                         log(metrics | evaluation)
                     if self._is_due(config.checkpoint_every):
@@ -356,7 +352,7 @@ class Trainer:
         for part, state in parts.items():
             for name, tensor in flatten(state).items():
                 if self._is_of_features(part, name):
-                    tensor = self.parallel.as_part_of(tensor, self.config.sae.n_features)
+                    tensor = self.parallel.as_part_of(tensor.detach().cpu(), self.config.sae.n_features)
                 tensors[f"{part}.{name}"] = tensor
         values = {name: getattr(self, name) for name in _SAVED_NUMBERS} | {"source": self.source.identity}
         return Checkpoint(self.step, tensors, values, self.config.as_json())
