@@ -160,9 +160,7 @@ class Trainer:
             SignalGuard(self.batches.stop, echo=0.0 if self.parallel.world.size == 1 else _ECHO) as guard,
             closing(self.batches),
             self._open_logs() as (log, log_pairs),
-            tqdm(
-                total=config.steps, initial=self.step, desc="sae", unit=" steps", mininterval=0.5, **quiet
-            ) as progress,
+            tqdm(total=config.steps, initial=self.step, desc="sae", unit=" steps", mininterval=0.5, **quiet) as bar,
         ):
             try:
                 evaluation = self.evaluation() if self.step == config.steps else {}
