@@ -23,10 +23,12 @@ ARGUMENTS = [
 ]  # fmt: skip
 
 
-def _train(rank: int, n_ranks: int, port: int, arguments: list[str], log: Path, memory_ends: bool) -> None:
-    """`train.py` as torchrun starts it; rank 1 may have too little memory for the evaluation."""
-    if memory_ends and rank == 1:
+def _train(rank: int, n_ranks: int, port: int, arguments: list[str], log: Path, rank_1: str) -> None:
+    """`train.py` as torchrun starts it. Rank 1 may be different: "short of memory", or "of other settings"."""
+    if rank == 1 and rank_1 == "short of memory":
         trainer.Trainer.evaluation = _out_of_memory
+    if rank == 1 and rank_1 == "of other settings":
+        arguments = [*arguments, "--lr", "0.5"]
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -60,12 +62,12 @@ def latest_step(out_dir: Path) -> int:
 class Ranks:
     """Processes that train together."""
 
-    def __init__(self, out_dir: Path, n_ranks: int, *more: str, memory_ends: bool = False):
+    def __init__(self, out_dir: Path, n_ranks: int, *more: str, rank_1: str = "like the others"):
         port = free_port()
         self._logs = [out_dir.with_suffix(f".{rank}.log") for rank in range(n_ranks)]
         arguments = [*ARGUMENTS, "--out-dir", str(out_dir), *more]
         self.processes = [
-            PROCESSES.Process(target=_train, args=(rank, n_ranks, port, arguments, log, memory_ends))
+            PROCESSES.Process(target=_train, args=(rank, n_ranks, port, arguments, log, rank_1))
             for rank, log in enumerate(self._logs)
         ]
         for process in self.processes:
@@ -144,11 +146,19 @@ def test_a_rank_that_keeps_the_others_together_is_missed(start: Any, tmp_path: P
 
 
 def test_a_rank_that_fails_says_why_and_the_others_name_it(start: Any, tmp_path: Path):
-    ranks = start(tmp_path / "run", 2, "--rank-timeout", "10", memory_ends=True)
+    ranks = start(tmp_path / "run", 2, "--rank-timeout", "10", rank_1="short of memory")
     (code, first), (other_code, second) = ranks.end(0), ranks.end(1)
     assert (code, other_code) == (1, 1)
     assert "train.py: rank 1 failed; --resume goes on from the latest checkpoint" in first
     assert "train.py: out of memory: DefaultCPUAllocator" in second
+
+
+def test_settings_that_differ_are_refused_by_all(start: Any, tmp_path: Path):
+    ranks = start(tmp_path / "run", 2, "--rank-timeout", "10", rank_1="of other settings")
+    (code, first), (other_code, second) = ranks.end(0), ranks.end(1)
+    assert (code, other_code) == (1, 1)
+    message = "train.py: lr must be the same on all ranks; rank 0 has 0.003, rank 1 has 0.5"
+    assert (first + second).count(message) == 1, first + second
 
 
 @pytest.mark.parametrize(
@@ -169,7 +179,7 @@ def test_what_all_would_say_is_said_once(arguments: list[str], message: str, sta
 
 
 def test_torchrun_ends_with_the_name_of_a_rank_that_was_killed(tmp_path: Path):
-    """As a user starts it: the agent that torchrun leaves behind neither hangs nor hides it."""
+    """torchrun, as a user starts it, ends too, and the line that names the rank is among what it prints."""
     out_dir = tmp_path / "run"
     torchrun = [
         sys.executable,

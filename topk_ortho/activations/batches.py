@@ -131,8 +131,8 @@ class Batches:
         world, parts = self.parallel.world, rows.tensor_split(self.parallel.batch.size)
         if world.size == 1:
             return self._tokens[rows]
-        starts = torch.tensor([_part(rank, world.size, len(self._order)).start for rank in range(1, world.size)])
-        here = _part(world.rank, world.size, len(self._order))
+        starts = torch.tensor([world.part(len(self._order), rank).start for rank in range(1, world.size)])
+        here = world.part(len(self._order))
         # process f * parts + b works on part b
         sent = [part[(part >= here.start) & (part < here.stop)] - here.start for part in parts]
         sent *= self.parallel.features.size
@@ -192,7 +192,7 @@ def read_part(
     Shards without a token of this part are not read. `before_shard` is called before one is, and may raise.
     """
     sizes = [source.shard_sizes[shard] for shard in shards]
-    here = _part(parallel.world.rank, parallel.world.size, sum(sizes))
+    here = parallel.world.part(sum(sizes))
     tokens = None
     for shard, start, size in zip(shards, accumulate(sizes, initial=0), sizes, strict=False):
         own = range(max(start, here.start), min(start + size, here.stop))
@@ -205,8 +205,3 @@ def read_part(
         tokens[own.start - here.start : own.stop - here.start] = part[own.start - start : own.stop - start]
     # no token of this part, but of the others' dtype
     return source.shard(shards[0])[:0].clone() if tokens is None else tokens
-
-
-def _part(rank: int, n_ranks: int, n_tokens: int) -> range:
-    """Which of so many tokens a process holds."""
-    return range(rank * n_tokens // n_ranks, (rank + 1) * n_tokens // n_ranks)

@@ -1,8 +1,8 @@
 """How a dictionary and its batches are spread over processes, and what the processes add up.
 
-The processes form a grid. Those of a column hold the same part of the dictionary, and each works on its own rows of the
-batch ("batch"); those of a row work on the same rows, and each holds its own part of the dictionary ("features"). One
-process alone has all of both, and then nothing is exchanged.
+Each process holds a part of the dictionary, the rows of W_enc and W_dec of some features, and works on a part of the
+rows of a batch. Every part of the dictionary meets every part of the batch on one process. One process alone has all
+of both, and then nothing is exchanged.
 
 A term of a loss is the same number on every rank: sums of what the ranks hold go into it. Its backward pass gives every
 rank the gradient of that number in what it holds itself.
@@ -32,9 +32,9 @@ class Parallel:
     world : Ranks
         All processes. Process ``f * n_batch_parts + b`` holds part f of the dictionary and works on part b of a batch.
     features : Ranks
-        Those that work on the same rows of a batch.
+        Those that work on the same rows of a batch, and together hold all features.
     batch : Ranks
-        Those that hold the same part of the dictionary.
+        Those that hold the same part of the dictionary, and together work on the whole batch.
     mesh : DeviceMesh or None
         The grid, with the dimensions "features" and "batch"; None for one process alone.
     """
@@ -77,7 +77,7 @@ class Parallel:
         return cls(world, features, batch, mesh)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Parallel":
-        """The same processes."""
+        """This object itself, as processes cannot be copied; a copy of an SAE is held by those that hold the SAE."""
         return self
 
     def rows_here(self, n_features: int) -> slice:
@@ -94,7 +94,7 @@ class Parallel:
         return sum_over_ranks(term, self.batch)
 
     def take_to_features(self, tensor: Tensor) -> Tensor:
-        """A tensor that is the same on the ranks of all features, for a use that differs: their gradients add up."""
+        """A tensor that all parts of the dictionary use, each in its own way; its gradient is the sum of theirs."""
         return take_to_ranks(tensor, self.features)
 
     def gather_features(self, own: Tensor, n_features: int) -> Tensor:
@@ -160,7 +160,10 @@ class Parallel:
         return n_here if self.world.size == 1 else int(self.world.sum(torch.tensor(n_here, device=entries.device)))
 
     def deal(self, numbers: Tensor) -> Tensor:
-        """Numbers [n], int64, that any process has found, each on the process that it belongs to, ascending."""
+        """Send numbers [n], int64, that the processes have found to where each belongs; returns those of this process.
+
+        A number belongs to the process of its remainder by the number of processes. Those returned ascend.
+        """
         owners = numbers % self.world.size
         counts = owners.bincount(minlength=self.world.size)
         n_sent: list[int] = counts.tolist()
@@ -168,7 +171,7 @@ class Parallel:
         return self.world.exchange(in_order, n_sent, self.world.counts_for_me(counts)).sort().values
 
     def dealt_here(self, numbers: Tensor) -> Tensor:
-        """Those of some numbers that belong to this process."""
+        """Those of some numbers that belong to this process, see `deal`."""
         return numbers[numbers % self.world.size == self.world.rank]
 
     def shared_parts(self, kept: Tensor, size: int, device: torch.device) -> Iterator[Tensor]:

@@ -73,9 +73,10 @@ class Ranks:
         ranks.group, ranks.rank, ranks.size = None, 0, 1
         return ranks
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
-        """The same processes: a copy of what is computed on them is computed there too."""
-        return self
+    def part(self, total: int, rank: int | None = None) -> range:
+        """Which of the numbers 0 to total - 1 fall to a rank, by default this one, where all share them in order."""
+        rank = self.rank if rank is None else rank
+        return range(rank * total // self.size, (rank + 1) * total // self.size)
 
     def agree(self, describe: Callable[[], tuple[Facts, Facts]]) -> list[Facts]:
         """Compare what the ranks say of themselves.
@@ -115,18 +116,17 @@ class Ranks:
         If it raises there, the first rank raises its error, and the others `FailedOnFirst`.
         """
         answer: list[Any] = [None, False]
-        if self.rank > 0:
-            self._broadcast_objects(answer)
-            result, has_failed = answer
-            if has_failed:
-                raise FailedOnFirst
-            return result  # type: ignore[no-any-return]
-        try:
-            result = function()
-        except BaseException:
-            self._broadcast_objects([None, True])
-            raise
-        self._broadcast_objects([result, False])
+        if self.rank == 0:
+            try:
+                answer[0] = function()
+            except BaseException:
+                self._broadcast_objects([None, True])
+                raise
+        self._broadcast_objects(answer)
+        result: Result
+        result, has_failed = answer
+        if has_failed:
+            raise FailedOnFirst
         return result
 
     def gather_objects(self, own: Any) -> list[Any]:

@@ -100,7 +100,10 @@ class SparseAutoencoder(nn.Module, ABC):
         self.W_enc.copy_(self.W_dec * self._encoder_scale)
 
     def is_of_features(self, name: str) -> bool:
-        """Whether a parameter or buffer has a row for every feature, which the process of that feature holds."""
+        """Whether a parameter or buffer, such as W_dec, has one row a feature; b_dec, for one, has none.
+
+        Where several processes hold the SAE, each has the rows of its own features, and a copy of everything else.
+        """
         return self.state_dict()[name].dim() > 0 and name != "b_dec"
 
     def centred(self, x: Tensor) -> Tensor:

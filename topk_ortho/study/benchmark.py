@@ -65,7 +65,7 @@ class Benchmark(NamedTuple):
         return None
 
     def has_judged(self, folder: Path) -> bool:
-        """Whether the dictionary of a finished run has a result of every evaluation that is asked for."""
+        """Whether SAEBench has finished all evaluations of `evals` for the dictionary in the folder of a run."""
         return len(self.results(folder)) == len(self.evals)
 
     def results(self, folder: Path) -> dict[str, dict[str, Any]]:

@@ -146,8 +146,8 @@ class Penalty(nn.Module):
         """The columns that this process passes to a distributed op, and which of its features they are."""
         if self.config.target == "activations":
             return _matrix(features), slice(None)
-        bounds = [len(W_dec) * n // self.parallel.batch.size for n in range(self.parallel.batch.size + 1)]
-        part = slice(*bounds[self.parallel.batch.rank :][:2])
+        rows = self.parallel.batch.part(len(W_dec))
+        part = slice(rows.start, rows.stop)
         return W_dec[part].T, part
 
     def _activation_weighted(self, x: Tensor, features: Tensor | ActiveFeatures) -> Tensor:

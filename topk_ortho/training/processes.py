@@ -35,7 +35,7 @@ class LostRanks(RuntimeError):
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for all that torchrun has started; true for one alone."""
+    """Whether this is rank 0 of the processes that torchrun has started, or the only process."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -46,7 +46,9 @@ def n_processes() -> int:
 
 @contextmanager
 def open_processes(config: TrainConfig) -> Iterator[Parallel]:
-    """The part of this process in the work of all, within the block. On GPUs, one of them becomes the current one.
+    """Join the processes that torchrun has started, and leave them after the block; yields how the work is shared.
+
+    On a machine with GPUs each process gets one of its own, which becomes torch's current device.
 
     Raises
     ------
@@ -125,7 +127,7 @@ def refuse_what_cannot_be_trained_together(config: TrainConfig, parallel: Parall
 
 
 def _is_first_to_say(message: str) -> bool:
-    """Whether no other process has said this yet."""
+    """Whether this process is the first to ask this for a message, so that only one of several prints it."""
     try:
         return bool(_store().add(f"said {hashlib.sha256(message.encode()).hexdigest()}", 1) == 1)
     except RuntimeError:  # the process that kept the store is gone
@@ -168,9 +170,8 @@ def _why_lost(error: Disconnected) -> str:
         return "the process at which all of them meet (that of torchrun, or rank 0) does not answer any more"
     failed = [rank for rank, state in states.items() if state == b"failed"]
     reasons = [f"{_named(failed)} failed"] if failed else []
-    reasons += (
-        [f"{_named(sorted(silent))} does not answer: it was killed, hangs or cannot be reached"] if silent else []
-    )
+    if silent:
+        reasons.append(f"{_named(sorted(silent))} does not answer: it was killed, hangs or cannot be reached")
     return " and ".join(reasons) or f"the ranks could not exchange data: {error}"
 
 
