@@ -29,6 +29,9 @@ _BEAT = 1.0
 _SILENCE = 6.0
 """Seconds without one after which a process is taken for lost, where an exchange has failed"""
 
+_FAREWELL = 5.0
+"""Seconds that rank 0 waits for others that fail with it"""
+
 
 class LostRanks(RuntimeError):
     """Training cannot go on because of other processes, which the message names."""
@@ -83,8 +86,11 @@ def open_processes(config: TrainConfig) -> Iterator[Parallel]:
                 raise LostRanks(_why_lost(error)) from error
             with suppress(RuntimeError):  # the process that kept the store is gone
                 _store().set(f"rank {dist.get_rank()}", "failed")
-            if not isinstance(error, Interrupted) and not _is_first_to_say(str(error)):
-                raise FailedOnFirst from error
+            if not isinstance(error, Interrupted):
+                is_first_to_say = _is_first_to_say(str(error))
+                _let_others_ask()
+                if not is_first_to_say:
+                    raise FailedOnFirst from error
         raise
     finally:
         heartbeat.end()
@@ -132,6 +138,16 @@ def _is_first_to_say(message: str) -> bool:
         return bool(_store().add(f"said {hashlib.sha256(message.encode()).hexdigest()}", 1) == 1)
     except RuntimeError:  # the process that kept the store is gone
         return True
+
+
+def _let_others_ask() -> None:
+    """Keep rank 0, with which the store may end, until the others have asked theirs, or for a moment if they do not."""
+    deadline = time.monotonic() + _FAREWELL
+    with suppress(RuntimeError):  # the process that kept the store is gone
+        n_asked = _store().add("asked", 1)
+        while dist.get_rank() == 0 and n_asked < dist.get_world_size() and time.monotonic() < deadline:
+            time.sleep(_FAREWELL / 100)
+            n_asked = _store().add("asked", 0)
 
 
 class _Heartbeat:
