@@ -4,7 +4,7 @@
 #   bash bench/gpu_check.sh [STEP ...] [options of python -m bench, such as --smoke]
 #
 # STEP        seconds  what it is
-#   tests         250  pytest -m gpu, with pytest-xdist (where it is installed) on up to 14 cores: most is compilation
+#   tests         250  pytest -m gpu, with pytest-xdist (where it is installed) on up to 16 cores: most is compilation
 #   memcheck       40  compute-sanitizer over the test named sanitizer: accesses out of bounds
 #   racecheck      40  the same: races in shared memory
 #   ncu            40  a profile of one first pass
@@ -60,9 +60,11 @@ step() {
 processes=()
 if "$python" -c 'import xdist' 2>/dev/null; then
     cores=$(nproc)
-    processes=(-n $((cores < 14 ? cores : 14)))
+    processes=(-n $((cores < 16 ? cores : 16)))
 fi
-step tests 250 "$python" "$python" -m pytest -m gpu -q --tb=short --durations=15 "${processes[@]}"
+# those that have tests on a GPU, so that the packages of the trainer need not be installed
+paths=(tests/test_gpu.py tests/kernels tests/backends tests/test_{custom_ops,modules,pairs,validation,functional}.py)
+step tests 250 "$python" "$python" -m pytest -m gpu -q --tb=short --durations=15 "${processes[@]}" "${paths[@]}"
 
 # without torch's cache of allocations, so that every tensor has its own bounds
 for tool in memcheck racecheck; do

@@ -255,7 +255,8 @@ class TestTheWarmPath:
 
         def step(penalty):
             loss = penalty(x)
-            return loss, *torch.autograd.grad(loss, x)
+            # without its graph, which would keep alive a node of x that belongs to the stream of a capture
+            return loss.detach(), *torch.autograd.grad(loss, x)
 
         with torch.cuda.stream(torch.cuda.Stream()):  # the calls before a capture compile the kernels
             for _ in range(2):

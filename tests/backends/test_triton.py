@@ -279,7 +279,9 @@ class TestPieces:
         state = torch.tensor([0.1, 0.15, 1.0])
         assert_selection(topk_pairs(x, k=80, backend="triton", state=state), x, k=80)
         assert state[2] == 1, "they were not certified after the last slab"
-        assert [slab.shape for slab in slabs] == [(43, 64), (43, 64), (43, 22)]
+        # where the host does not wait for the first pass it launches the second one too, which returns at once
+        n_passes = 1 if launch.INTERPRETED else 2
+        assert [slab.shape for slab in slabs] == [(43, 64), (43, 64), (43, 22)] * n_passes
         assert all(slab.stride(1) == 1 for slab in slabs)
         if launch.INTERPRETED:
             is_view = [slab.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for slab in slabs]

@@ -1,0 +1,135 @@
+"""What a decoder's penalty adds to a step of training, by how often all pairs of directions are compared.
+
+python -m bench.refresh [--device cuda] [--size N D BATCH L0] [--steps 60] [--lr 3e-4] [--report]
+
+Dictionaries are trained one after the other on the same synthetic mixtures, each with one way to choose the pairs:
+the most similar pairs of all, selected anew at every step or at every fifth; the same kept from step to step, refreshed
+as often as the measured recall asks for ("adaptive") or certified never to miss one ("certified"); and, for comparison,
+OrtSAE's and C2R's nearest columns within random chunks of 8,192 features. Times are means over the steps of the second
+half, since a policy that seldom compares all pairs has two kinds of steps. On a GPU each step is waited for.
+
+Recall is measured here, not reported by the policy: after the last step the kept selection is compared with an exact
+one of the same decoder. A line of JSON for each way goes into bench/results/refresh-DEVICE.jsonl.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.mixtures import Size, make_trainer, mixtures
+from bench.results import environment_of
+from topk_ortho import topk_pairs
+from topk_ortho.training.config import PenaltyConfig
+from topk_ortho.training.trainer import Trainer
+
+_RESULTS = Path(__file__).resolve().parent / "results"
+_CHUNK = 8_192
+_N_BATCHES = 9  # one of them is held out
+WAYS: dict[str, dict[str, Any]] = {
+    "no penalty": {"target": "none"},
+    "all pairs, every step": {},
+    "all pairs, every 5th step": {"every": 5},
+    "adaptive, every step": {"refresh": "adaptive"},
+    "adaptive, every 5th step": {"refresh": "adaptive", "every": 5},
+    "certified, every step": {"refresh": "certified"},
+    "OrtSAE, every step": {"op": "max_cosine"},
+    "OrtSAE, every 5th step": {"op": "max_cosine", "every": 5},
+    "C2R, every step": {"op": "c2r"},
+    "C2R, every 5th step": {"op": "c2r", "every": 5},
+}
+"""Settings of `PenaltyConfig` by the words of the table"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and write a line for each way, or print what was measured."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.refresh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help='"cuda" is ROCm too')
+    parser.add_argument("--size", type=int, nargs=4, default=Size(), metavar=("N", "D", "BATCH", "L0"))
+    parser.add_argument("--steps", type=int, default=60, help="training steps of each way; the second half is timed")
+    parser.add_argument("--lr", type=float, default=3e-4, help="learning rate, which decides how fast directions move")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help="default: all")
+    parser.add_argument("--out", type=Path, metavar="PATH.jsonl", help="default: bench/results/refresh-DEVICE.jsonl")
+    parser.add_argument("--report", action="store_true", help="only print the table of the results")
+    options = parser.parse_args(arguments)
+    out = options.out or _RESULTS / f"refresh-{options.device}.jsonl"
+    if not options.report:
+        size, device = Size(*options.size), torch.device(options.device)
+        x = mixtures(size, _N_BATCHES)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.unlink(missing_ok=True)
+        for way in options.ways:
+            measured = _measure(way, x, size, options.steps, options.lr, device)
+            line = {
+                "way": way, **size._asdict(), "lr": options.lr, "steps": options.steps, **measured,
+                "environment": environment_of(device), "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+            }  # fmt: skip
+            with out.open("a") as file:
+                print(json.dumps(line), file=file)
+            print(f"{way}: {1e3 * line['step_s']:.1f} ms a step", file=sys.stderr, flush=True)
+    print(table([json.loads(line) for line in out.read_text().splitlines()]))
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The results as a table in Markdown; "added" is what the step takes longer than without a penalty."""
+    alone = next((line["step_s"] for line in lines if line["way"] == "no penalty"), None)
+    rows = ["| pairs | step | penalty | added | refresh | recall |", "|---|---|---|---|---|---|"]
+    for line in lines:
+        added = "" if alone is None else f"{100 * (line['step_s'] / alone - 1):.0f}%"
+        interval = "" if line["interval"] is None else f"every {line['interval']} uses"
+        recall = "" if line["recall"] is None else f"{100 * line['recall']:.2f}%"
+        times = (f"{1e3 * line[name]:.1f} ms" for name in ("step_s", "penalty_s"))
+        rows.append(f"| {' | '.join((line['way'], *times, added, interval, recall))} |")
+    return "\n".join(rows)
+
+
+def _measure(way: str, x: Tensor, size: Size, steps: int, lr: float, device: torch.device) -> dict[str, Any]:
+    """Train with one way to choose pairs."""
+    settings = dict(WAYS[way])
+    if settings.get("op") in ("max_cosine", "c2r"):
+        settings["n_chunks"] = max(1, size.n_features // _CHUNK)
+    trainer = make_trainer(x, size, PenaltyConfig(**settings), lr=lr, device=device.type)
+    times, penalties = [], []
+    for _ in range(steps):
+        batch = trainer.next_batch()
+        trainer.stopwatch.read()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        trainer.train_step(batch)
+        penalties.append(trainer.stopwatch.read().get("penalty", 0.0))  # waits for the device
+        times.append(time.perf_counter() - started)
+    trainer.batches.close()
+    timed = times[steps // 2 :]
+    pairs = trainer.penalty.topk_pairs.pairs
+    return {
+        "step_s": statistics.fmean(timed),
+        "step_median_s": statistics.median(timed),
+        "penalty_s": statistics.fmean(penalties[steps // 2 :]),
+        "interval": None if pairs is None or settings["refresh"] == "certified" else pairs.interval,
+        "recall": None if pairs is None else _recall(trainer),
+    }
+
+
+@torch.no_grad()
+def _recall(trainer: Trainer) -> float:
+    """Share of the most similar pairs of the decoder, as it is now, that the kept selection has."""
+    x, config = trainer.sae.W_dec.T, trainer.config.penalty
+    assert trainer.penalty.topk_pairs.pairs is not None
+    kept = trainer.penalty.topk_pairs.pairs(x)
+    exact = topk_pairs(x, config.fraction, similarity=config.similarity)
+    key_of_kept, key_of_exact = (pairs.rows * x.shape[1] + pairs.cols for pairs in (kept, exact))
+    return torch.isin(key_of_exact, key_of_kept).double().mean().item()
+
+
+if __name__ == "__main__":
+    main()
