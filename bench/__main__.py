@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not (known := results.read(out)):
             parser.error(f"{out} has no results")
         print("\n".join(f"{name}:\n\n{table}" for name, table in tables_of(known).items()))
-        write_report(known, out, README if out == _RESULTS / "cpu.jsonl" else None)
+        write_report(known, out, README if out in (_RESULTS / "cpu.jsonl", _RESULTS / "cuda.jsonl") else None)
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda needs a CUDA or ROCm device; torch {torch.__version__} sees none")

@@ -4,13 +4,13 @@
 #   bash bench/gpu_check.sh [STEP ...] [options of python -m bench, such as --smoke]
 #
 # STEP        seconds  what it is
-#   tests         250  pytest -m gpu, with pytest-xdist (where it is installed) on up to 16 cores: most is compilation
+#   tests         190  pytest -m gpu, with pytest-xdist (where it is installed) on up to 16 cores: most is compilation
 #   memcheck       40  compute-sanitizer over the test named sanitizer: accesses out of bounds
-#   racecheck      40  the same: races in shared memory
-#   ncu            40  a profile of one first pass
+#   racecheck     110  the same: races in shared memory
+#   ncu            35  a profile of one first pass
 #   bench          85  python -m bench --device cuda, which begins no case after 55 seconds
 #
-# The seconds are the longest that a step may take, 455 together; a step that reaches them is interrupted, and fails with
+# The seconds are the longest that a step may take, 460 together; a step that reaches them is interrupted, and fails with
 # status 124, or 137 if it would not end. A step goes on if one before it failed; the exit status is 1 if any failed. A
 # step whose tool is missing is skipped. Output goes into the log of its step as it comes, results into summary.txt.
 # PYTHON chooses the interpreter, LOG_DIR where logs go, STEP_LIMIT_S another limit for every step.
@@ -62,18 +62,22 @@ if "$python" -c 'import xdist' 2>/dev/null; then
     cores=$(nproc)
     processes=(-n $((cores < 16 ? cores : 16)))
 fi
-# those that have tests on a GPU, so that the packages of the trainer need not be installed
+# those that have tests on a GPU; only the last of them needs the packages that training does
 paths=(tests/test_gpu.py tests/kernels tests/backends tests/test_{custom_ops,modules,pairs,validation,functional}.py)
-step tests 250 "$python" "$python" -m pytest -m gpu -q --tb=short --durations=15 "${processes[@]}" "${paths[@]}"
+if "$python" -c 'import sae_lens' 2>/dev/null; then paths+=(tests/test_devices.py); fi
+step tests 190 "$python" "$python" -m pytest -m gpu -q --tb=short --durations=15 "${processes[@]}" "${paths[@]}"
 
 # without torch's cache of allocations, so that every tensor has its own bounds
-for tool in memcheck racecheck; do
-    step $tool 40 compute-sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        compute-sanitizer --tool $tool --error-exitcode 99 --target-processes all \
+sanitizer() {
+    local tool=$1 limit=$2
+    step "$tool" "$limit" compute-sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        compute-sanitizer --tool "$tool" --error-exitcode 99 --target-processes all \
         "$python" -m pytest -q --tb=short tests/test_gpu.py -k sanitizer
-done
+}
+sanitizer memcheck 40
+sanitizer racecheck 110
 
-step ncu 40 ncu ncu --kernel-name regex:survivors --launch-count 1 --set full \
+step ncu 35 ncu ncu --clock-control none --kernel-name regex:survivors --launch-count 1 --set full \
     --force-overwrite --export "$logs/first_pass" \
     "$python" -c '
 import torch

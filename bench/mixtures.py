@@ -1,5 +1,6 @@
 """Training steps on synthetic mixtures, without a transformer: what the benchmarks of whole steps have in common."""
 
+import functools
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ class Size(NamedTuple):
     l0: int = 32
 
 
+@functools.lru_cache(maxsize=1)
 def mixtures(size: Size, n_batches: int) -> Tensor:
     """Sums [n_batches * batch_size, d_in] of l0 of 2 * n_features random directions, with weights between 0 and 1."""
     generator = torch.Generator().manual_seed(0)

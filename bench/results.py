@@ -79,7 +79,8 @@ def is_same(one: Environment, other: Environment) -> bool:
 def environment_of(device: torch.device) -> Environment:
     """What figures depend on, measured now on a device."""
     sources = sorted([*_ROOT.glob("kernels/*.py"), *_ROOT.glob("topk_ortho/**/*.py")])
-    sources += [_ROOT / f"bench/{name}.py" for name in ("dense", "measurement", "providers", "sparse", "training")]
+    timed = ("dense", "measurement", "mixtures", "providers", "sparse", "training")
+    sources += [_ROOT / f"bench/{name}.py" for name in timed]
     changes = _output_of("git", "status", "--porcelain", "topk_ortho", "kernels", "bench/*.py")
     cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     environment: Environment = {

@@ -27,33 +27,21 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
-from torch.nn.functional import normalize
 
+from bench.mixtures import Size, make_trainer, mixtures
 from bench.results import environment_of
 from topk_ortho import distributed, initial_state, topk_ortho_loss
 from topk_ortho.distributed.parallel import Parallel
-from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig
-from topk_ortho.training.run_folder import Run
-from topk_ortho.training.trainer import Trainer
+from topk_ortho.training.config import PenaltyConfig
 
 _OUT = Path(__file__).resolve().parent / "results" / "scaling.jsonl"
 _TILE = 1_024
 _MODES = ("products", "penalty", "step by features", "step by batch")
-
-
-class Size(NamedTuple):
-    """What is trained."""
-
-    n_features: int = 16_384
-    d_in: int = 384
-    batch_size: int = 1_024
-    l0: int = 32
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -181,20 +169,7 @@ def _penalty(parallel: Parallel, size: Size) -> Callable[[], None]:
 
 def _step(parallel: Parallel, size: Size) -> Callable[[], None]:
     """A step of a trainer on mixtures of random directions."""
-    generator = torch.Generator().manual_seed(0)
-    directions = normalize(torch.randn(2 * size.n_features, size.d_in, generator=generator), dim=1)
-    chosen = torch.randint(len(directions), (8 * size.batch_size, size.l0), generator=generator)
-    x = directions[chosen].sum(dim=1)
-    config = TrainConfig(
-        sae=SAEConfig(n_features=size.n_features, l0=size.l0), penalty=PenaltyConfig(), steps=10**6,
-        batch_size=size.batch_size, lr=3e-4, held_out_tokens=size.batch_size, device="cpu",
-        out_dir=Path(tempfile.gettempdir()) / "topk_ortho_bench",  # a step writes nothing
-    )  # fmt: skip
-    source: Any = SimpleNamespace(
-        name="synthetic mixtures", identity={"source": "mixtures"}, d_in=size.d_in, tokens_per_second=None, left_out={},
-        shard_sizes=[size.batch_size] * 8, shard=x.split(size.batch_size).__getitem__,
-    )  # fmt: skip
-    trainer = Trainer(config, source, Run(config.out_dir), parallel)
+    trainer = make_trainer(mixtures(size, 8), size, PenaltyConfig(), parallel=parallel)
     return lambda: (trainer.train_step(trainer.next_batch()), None)[1]
 
 

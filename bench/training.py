@@ -5,16 +5,11 @@ count what fires. Steps alternate, so that all see the same machine. SAELens is 
 setting, topk_ortho without and with the penalty.
 """
 
-import functools
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, normalize
 
 from bench.cases import Benchmark, Call, Case
 
@@ -31,49 +26,19 @@ _SAELENS: dict[str, dict[str, bool]] = {  # provider: settings; rescaled sparse 
 }
 
 
-@functools.lru_cache(maxsize=1)
-def _mixtures(batch_size: int, n_features: int, l0: int) -> Tensor:
-    """Sparse mixtures [n_tokens, d_in] of twice as many random directions as there are features."""
-    generator = torch.Generator().manual_seed(0)
-    directions = normalize(torch.randn(2 * n_features, _D_IN, generator=generator), dim=1)
-    shape = (_N_SHARDS * batch_size, l0)
-    chosen = torch.randint(0, len(directions), shape, generator=generator)
-    coefficients = torch.rand(shape, generator=generator)
-    return embedding_bag(chosen, directions, mode="sum", per_sample_weights=coefficients)
-
-
 def make_call(case: Case, device: torch.device) -> Call:
     """One training step of a provider, which goes on from the step before."""
+    # here, as the other benchmarks do without the packages that training needs
+    from bench.mixtures import Size, make_trainer, mixtures
+    from topk_ortho.training.config import PenaltyConfig
+
     assert case.L0 is not None
-    x = _mixtures(case.M, case.N, case.L0)
+    size = Size(case.N, _D_IN, case.M, case.L0)
+    x = mixtures(size, _N_SHARDS)
     if case.provider in _SAELENS:
         return _saelens_step(case, device, x)
-
-    from topk_ortho.training.config import PenaltyConfig, SAEConfig, TrainConfig
-    from topk_ortho.training.run_folder import Run
-    from topk_ortho.training.trainer import Trainer
-
     architecture, target = _OURS[case.provider]
-    config = TrainConfig(
-        sae=SAEConfig(architecture=architecture, n_features=case.N, l0=case.L0),
-        penalty=PenaltyConfig(target=target),
-        steps=10**6,
-        batch_size=case.M,
-        lr=_LR,
-        held_out_tokens=case.M,
-        device=device.type,
-        out_dir=Path(tempfile.gettempdir()) / "topk_ortho_bench",  # a step writes nothing
-    )
-    source: Any = SimpleNamespace(
-        name="synthetic mixtures",
-        identity={"source": "mixtures", "M": case.M, "N": case.N, "L0": case.L0},
-        d_in=_D_IN,
-        tokens_per_second=None,
-        left_out={},
-        shard_sizes=[case.M] * _N_SHARDS,
-        shard=x.split(case.M).__getitem__,
-    )
-    trainer = Trainer(config, source, Run(config.out_dir))
+    trainer = make_trainer(x, size, PenaltyConfig(target=target), architecture=architecture, lr=_LR, device=device.type)
     return lambda: trainer.train_step(next(trainer.batches).to(device))
 
 

@@ -40,11 +40,11 @@ def summary_of(result):
 
 def test_a_failed_step_shows_and_the_others_run(run_script, tmp_path):
     result, calls = run_script("--smoke", "--out", "x", failing='*"--tool memcheck"*')
-    assert re.match(r"python -m pytest -m gpu -q --tb=short --durations=15 -n \d+$", calls[0])
+    assert re.match(r"python -m pytest -m gpu -q --tb=short --durations=15 -n \d+ tests/test_gpu.py tests/", calls[0])
     for tool, call in zip(("memcheck", "racecheck"), calls[1:3], strict=True):
         assert f"--tool {tool}" in call
         assert call.endswith("-m pytest -q --tb=short tests/test_gpu.py -k sanitizer")
-    assert calls[3].startswith("ncu --kernel-name regex:survivors --launch-count 1")
+    assert calls[3].startswith("ncu --clock-control none --kernel-name regex:survivors --launch-count 1")
     assert calls[4:] == ["python -m bench --device cuda --time-budget 55 --smoke --out x"]
     summary = summary_of(result)
     assert list(summary) == STEPS
@@ -81,7 +81,13 @@ def test_a_step_is_stopped_at_its_limit(run_script, tmp_path):
 
 def test_without_xdist(run_script):
     _, calls = run_script("tests", failing='*"import xdist"*')
-    assert calls == ["python -m pytest -m gpu -q --tb=short --durations=15"]
+    assert calls[0].startswith("python -m pytest -m gpu -q --tb=short --durations=15 tests/test_gpu.py tests/")
+    assert calls[0].endswith(" tests/test_devices.py")
+
+
+def test_without_what_training_needs(run_script):
+    _, calls = run_script("tests", failing='*"import sae_lens"*')
+    assert calls[0].endswith(" tests/test_functional.py")
 
 
 def test_the_limits_are_those_of_the_header(run_script, tmp_path):
@@ -94,6 +100,19 @@ def test_the_limits_are_those_of_the_header(run_script, tmp_path):
     total = sum(map(int, header.values()))
     assert f"{total} together" in SCRIPT.read_text()
     assert total <= 460
+
+
+def test_all_that_is_for_a_gpu_is_run():
+    """What is marked, or runs on every backend, lies where the step looks."""
+    root = SCRIPT.parents[1]
+    paths = " ".join(re.findall(r"paths\+?=\((.*?)\)", SCRIPT.read_text()))
+    command = ["bash", "-c", f"printf '%s\\n' {paths}"]
+    named = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert all((root / path).exists() for path in named)
+    of_backends = r"def test\w*\([^)]*\b(small_)?backend\b|@(with_screen|not_interpreted|crossed|on)\b|mark\.gpu\b"
+    for path in (root / "tests").rglob("test_*.py"):
+        if re.search(of_backends, path.read_text()):
+            assert any(path.is_relative_to(root / name) for name in named), path
 
 
 def test_without_a_gpu(run_script):

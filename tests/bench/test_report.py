@@ -124,6 +124,19 @@ def test_report_fills_the_readme_and_draws_figures(tmp_path, monkeypatch):
     assert crosses == [("out of memory", n) for n in (2048, 4096, 8192, 16384, 32768)]
 
 
-def test_a_figure_of_a_gpu_has_both_dtypes(tmp_path):
-    write_report(results_of(DENSE, lambda case: 0.5, GPU), tmp_path / "cuda.jsonl", None)
+def test_the_report_of_a_gpu(tmp_path):
+    """Both dtypes in the figure; in the README a table of its own, beside that of the CPU."""
+    seconds = {"topk_ortho_warm": 0.5, "half_gemm": 0.4, "chunked": 2.0, "naive_compiled": 1.0}
+    readme = tmp_path / "README.md"
+    names = ("bench", "gpu-bench")
+    readme.write_text("".join(f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->\n" for name in names))
+    results = results_of(DENSE, lambda case: seconds.get(case.provider, 9.0), GPU)
+    write_report(results, tmp_path / "cuda.jsonl", readme)
     assert (tmp_path / "cuda.png").read_bytes().startswith(b"\x89PNG")
+    before, after = readme.read_text().split("<!-- gpu-bench: begin -->")
+    assert "old" in before
+    others = "400.0 ms, 3 MB | 2000.0 ms, 3 MB"
+    assert f"| bfloat16 | 4,096 | 65,536 | forward | 500.0 ms, 3 MB | {others} |  | 1.25 | 4.0 x |" in after
+    compiled = "1000.0 ms, 3 MB | 1.25 | 2.0 x |"
+    assert f"| float32 | 4,096 | 32,768 | forward | 500.0 ms, 3 MB | {others} | {compiled}" in after
+    assert "NVIDIA H100 80GB HBM3, driver 570.1" in after
