@@ -4,7 +4,9 @@ python train.py                                  # preset minilm: offline, minut
 python train.py --preset toy-hierarchy           # known true features: how much absorption is there?
 python train.py --penalty.target none            # the default without the penalty
 python train.py --sae.n-features 8192 --steps 2000 --out-dir runs/wide
-python train.py --config my.toml --resume        # settings from a file; go on where the run was interrupted
+python train.py --config my.toml                 # settings from a file
+python train.py --out-dir runs/wide --resume     # go on where the run was interrupted
+python train.py --out-dir runs/wide --resume --steps 3000       # make a run longer
 torchrun --nproc-per-node 2 train.py             # two processes hold the dictionary together
 python train.py --overwrite                      # replaces the run that is there, once this one is finished
 """
@@ -104,16 +106,19 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, bool]]:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="minilm")
     first.add_argument("--config", type=Path)
-    first.add_argument("--resume", action="store_true")
+    how = first.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true")
+    how.add_argument("--auto-resume", "--auto_resume", action="store_true")
     first.add_argument("--overwrite", action="store_true")
     first.add_argument("--out-dir", "--out_dir")
-    check_arguments(arguments, switches=("--resume", "--overwrite"))
+    check_arguments(arguments, switches=("--resume", "--auto-resume", "--auto_resume", "--overwrite"))
     chosen, rest = first.parse_known_args(arguments)
+    resume = chosen.resume or chosen.auto_resume
     preset = PRESETS[chosen.preset]
     config = replace(preset, out_dir=_UNNAMED)
     if chosen.config is not None:
         config = with_settings(config, chosen.config)
-    elif chosen.resume and chosen.out_dir:
+    elif resume and chosen.out_dir:
         folder = folder_to_resume(Path(expanded("out_dir", chosen.out_dir)), overwrite=chosen.overwrite)
         if (folder / "config.json").is_file():
             config = with_settings(config, folder / "config.json")
@@ -124,7 +129,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, bool]]:
         digest = digest_of(config)
         name = chosen.preset if digest == digest_of(preset) else f"{chosen.preset}-{digest}"
         config = replace(config, out_dir=preset.out_dir.with_name(name))
-    return config, {"resume": chosen.resume, "overwrite": chosen.overwrite}
+    return config, {"resume": resume, "overwrite": chosen.overwrite, "start": not chosen.resume}
 
 
 def _description(preset: str) -> str:
@@ -134,7 +139,9 @@ def _description(preset: str) -> str:
         f"--preset NAME: start from the settings of one of {', '.join(PRESETS)}; those shown here are of "
         f"{preset}.\n"
         "--config FILE: take settings from a TOML file, or from the config.json of a run.\n"
-        "--resume: go on from the latest checkpoint in --out-dir, with the settings of that run.\n"
+        "--resume: go on from the latest checkpoint in --out-dir, with the settings of that run; with more --steps "
+        "a finished one goes on too.\n"
+        "--auto-resume: the same, or begin a run where there is none, for jobs that may be started again.\n"
         "--overwrite: replace the run in --out-dir, once the new one is finished."
     )
 

@@ -24,7 +24,7 @@ def run(arguments, monkeypatch):
 
 
 def test_no_arguments_is_the_minilm_preset():
-    assert train.parse([]) == (PRESETS["minilm"], {"resume": False, "overwrite": False})
+    assert train.parse([]) == (PRESETS["minilm"], {"resume": False, "overwrite": False, "start": True})
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -57,9 +57,11 @@ def test_a_resumed_run_has_its_own_settings(tmp_path):
     arguments = ["--out-dir", str(tmp_path), "--sae.n-features", "64", "--penalty.tau", "0.2", "--clip-norm", "None"]
     config, _ = train.parse(arguments)
     (tmp_path / "config.json").write_text(json.dumps(config.as_json()))
-    resumed = (config, {"resume": True, "overwrite": False})
+    resumed = (config, {"resume": True, "overwrite": False, "start": False})
     assert train.parse(["--out-dir", str(tmp_path), "--resume"]) == resumed
     assert train.parse([*arguments, "--preset", "minilm", "--resume"]) == resumed
+    or_begun = (config, {"resume": True, "overwrite": False, "start": True})
+    assert train.parse(["--out-dir", str(tmp_path), "--auto-resume"]) == or_begun
 
 
 def test_default_folders_differ_by_configuration(tmp_path):

@@ -66,7 +66,7 @@ def test_killed_at_random_moments_it_ends_as_if_left_alone(whole, tmp_path):
     out_dir, chance = tmp_path / "killed", random.Random(0)
     n_killed = 0
     while not (out_dir / "sae" / "cfg.json").exists() or not (out_dir / "summary.json").exists():
-        run = Run(out_dir, "--resume")
+        run = Run(out_dir, "--auto-resume")
         if n_killed < 2:
             before = {path.name for path in checkpoints(out_dir / "checkpoints")}
             while run.is_running and {path.name for path in checkpoints(out_dir / "checkpoints")} == before:

@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 from contextlib import ExitStack
@@ -54,7 +55,7 @@ def open_trainer(source, out_dir):
     """Make a trainer of small sizes; its thread and its hold of the folder end with the next one, or with the test."""
     opened = ExitStack()
 
-    def open_(source=source, *, resume=False, overwrite=False, **changes):
+    def open_(source=source, *, resume=False, overwrite=False, start=True, **changes):
         opened.close()
         sae = {"architecture": "standard", "n_features": 32, "l0": 3, "sparsity_weight": 0.03}
         arguments = {
@@ -64,7 +65,7 @@ def open_trainer(source, out_dir):
         arguments["sae"] = SAEConfig(**(sae | changes.get("sae", {})))
         arguments["penalty"] = PenaltyConfig(**({"fraction": 0.05} | changes.get("penalty", {})))
         config = TrainConfig(**arguments)
-        run = opened.enter_context(open_run(config, resume=resume, overwrite=overwrite))
+        run = opened.enter_context(open_run(config, resume=resume, overwrite=overwrite, start=start))
         trainer = Trainer(config, source, run)
         opened.callback(trainer.batches.close)
         return trainer
@@ -499,6 +500,45 @@ def test_resuming_a_finished_run_changes_nothing(open_trainer, out_dir):
 def test_resuming_where_nothing_is_starts_and_says_so(open_trainer, capsys):
     assert open_trainer(resume=True).step == 0
     assert "no checkpoint yet, starting at step 0" in capsys.readouterr().err
+
+
+def test_only_a_run_that_is_there_goes_on_where_none_may_begin(open_trainer, out_dir):
+    message = "holds no run to go on with: check --out-dir; --auto-resume begins one where none is"
+    with pytest.raises(ValueError, match=f"{out_dir.name} {message}"):
+        open_trainer(resume=True, start=False)
+    assert not out_dir.exists()
+    open_trainer(steps=6).fit()
+    assert open_trainer(steps=6, resume=True, start=False).step == 6
+    shutil.rmtree(out_dir / "checkpoints")
+    (out_dir / "summary.json").unlink()  # it ended before its first checkpoint
+    assert open_trainer(steps=6, resume=True, start=False).step == 0
+
+
+def test_a_finished_run_goes_on_with_more_steps(open_trainer, out_dir, capsys):
+    """By the schedules of the longer run."""
+    settings = {"log_every": 1, "warmup_fraction": 0.0, "decay_fraction": 0.5, "keep_checkpoints": 9}
+    first = open_trainer(**settings, steps=6)
+    first.fit()
+    capsys.readouterr()
+    longer = open_trainer(**settings, steps=12, resume=True)
+    message = "going on at step 6 of 12 in place of 6; the learning rate is 0.003, and falls to 0 from step 7"
+    assert message in capsys.readouterr().err
+    assert longer.step == 6
+    assert all(torch.equal(tensor, weights(longer)[name]) for name, tensor in weights(first).items())
+    assert not (out_dir / "summary.json").exists(), "it would count as finished"
+    assert longer.fit()["steps"] == 12
+    rates = {line["step"]: line["lr"] / 0.003 for line in lines(out_dir)}
+    assert [rates[step] for step in (3, 4, 6)] == pytest.approx([1, 1, 1 / 3])
+    assert [rates[step] for step in (7, 10, 12)] == pytest.approx([1, 1 / 2, 1 / 6])
+    assert json.loads((out_dir / "config.json").read_text())["steps"] == 12
+    with pytest.raises(ValueError, match="run is at step 12: --steps must be at least that to go on, got 7"):
+        open_trainer(**settings, steps=7, resume=True)
+
+
+def test_a_run_whose_rate_does_not_fall_says_so(open_trainer, capsys):
+    open_trainer(steps=4, decay_fraction=0.0).fit()
+    open_trainer(steps=5, decay_fraction=0.0, resume=True)
+    assert "going on at step 4 of 5 in place of 4; the learning rate stays at 0.003" in capsys.readouterr().err
 
 
 def test_a_run_with_other_settings_is_not_resumed(open_trainer, capsys):

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -58,7 +59,9 @@ class Run(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_run(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Iterator[Run]:
+def open_run(
+    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, start: bool = True
+) -> Iterator[Run]:
     """The run of a configuration, whose folder no other process can write to within the `with` block.
 
     Parameters
@@ -66,16 +69,19 @@ def open_run(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
     config : TrainConfig
         The run. Its `out_dir` is made if need be. Files in it that are not of a run stay as they are.
     resume : bool
-        Go on from the latest good checkpoint in the folder; start from the beginning if there is none.
+        Go on from the latest good checkpoint in the folder; start from the beginning if there is none. The run may have
+        more steps than before, also if it was finished; then it counts as unfinished until it has made them.
     overwrite : bool
         Replace the run that is in the folder, finished or not. The new one is made in the subfolder ``.successor`` and
         takes the place of the old one when the block ends without an error.
+    start : bool
+        With `resume`: whether a run may begin where the folder holds none.
 
     Raises
     ------
     ValueError
         If the folder is in use, or holds a run or files that this one would have to replace unasked; or if there are
-        checkpoints to go on from and none can be used.
+        checkpoints to go on from and none can be used, or there is no run to go on with and none may begin.
     """
     out_dir = config.out_dir
     is_new = not out_dir.exists()
@@ -95,7 +101,13 @@ def open_run(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
         checkpoint = None
         if resume:
             folder = folder_to_resume(out_dir, overwrite=overwrite)
+            if not start and not checkpoints(folder / "checkpoints") and _settings_in(out_dir) is None:
+                raise ValueError(
+                    f"{out_dir} holds no run to go on with: check --out-dir; --auto-resume begins one where none is"
+                )
             checkpoint = _checkpoint_to_go_on_from(folder, config)
+            if checkpoint is not None and checkpoint.step < config.steps:
+                (folder / "summary.json").unlink(missing_ok=True)  # of a run that was finished with fewer steps
         elif overwrite and _settings_in(out_dir) is not None:
             folder = successor
             remove_abandoned(successor)
@@ -111,11 +123,10 @@ def open_run(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fal
 
 
 @contextlib.contextmanager
-def open_run_together(config: TrainConfig, ranks: Ranks, *, resume: bool, overwrite: bool) -> Iterator[Run]:
+def open_run_together(config: TrainConfig, ranks: Ranks, **mode: bool) -> Iterator[Run]:
     """`open_run` for several processes, of which the first holds the folder for all."""
     with contextlib.ExitStack() as opened:
-        run = ranks.on_first(lambda: opened.enter_context(open_run(config, resume=resume, overwrite=overwrite)))
-        yield run
+        yield ranks.on_first(lambda: opened.enter_context(open_run(config, **mode)))
 
 
 def is_finished(config: TrainConfig) -> bool:
@@ -216,15 +227,29 @@ def _checkpoint_to_go_on_from(folder: Path, config: TrainConfig) -> Checkpoint |
     """The latest checkpoint that is whole and of this configuration; says what is wrong with those passed over."""
 
     def refuse_foreign(checkpoint: Checkpoint) -> None:
-        if changes := _changes(checkpoint.config, config):
+        if changes := _changes(checkpoint.config, config, but=_FREE | _NAMES | {"steps"}):
             raise CheckpointError(f"the checkpoint of step {checkpoint.step} is of another run: {changes}")
+        if checkpoint.step > config.steps:
+            raise ValueError(
+                f"{folder} is at step {checkpoint.step}: --steps must be at least that to go on, got {config.steps}"
+            )
 
     checkpoint, problems = latest_checkpoint(folder / "checkpoints", refuse_foreign)
     for problem in problems:
         tqdm.write(f"passed over: {problem}", file=sys.stderr)
     where = "no checkpoint yet, starting at step 0" if checkpoint is None else f"going on at step {checkpoint.step}"
+    if checkpoint is not None and checkpoint.config["steps"] != config.steps:
+        where += f" of {config.steps} in place of {checkpoint.config['steps']}; {_schedules(config)}"
     tqdm.write(f"{folder}: {where}", file=sys.stderr)
     return checkpoint
+
+
+def _schedules(config: TrainConfig) -> str:
+    """In words, how the learning rate goes on in a run whose number of steps has changed."""
+    first = math.floor((1 - config.decay_fraction) * config.steps) + 1
+    if first > config.steps:
+        return f"the learning rate stays at {config.lr:g}"
+    return f"the learning rate is {config.lr:g}, and falls to 0 from step {first}"
 
 
 def _move_successor(folder: Path) -> None:
