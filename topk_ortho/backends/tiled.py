@@ -81,16 +81,22 @@ class TiledBackend:
     def pair_gradient(self, x: Tensor, norms: Tensor, cosines: Tensor, pairs: WeightedPairs) -> Tensor:
         """Gather in CSR order, one slab of rows of x at a time; the order of every sum is fixed by a stable sort.
 
+        On a CPU what has weight 0 is left out, as the held column of each pair. Elsewhere that would wait for a count.
+
         With the weights of the pairs in a sparse S [N, N], d x_hat = x_hat @ S. The Jacobian of the normalisation
         removes from column j its own share s_j = sum_p weight_p * cosine_p over its pairs, so that
         d x = (x_hat @ S - x_hat * s) / norm.
         """
         n_features = x.shape[1]
-        targets, order = torch.cat([pairs.rows, pairs.cols]).sort(stable=True)
-        sources = torch.cat([pairs.cols, pairs.rows])[order]
-        weights = torch.cat([pairs.row_weights, pairs.col_weights])[order]
+        targets, sources = torch.cat([pairs.rows, pairs.cols]), torch.cat([pairs.cols, pairs.rows])
+        weights, products = torch.cat([pairs.row_weights, pairs.col_weights]), torch.cat([cosines, cosines])
+        if x.device.type == "cpu":
+            used = weights.nonzero().squeeze(1)
+            targets, sources, weights, products = (each[used] for each in (targets, sources, weights, products))
+        targets, order = targets.sort(stable=True)
+        sources, weights, products = sources[order], weights[order], products[order]
         offsets = torch.searchsorted(targets, torch.arange(n_features, device=x.device))
-        products = weights * torch.cat([cosines, cosines])[order]
+        products = weights * products
         own = embedding_bag(
             torch.zeros_like(sources), weights.new_ones(1, 1), offsets, mode="sum", per_sample_weights=products
         )
