@@ -9,6 +9,7 @@ python train.py --out-dir runs/wide --resume     # go on where the run was inter
 python train.py --out-dir runs/wide --resume --steps 3000       # make a run longer
 torchrun --nproc-per-node 2 train.py             # two processes hold the dictionary together
 python train.py --overwrite                      # replaces the run that is there, once this one is finished
+python train.py --help                           # the settings that most people change; --help-all explains all
 """
 
 import argparse
@@ -23,19 +24,15 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own progress bars say what runs
 
-try:
+try:  # what reads the command line; torch and all that needs it are imported by whatever trains
     import tyro
 
     from topk_ortho.activations.config import expanded
-    from topk_ortho.distributed.ranks import FailedOnFirst
     from topk_ortho.training.config import TrainConfig
+    from topk_ortho.training.help_page import help_page
     from topk_ortho.training.interrupt import Interrupted, SignalGuard
-    from topk_ortho.training.metric_table import headlines
     from topk_ortho.training.presets import PRESETS
-    from topk_ortho.training.processes import LostRanks, is_first_process, open_processes, open_source_together
-    from topk_ortho.training.run_folder import digest_of, folder_to_resume, open_run_together
     from topk_ortho.training.settings import check_arguments, with_settings
-    from topk_ortho.training.trainer import Trainer
 except ModuleNotFoundError as error:
     sys.exit(f"train.py needs {error.name}; install it with: pip install '.[train]'")
 except KeyboardInterrupt:
@@ -43,6 +40,8 @@ except KeyboardInterrupt:
 
 _UNNAMED = Path("runs/<preset>")
 """Stands for a folder that the user has not named"""
+_SWITCHES = ("--resume", "--auto-resume", "--auto_resume", "--overwrite", "--help", "-h", "--help-all", "--help_all")
+"""Options beside the settings that take no value"""
 
 
 def main() -> None:
@@ -50,25 +49,17 @@ def main() -> None:
     with SignalGuard(_stop) as guard:
         try:
             config, mode = _parse_once(sys.argv[1:])
-            with open_processes(config) as parallel, open_run_together(config, parallel.world, **mode) as run:
-                source = open_source_together(config, parallel)
-                summary = Trainer(config, source, run, parallel).fit()
-            if is_first_process():
-                show(config, summary)
-        except Interrupted as interruption:
-            flags = "--resume" if run.folder == config.out_dir else "--overwrite --resume"
-            _say(f"{interruption}; --out-dir {config.out_dir} {flags} goes on from there")
-            sys.exit(interruption.exit_code)
-        except LostRanks as error:
-            sys.exit(f"train.py: {error}; --resume goes on from the latest checkpoint, if there is one")
+            _train(config, mode, guard)
+        except SystemExit:
+            raise
         except BaseException as error:
             # a library may have made another error of it
             if guard.received or isinstance(error, KeyboardInterrupt):
                 number = guard.received or signal.SIGINT
                 _say(f"stopped by {number.name}; what was saved is kept")
                 sys.exit(128 + number)
-            if isinstance(error, FailedOnFirst):
-                sys.exit(1)
+            if isinstance(error, ModuleNotFoundError):
+                sys.exit(f"train.py needs {error.name}; install it with: pip install '.[train]'")
             if isinstance(error, ValueError | OSError | FloatingPointError):
                 sys.exit(f"train.py: {error}")
             if isinstance(error, MemoryError | RuntimeError) and "allocate" in str(error):  # torch's words
@@ -76,9 +67,39 @@ def main() -> None:
             raise
 
 
+def _train(config: TrainConfig, mode: dict[str, bool], guard: SignalGuard) -> None:
+    """Train, with the processes that torchrun has started, and show the result."""
+    from topk_ortho.distributed.ranks import FailedOnFirst
+    from topk_ortho.training.processes import LostRanks, open_processes, open_source_together
+    from topk_ortho.training.run_folder import open_run_together
+    from topk_ortho.training.trainer import Trainer
+
+    try:
+        with open_processes(config) as parallel, open_run_together(config, parallel.world, **mode) as run:
+            source = open_source_together(config, parallel)
+            summary = Trainer(config, source, run, parallel).fit()
+        if _is_first_process():
+            show(config, summary)
+    except Interrupted as interruption:
+        flags = "--resume" if run.folder == config.out_dir else "--overwrite --resume"
+        _say(f"{interruption}; --out-dir {config.out_dir} {flags} goes on from there")
+        sys.exit(interruption.exit_code)
+    except LostRanks as error:
+        sys.exit(f"train.py: {error}; --resume goes on from the latest checkpoint, if there is one")
+    except FailedOnFirst as error:
+        if guard.received:
+            raise KeyboardInterrupt from error
+        sys.exit(1)
+
+
+def _is_first_process() -> bool:
+    """Whether this is rank 0 of the processes that torchrun has started, or the only process."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def _parse_once(arguments: list[str]) -> tuple[TrainConfig, dict[str, bool]]:
     """`parse`, where the first of several processes speaks for all."""
-    if is_first_process():
+    if _is_first_process():
         return parse(arguments)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         try:
@@ -89,7 +110,7 @@ def _parse_once(arguments: list[str]) -> tuple[TrainConfig, dict[str, bool]]:
 
 def _say(message: str) -> None:
     """Print what all processes have to say, once."""
-    if is_first_process():
+    if _is_first_process():
         print(f"train.py: {message}", file=sys.stderr)
 
 
@@ -111,7 +132,9 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, bool]]:
     how.add_argument("--auto-resume", "--auto_resume", action="store_true")
     first.add_argument("--overwrite", action="store_true")
     first.add_argument("--out-dir", "--out_dir")
-    check_arguments(arguments, switches=("--resume", "--auto-resume", "--auto_resume", "--overwrite"))
+    first.add_argument("--help", "-h", action="store_true")
+    first.add_argument("--help-all", "--help_all", action="store_true")
+    check_arguments(arguments, switches=_SWITCHES)
     chosen, rest = first.parse_known_args(arguments)
     resume = chosen.resume or chosen.auto_resume
     preset = PRESETS[chosen.preset]
@@ -119,13 +142,21 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, bool]]:
     if chosen.config is not None:
         config = with_settings(config, chosen.config)
     elif resume and chosen.out_dir:
+        from topk_ortho.training.run_folder import folder_to_resume
+
         folder = folder_to_resume(Path(expanded("out_dir", chosen.out_dir)), overwrite=chosen.overwrite)
         if (folder / "config.json").is_file():
             config = with_settings(config, folder / "config.json")
+    if chosen.help:
+        print(help_page(chosen.preset, config), end="")
+        sys.exit()
     if chosen.out_dir:
         rest += ["--out-dir", chosen.out_dir]
+    rest += ["--help"] * chosen.help_all
     config = tyro.cli(TrainConfig, default=config, args=rest, description=_description(chosen.preset))
     if config.out_dir == _UNNAMED:
+        from topk_ortho.training.run_folder import digest_of
+
         digest = digest_of(config)
         name = chosen.preset if digest == digest_of(preset) else f"{chosen.preset}-{digest}"
         config = replace(config, out_dir=preset.out_dir.with_name(name))
@@ -148,6 +179,8 @@ def _description(preset: str) -> str:
 
 def show(config: TrainConfig, summary: dict[str, Any]) -> None:
     """Print the result for a person."""
+    from topk_ortho.training.metric_table import headlines
+
     penalty = config.penalty
     where = f"{config.model.hook} of {config.model.name}" if config.source == "transformer" else "synthetic activations"
     print(f"\n{config.sae.architecture}, {config.sae.n_features} features on {where}, {config.steps} steps")

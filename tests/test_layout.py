@@ -48,6 +48,7 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 import topk_ortho
 import torch
 topk_ortho.topk_ortho_loss(torch.eye(4))
+assert all(hasattr(topk_ortho, name) for name in topk_ortho.__all__)
 assert not blocked & set(sys.modules)
 assert not {"topk_ortho.training", "topk_ortho.sae", "topk_ortho.evaluation"} & set(sys.modules)
 print("imported")
@@ -83,6 +84,25 @@ def test_public_names():
     assert all(hasattr(topk_ortho, name) for name in topk_ortho.__all__)
 
 
+def test_parts_need_no_import_of_their_own():
+    """And nothing is imported that is not asked for, torch among it."""
+    code = """
+import sys, topk_ortho
+assert "torch" not in sys.modules
+print(topk_ortho.sae.TopKSAE.__name__, topk_ortho.distributed.topk_pairs.__name__, "topk_ortho.training" in sys.modules)
+print({"sae", "topk_pairs"} <= set(dir(topk_ortho)))
+try:
+    topk_ortho.topk_pair
+except AttributeError as error:
+    print(error)
+"""
+    result = run_python(code, cwd=ROOT)
+    assert (result.stderr, result.returncode) == ("", 0)
+    assert result.stdout.splitlines() == [
+        "TopKSAE topk_pairs False", "True", "module 'topk_ortho' has no attribute 'topk_pair'",
+    ]  # fmt: skip
+
+
 def test_kernels_folder_is_a_subpackage(imported):
     """`topk_ortho.kernels` is kernels/, and the top-level name stays free for the package of that name."""
     _, mapped, free = imported.stdout.splitlines()
@@ -100,8 +120,9 @@ from pathlib import Path
 sys.meta_path[:] = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
 import topk_ortho
 print(Path(topk_ortho.__file__).parent)
+is_available = "triton" in topk_ortho.available_backends()
 print(Path(topk_ortho.kernels.__file__).parent if hasattr(topk_ortho, "kernels") else None)
-print("triton" in topk_ortho.available_backends())
+print(is_available)
 try:
     topk_ortho.topk_pairs(__import__("torch").eye(3), backend="triton")
 except ValueError as error:

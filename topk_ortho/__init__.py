@@ -1,12 +1,18 @@
 """Exact top-k most similar feature pairs, as a differentiable penalty, without the N x N matrix."""
 
-from topk_ortho.backends.registry import available_backends
-from topk_ortho.functional import max_cosine_loss, nearest_columns, topk_ortho_loss, topk_pairs
-from topk_ortho.modules import MaxCosineLoss, TopKOrthoLoss
-from topk_ortho.pairs import NearestColumns, TopKPairs, pair_jaccard
-from topk_ortho.refresh import RefreshedPairs
-from topk_ortho.sparse_features import SparseFeatures
-from topk_ortho.warm_start import initial_state
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from topk_ortho.backends.kernels_folder import register_kernels
+
+if TYPE_CHECKING:
+    from topk_ortho.backends.registry import available_backends
+    from topk_ortho.functional import max_cosine_loss, nearest_columns, topk_ortho_loss, topk_pairs
+    from topk_ortho.modules import MaxCosineLoss, TopKOrthoLoss
+    from topk_ortho.pairs import NearestColumns, TopKPairs, pair_jaccard
+    from topk_ortho.refresh import RefreshedPairs
+    from topk_ortho.sparse_features import SparseFeatures
+    from topk_ortho.warm_start import initial_state
 
 __all__ = [
     "MaxCosineLoss",
@@ -25,3 +31,31 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "backends.registry": ("available_backends",),
+    "functional": ("max_cosine_loss", "nearest_columns", "topk_ortho_loss", "topk_pairs"),
+    "modules": ("MaxCosineLoss", "TopKOrthoLoss"),
+    "pairs": ("NearestColumns", "TopKPairs", "pair_jaccard"),
+    "refresh": ("RefreshedPairs",),
+    "sparse_features": ("SparseFeatures",),
+    "warm_start": ("initial_state",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+_PARTS = ("activations", "distributed", "evaluation", "sae", "study", "training")
+
+register_kernels()
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is public when it is first asked for, so that settings can be read without torch."""
+    if name in _PARTS:
+        return import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PARTS})

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import sae_lens
 
 import train
 from tests.activations.models import save_tiny_gemma
+from topk_ortho.training.config import TrainConfig, flatten
 from topk_ortho.training.presets import PRESETS
 from topk_ortho.training.run_folder import open_run
 
@@ -124,12 +126,42 @@ def test_a_bad_file_ends_in_a_line_that_names_it(monkeypatch, tmp_path):
         run(["--config", tmp_path / "my.toml"], monkeypatch)
 
 
-def test_help_explains(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        train.parse(["--help"])
-    output = capsys.readouterr().out
-    for word in (*PRESETS, "--resume", "--config", "--preset", "--penalty.tau", "Size of the dictionary"):
+def help_of(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.parse(arguments)
+    assert not end.value.code
+    return capsys.readouterr().out
+
+
+def test_help_is_a_page(capsys):
+    """Of settings that there are, with the values of the preset."""
+    page = help_of(["--help"], capsys)
+    assert len(page.splitlines()) < 60
+    assert max(map(len, page.splitlines())) <= 120
+    for word in (*PRESETS, "--config", "--preset", "--resume", "--auto-resume", "--overwrite", "--help-all"):
+        assert word in page
+    shown = re.findall(r"^  (--[a-z0-9.-]+) (\S+)", page.partition("The activations:")[2], flags=re.MULTILINE)
+    assert len(shown) > 15
+    for option, value in shown:
+        if option != "--out-dir":
+            assert train.parse([option, value])[0] == PRESETS["minilm"], option
+    assert "--sae.n-features 288" in help_of(["--preset", "toy-hierarchy", "-h"], capsys)
+    assert f"all {len(flatten(TrainConfig().as_json()))} settings" in page
+
+
+def test_help_all_explains_every_setting(capsys):
+    output = help_of(["--help-all"], capsys)
+    for name in flatten(TrainConfig().as_json()):
+        assert f"--{name.replace('_', '-')}" in output or f"--no-{name.replace('_', '-')}" in output, name
+    for word in ("--resume", "--config", "--preset", "Size of the dictionary"):
         assert word in output
+
+
+def test_help_needs_no_torch():
+    """Which takes seconds to import."""
+    code = "import sys, train\ntry: train.parse(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])

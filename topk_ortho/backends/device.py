@@ -6,8 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from topk_ortho.backends.kernels_folder import register_kernels
-
 _TRITON_FOR_SM_100 = (3, 9)  # Triton 3.9 compiles the kernels for sm_100 and 3.6 fails; versions between were not tried
 
 
@@ -36,7 +34,6 @@ def why_not_imported(error: ImportError | AttributeError) -> str:
 
 
 try:
-    register_kernels()
     from topk_ortho.kernels import (  # noqa: F401  # all of them, so that a Triton which lacks something shows here
         coactivation,
         gram_histogram,

@@ -20,7 +20,6 @@ from topk_ortho.activations.config import (
     require_at_least,
     require_words,
 )
-from topk_ortho.sae import DecoderNorm
 
 Architecture = Literal["standard", "topk", "batchtopk", "jumprelu", "matryoshka"]
 
@@ -54,7 +53,7 @@ class SAEConfig:
     sparsity_weight: float = 0.1
     """Weight of the sparsity term. For standard this is the mean L1 norm of the features, relative to the root of the
     activations' total variance; for jumprelu it is (L0 / l0 - 1)**2. The other architectures have none."""
-    decoder_norm: DecoderNorm = "l2"
+    decoder_norm: Literal["none", "l2", "l2-hook"] = "l2"
     """Length of decoder directions: "none" (free), "l2" (1; the gradient along them is removed), "l2-hook" (1, by a
     hook after the optimizer's step alone)."""
     initial_decoder: Literal["random", "truth"] = "random"

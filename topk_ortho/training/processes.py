@@ -37,11 +37,6 @@ class LostRanks(RuntimeError):
     """Training cannot go on because of other processes, which the message names."""
 
 
-def is_first_process() -> bool:
-    """Whether this is rank 0 of the processes that torchrun has started, or the only process."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def n_processes() -> int:
     """How many processes torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from itertools import zip_longest
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ValidationError
 
@@ -102,8 +102,10 @@ def check_arguments(arguments: Sequence[str], switches: Sequence[str]) -> None:
     Raises
     ------
     ValueError
-        If a setting is given an empty value, or an option that takes none any value.
+        If a setting is given an empty value, or an option that takes none any value; or if what is given a value is
+        not a setting but a group of them, such as --penalty.
     """
+    groups = {name for name, value in TrainConfig().as_json().items() if isinstance(value, dict)}
     flags = [name for name, value in flatten(TrainConfig().as_json()).items() if isinstance(value, bool)]
     takes_none = dict.fromkeys(switches, "leave it out to turn it off")
     takes_none |= {f"--{no}{name}": f"it is --{name} or --no-{name}" for name in flags for no in ("", "no-")}
@@ -116,6 +118,21 @@ def check_arguments(arguments: Sequence[str], switches: Sequence[str]) -> None:
             raise ValueError(f"{option} takes no value, got {value!r}; {takes_none[option]}")
         if not value.strip():
             raise ValueError(f"{option} must have a value, got an empty one")
+        if option.removeprefix("--") in groups:
+            meant = _setting_for(option.removeprefix("--"), value)
+            raise ValueError(f"{option} is a group of settings; did you mean --{meant} {value}?")
+
+
+def _setting_for(group: str, value: str) -> str:
+    """The setting of a group that has a value among its words; else the group's first."""
+    settings = [(name, kind) for name, kind in _annotations(TrainConfig) if name.startswith(f"{group}.")]
+    with_the_word = [name for name, kind in settings if value in _words(kind)]
+    return [*with_the_word, settings[0][0]][0].replace("_", "-")
+
+
+def _words(kind: Any) -> list[Any]:
+    """The words that a type allows, also as one of several."""
+    return [word for part in (kind, *get_args(kind)) if get_origin(part) is Literal for word in get_args(part)]
 
 
 def _read_text(path: Path) -> str:
