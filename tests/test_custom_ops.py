@@ -152,11 +152,33 @@ def test_fake_outputs_are_like_real_ones(n_chunks, small_backend):
             assert [(t.shape, t.dtype, t.stride()) for t in fake] == [(t.shape, t.dtype, t.stride()) for t in real]
 
 
-@pytest.mark.parametrize(
+public_ops = pytest.mark.parametrize(
     "function",
     [lambda x: topk_ortho_loss(x, k=3), lambda x: topk_pairs(x, k=3).values, max_cosine_loss],
     ids=["topk_ortho_loss", "topk_pairs", "max_cosine_loss"],
 )
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [lambda f, x: torch.func.grad(lambda x: f(x).sum())(x), lambda f, x: torch.func.jvp(f, (x,), (x,))],
+    ids=["grad", "jvp"],
+)
+@public_ops
+def test_torch_func_is_refused(transform, function):
+    with pytest.raises(RuntimeError, match=r"which these ops do not support: use backward\(\)"):
+        transform(function, torch.randn(5, 6))
+
+
+def test_a_tangent_is_refused():
+    """It would come out as 0."""
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(torch.randn(5, 6), torch.randn(5, 6))
+        with pytest.raises(RuntimeError, match="forward-mode tangent, which these ops do not support"):
+            topk_ortho_loss(x)
+
+
+@public_ops
 def test_vmap_is_refused(function):
     with pytest.raises(
         NotImplementedError, match=r"topk_ortho ops do not support torch\.func\.vmap.*loop over the batch"

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from tests.inputs import normal, seeded
-from topk_ortho import MaxCosineLoss, TopKOrthoLoss, initial_state, max_cosine_loss, topk_ortho_loss
+from topk_ortho import (
+    MaxCosineLoss,
+    SparseFeatures,
+    TopKOrthoLoss,
+    initial_state,
+    max_cosine_loss,
+    topk_ortho_loss,
+    topk_pairs,
+)
 
 ARGUMENTS = {
     "default": {},
@@ -132,6 +140,44 @@ class TestState:
         other.load_state_dict(torch.load(file))
         assert torch.equal(other.state, warm.state)
 
+    @pytest.mark.parametrize("options", [{}, {"refresh": "adaptive"}], ids=str)
+    def test_a_checkpoint_made_without_it_is_loaded(self, options):
+        """As of a model that had no penalty then."""
+
+        def model():
+            return torch.nn.ModuleDict({"sae": torch.nn.Linear(2, 3), "penalty": TopKOrthoLoss(k=4, **options)})
+
+        old = {name: tensor for name, tensor in model().state_dict().items() if name.startswith("sae.")}
+        trained = model()
+        trained["penalty"](normal(6, 9))
+        trained.load_state_dict(old)
+        assert torch.equal(trained["penalty"].state, initial_state())
+        fresh = model()["penalty"].state_dict()
+        assert all(torch.equal(buffer, fresh[name]) for name, buffer in trained["penalty"].state_dict().items())
+        with pytest.raises(RuntimeError, match=r"sae\.bias"):
+            trained.load_state_dict({"sae.weight": old["sae.weight"]})
+
+    @pytest.mark.parametrize("options", [{}, {"refresh": "certified"}, {"similarity": "positive"}], ids=str)
+    def test_threshold_is_that_of_the_last_call(self, options):
+        penalty = TopKOrthoLoss(k=30, **options)
+        assert penalty.threshold.isnan()
+        similarity = options.get("similarity", "abs")
+        for seed in (0, 1):
+            x = normal(16, 43, seed=seed)
+            penalty(x)
+            expected = topk_pairs(x, k=30, similarity=similarity).threshold
+            torch.testing.assert_close(penalty.threshold, expected)
+        assert "threshold" not in penalty.state_dict()
+
+    def test_threshold_of_a_sparse_x(self):
+        x = SparseFeatures.from_dense(torch.eye(5) + torch.eye(5).roll(1, 0))
+        listed, summed, tied = (TopKOrthoLoss(k=k) for k in (3, 9, 5))
+        for penalty in (listed, summed, tied):
+            penalty(x)
+        assert listed.threshold.item() == pytest.approx(0.5)
+        assert summed.threshold == 0  # five pairs meet, and all others have cosine 0
+        assert tied.threshold.isnan()  # which is why no list was made
+
     def test_deepcopy_is_independent(self, warm):
         twin = copy.deepcopy(warm)
         assert torch.equal(twin.state, warm.state)
@@ -181,15 +227,15 @@ def test_max_cosine_has_no_state():
     [
         (
             TopKOrthoLoss(),
-            "TopKOrthoLoss(fraction=0.001, tau=None, n_std=1.0, similarity='abs', reduction='mean', "
+            "TopKOrthoLoss(fraction=0.001, dim=1, tau=None, n_std=1.0, similarity='abs', reduction='mean', "
             "backend='auto', precision='highest', structural_zeros=False)",
         ),
         (
-            TopKOrthoLoss(k=7, tau="adaptive", similarity="positive", reduction="sum"),
-            "TopKOrthoLoss(k=7, tau='adaptive', n_std=1.0, similarity='positive', reduction='sum', "
+            TopKOrthoLoss(k=7, dim=1, tau="adaptive", similarity="positive", reduction="sum"),
+            "TopKOrthoLoss(k=7, dim=1, tau='adaptive', n_std=1.0, similarity='positive', reduction='sum', "
             "backend='auto', precision='highest', structural_zeros=False)",
         ),
-        (MaxCosineLoss(3), "MaxCosineLoss(n_chunks=3, backend='auto', precision='highest')"),
+        (MaxCosineLoss(3), "MaxCosineLoss(n_chunks=3, dim=1, backend='auto', precision='highest')"),
     ],
     ids=["fraction", "k", "max_cosine"],
 )

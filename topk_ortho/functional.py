@@ -1,9 +1,11 @@
 """The public ops: check, resolve, delegate.
 
-A matrix x [M, N], dense or sparse, holds N features in its columns. With
+A matrix x [M, N], dense or sparse, holds N features in its columns (with ``dim=0``, [N, M], in its rows). With
 ``x_hat[:, j] = x[:, j] / max(||x[:, j]||, 1e-12)`` the cosine of a pair (row, col), row < col, is an entry of
 ``gram = x_hat.T @ x_hat``, which is never held whole.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from topk_ortho.validation import (
     check_n_chunks,
     check_state,
     check_word,
+    in_columns,
     resolve_priority,
     resolve_query,
 )
@@ -31,6 +34,7 @@ def topk_pairs(
     x: Tensor | SparseFeatures,
     fraction: float = 1e-3,
     *,
+    dim: int = 1,
     k: int | None = None,
     tau: Tau = None,
     n_std: float = 1.0,
@@ -51,6 +55,10 @@ def topk_pairs(
         sparse_csr or sparse_coo, on the CPU or where "triton" runs. A zero column has cosine 0 with every other.
     fraction : float, default 1e-3
         Share of the N(N-1)/2 pairs to select, in (0, 1]: ``k = max(1, int(N*(N-1)*fraction) // 2)``.
+    dim : {1, 0}
+        Where features are: 1 for columns of x, 0 for rows. So a decoder [n_features, d_in] goes in as it is with
+        ``dim=0``: ``topk_pairs(W_dec, dim=0)``. Where this documentation and error messages speak of columns, they
+        mean features. A sparse x takes 1 alone.
     k : int, optional
         Number of pairs, in [1, N(N-1)/2]; replaces `fraction`.
     tau : None, float in [0, 1) or "adaptive"
@@ -59,7 +67,8 @@ def topk_pairs(
     n_std : float, default 1.0
         Standard deviations above the mean of the adaptive tau.
     similarity : {"abs", "positive"}
-        "positive" orders by the signed cosine and drops cosines <= 0.
+        "positive" orders by the signed cosine and drops cosines <= 0. `train.py` and the plug-in for SAELens take
+        "positive" where nothing else is said, these functions "abs".
     priority : Tensor, shape [N], optional
         One real number a column; for an SAE, how often each feature fires. In each selected pair the column of higher
         priority is held constant, so that only the other one gets gradient; equal priorities move both. Which pairs are
@@ -123,7 +132,8 @@ def topk_pairs(
     >>> pairs.values
     tensor([0.8944, 0.4472])
     """
-    check_features(x)
+    check_features(x, dim)
+    x = in_columns(x, dim)
     query = resolve_query(
         x.shape[1], fraction=fraction, k=k, tau=tau, n_std=n_std, similarity=similarity, precision=precision
     )
@@ -149,6 +159,7 @@ def topk_ortho_loss(
     x: Tensor | SparseFeatures,
     fraction: float = 1e-3,
     *,
+    dim: int = 1,
     k: int | None = None,
     tau: Tau = None,
     n_std: float = 1.0,
@@ -170,7 +181,7 @@ def topk_ortho_loss(
 
     Parameters
     ----------
-    x, fraction, k, tau, n_std, similarity
+    x, fraction, dim, k, tau, n_std, similarity
         As in `topk_pairs`.
     reduction : {"mean", "sum"}
         What is made of the squared cosines of the selected pairs. The mean over no pair is 0 with zero gradient.
@@ -211,32 +222,53 @@ def topk_ortho_loss(
     >>> x.grad[:, 1]
     tensor([0., 0.])
     """
+    loss, _ = loss_and_threshold(
+        x, fraction, dim=dim, k=k, tau=tau, n_std=n_std, similarity=similarity, reduction=reduction, priority=priority,
+        backend=backend, precision=precision, state=state, structural_zeros=structural_zeros,
+    )  # fmt: skip
+    return loss
+
+
+def loss_and_threshold(
+    x: Tensor | SparseFeatures,
+    fraction: float,
+    *,
+    dim: int,
+    reduction: Reduction,
+    priority: Tensor | None,
+    backend: BackendName,
+    state: Tensor | None,
+    structural_zeros: bool,
+    **selection: Any,
+) -> tuple[Tensor, Tensor]:
+    """`topk_ortho_loss`, and the threshold of `topk_pairs`, which is NaN where no pairs are listed."""
     check_word("reduction", reduction, Reduction)
     check_flag("structural_zeros", structural_zeros)
-    check_features(x)
-    query = resolve_query(
-        x.shape[1], fraction=fraction, k=k, tau=tau, n_std=n_std, similarity=similarity, precision=precision
-    )
+    check_features(x, dim)
+    x = in_columns(x, dim)
+    query = resolve_query(x.shape[1], fraction=fraction, **selection)
     priority = resolve_priority(priority, x.shape[1], x.device)
     check_state(state, x.device)
     chosen = resolve_backend(backend, x.device, is_sparse=not is_dense(x))
     if is_dense(x):
-        selection = _select(x, query, chosen, priority, state, structural_zeros)
+        selected = _select(x, query, chosen, priority, state, structural_zeros)
     else:
         coordinates, n_products = coordinates_of(x)
-        if tau is None and similarity == "abs" and priority is None and n_products <= query.k:
-            # every pair whose cosine is not 0 is selected
+        is_plain = query.tau is None and query.n_std is None and query.similarity == "abs" and priority is None
+        if is_plain and n_products <= query.k:  # every pair whose cosine is not 0 is selected
             total: Tensor = sparse_ops.sum_of_squares(*coordinates)
-            return total / query.k if reduction == "mean" else total
-        selection = _select_sparse(coordinates, n_products, query, priority, is_ordered=False)
-    loss = selection.cosines.square().sum()  # padding is 0
-    return loss / selection.n_selected.clamp_min(1) if reduction == "mean" else loss
+            threshold = total.new_full((), 0.0 if n_products < query.k else torch.nan)
+            return total / query.k if reduction == "mean" else total, threshold
+        selected = _select_sparse(coordinates, n_products, query, priority, is_ordered=False)
+    loss = selected.cosines.square().sum()  # padding is 0
+    return loss / selected.n_selected.clamp_min(1) if reduction == "mean" else loss, selected.threshold
 
 
 def max_cosine_loss(
     x: Tensor | SparseFeatures,
     n_chunks: int = 1,
     *,
+    dim: int = 1,
     generator: torch.Generator | None = None,
     backend: BackendName = "auto",
     precision: Precision = "highest",
@@ -252,6 +284,8 @@ def max_cosine_loss(
         Features in columns, dense or sparse as in `topk_pairs`. A zero column has cosine 0 with every other.
     n_chunks : int, default 1
         Number of random chunks of (nearly) equal size, in [1, N // 2]; 1 compares every pair.
+    dim : {1, 0}
+        Whether features are columns of x (1) or rows (0), as in `topk_pairs`.
     generator : torch.Generator, optional
         Draws the chunks; unused for ``n_chunks=1``. ``torch.compile(fullgraph=True)`` does not take one.
     backend, precision
@@ -283,7 +317,7 @@ def max_cosine_loss(
     >>> max_cosine_loss(torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]]))
     tensor(0.6000)
     """
-    nearest = nearest_columns(x, n_chunks, generator=generator, backend=backend, precision=precision)
+    nearest = nearest_columns(x, n_chunks, dim=dim, generator=generator, backend=backend, precision=precision)
     return nearest.cosines.square().mean()
 
 
@@ -291,6 +325,7 @@ def nearest_columns(
     x: Tensor | SparseFeatures,
     n_chunks: int = 1,
     *,
+    dim: int = 1,
     generator: torch.Generator | None = None,
     backend: BackendName = "auto",
     precision: Precision = "highest",
@@ -299,7 +334,7 @@ def nearest_columns(
 
     Parameters
     ----------
-    x, n_chunks, generator, backend, precision
+    x, n_chunks, dim, generator, backend, precision
         As in `max_cosine_loss`.
 
     Returns
@@ -321,7 +356,8 @@ def nearest_columns(
     >>> nearest.cosines
     tensor([0.8944, 0.4472, 0.8944])
     """
-    check_features(x)
+    check_features(x, dim)
+    x = in_columns(x, dim)
     check_n_chunks(n_chunks, x.shape[1])
     check_generator(generator)
     check_word("precision", precision, Precision)

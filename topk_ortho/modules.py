@@ -1,21 +1,22 @@
 """nn.Module forms of the ops; they add nothing but what is kept between calls."""
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from topk_ortho.definitions import BackendName, Precision, Reduction, Similarity, Tau
-from topk_ortho.functional import max_cosine_loss, topk_ortho_loss
+from topk_ortho.functional import loss_and_threshold, max_cosine_loss
 from topk_ortho.refresh import RefreshedPairs
 from topk_ortho.sparse_features import SparseFeatures
 from topk_ortho.validation import check_word
 from topk_ortho.warm_start import initial_state
 
 _Refresh = Literal["exact", "adaptive", "certified"]
-_OPTIONS = ("k", "tau", "n_std", "similarity", "reduction", "backend", "precision", "structural_zeros")
+_OPTIONS = ("dim", "k", "tau", "n_std", "similarity", "reduction", "backend", "precision", "structural_zeros")
 """Arguments of `topk_ortho_loss` that the module keeps as attributes, beside the fraction."""
-_SELECTION = ("fraction", "k", "tau", "similarity", "backend", "precision")
+_SELECTION = ("fraction", "dim", "k", "tau", "similarity", "backend", "precision")
 """Attributes that `RefreshedPairs` has too."""
 
 
@@ -24,7 +25,7 @@ class TopKOrthoLoss(nn.Module):
 
     Parameters
     ----------
-    fraction, k, tau, n_std, similarity, reduction, backend, precision, structural_zeros
+    fraction, dim, k, tau, n_std, similarity, reduction, backend, precision, structural_zeros
         As in `topk_ortho_loss`; checked at the first call.
     refresh : {"exact", "adaptive", "certified"}
         "exact" compares all columns at every call. The others are for an x that changes slowly, such as a decoder, and
@@ -38,6 +39,9 @@ class TopKOrthoLoss(nn.Module):
     state : Tensor, float32 [3]
         Warm-start state, see `initial_state`: a buffer, so that it moves and is saved with the module. ``pairs`` has
         its own.
+    threshold : Tensor, float32 []
+        Similarity of the last of the selected pairs at the last call, as in `TopKPairs`; NaN before the first one, and
+        where a sparse x made no list of pairs necessary. It is not saved.
     pairs : RefreshedPairs or None
         What is kept between calls; None for ``refresh="exact"``. Its ``recall`` and ``interval`` say how it fares.
 
@@ -54,6 +58,7 @@ class TopKOrthoLoss(nn.Module):
         self,
         fraction: float = 1e-3,
         *,
+        dim: int = 1,
         k: int | None = None,
         tau: Tau = None,
         n_std: float = 1.0,
@@ -68,6 +73,7 @@ class TopKOrthoLoss(nn.Module):
     ):
         super().__init__()
         self.fraction = fraction
+        self.dim = dim
         self.k = k
         self.tau = tau
         self.n_std = n_std
@@ -77,32 +83,45 @@ class TopKOrthoLoss(nn.Module):
         self.precision = precision
         self.structural_zeros = structural_zeros
         self.register_buffer("state", initial_state())
+        self.threshold = torch.tensor(math.nan)  # no buffer: it would be without data in a model made on "meta"
         self.pairs: RefreshedPairs | None = None
         check_word("refresh", refresh, _Refresh)
         if refresh != "exact":
             if structural_zeros:
                 raise ValueError(f'structural_zeros must be False where refresh is "{refresh}"')
             self.pairs = RefreshedPairs(
-                fraction, k=k, tau=tau, similarity=similarity, refresh=refresh, recall=recall, margin=margin,
+                fraction, dim=dim, k=k, tau=tau, similarity=similarity, refresh=refresh, recall=recall, margin=margin,
                 backend=backend, precision=precision,
             )  # fmt: skip
 
     def forward(self, x: Tensor | SparseFeatures, priority: Tensor | None = None) -> Tensor:
-        """Penalty on the columns of x [M, N]; in each pair the column of higher `priority` [N] is held constant."""
+        """Penalty on the features of x [M, N], or [N, M] with ``dim=0``.
+
+        In each pair the feature of higher `priority` [N] is held constant.
+        """
         if self.pairs is not None:
             check_word("reduction", self.reduction, Reduction)
             for name in _SELECTION:
                 setattr(self.pairs, name, getattr(self, name))
-            squares = self.pairs.listed(x, priority).cosines.square()
+            listed = self.pairs.listed(x, priority)
+            self.threshold = listed.threshold.float()
+            squares = listed.cosines.square()
             return squares.sum() / max(1, squares.numel()) if self.reduction == "mean" else squares.sum()
         options = {name: getattr(self, name) for name in _OPTIONS}
-        return topk_ortho_loss(x, self.fraction, priority=priority, state=self.state, **options)
+        loss, threshold = loss_and_threshold(x, self.fraction, priority=priority, state=self.state, **options)
+        self.threshold = threshold.float()
+        return loss
 
     def reset_state(self) -> None:
         """Forget what is kept between calls, for instance when the next x has nothing to do with the last."""
         self.state.copy_(initial_state())
         if self.pairs is not None:
             self.pairs.reset()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Take a checkpoint that was made without this module too: the state is then that before the first call."""
+        state_dict.setdefault(f"{prefix}state", initial_state())
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         """Arguments, for repr."""
@@ -115,7 +134,7 @@ class MaxCosineLoss(nn.Module):
 
     Parameters
     ----------
-    n_chunks, generator, backend, precision
+    n_chunks, dim, generator, backend, precision
         As in `max_cosine_loss`; checked at the first call.
 
     Examples
@@ -128,22 +147,23 @@ class MaxCosineLoss(nn.Module):
         self,
         n_chunks: int = 1,
         *,
+        dim: int = 1,
         generator: torch.Generator | None = None,
         backend: BackendName = "auto",
         precision: Precision = "highest",
     ):
         super().__init__()
         self.n_chunks = n_chunks
+        self.dim = dim
         self.generator = generator
         self.backend = backend
         self.precision = precision
 
     def forward(self, x: Tensor | SparseFeatures) -> Tensor:
-        """Penalty of x [M, N]."""
-        return max_cosine_loss(
-            x, self.n_chunks, generator=self.generator, backend=self.backend, precision=self.precision
-        )
+        """Penalty of x [M, N], or [N, M] with ``dim=0``."""
+        options = {name: getattr(self, name) for name in ("dim", "generator", "backend", "precision")}
+        return max_cosine_loss(x, self.n_chunks, **options)
 
     def extra_repr(self) -> str:
         """Arguments, for repr."""
-        return f"n_chunks={self.n_chunks}, backend={self.backend!r}, precision={self.precision!r}"
+        return f"n_chunks={self.n_chunks}, dim={self.dim}, backend={self.backend!r}, precision={self.precision!r}"

@@ -45,7 +45,7 @@ from topk_ortho.definitions import (
 from topk_ortho.functional import topk_pairs
 from topk_ortho.pairs import TopKPairs
 from topk_ortho.sparse_features import SparseFeatures, is_dense
-from topk_ortho.validation import check_features, check_number, check_word, resolve_priority, resolve_query
+from topk_ortho.validation import check_features, check_number, check_word, in_columns, resolve_priority, resolve_query
 from topk_ortho.warm_start import initial_state
 
 Refresh = Literal["adaptive", "certified"]
@@ -72,6 +72,13 @@ class _Listed(NamedTuple):
     """[p] float32, float64 for float64 input; differentiable in x"""
     query: Query
 
+    @property
+    def threshold(self) -> Tensor:
+        """Similarity [] of the last of them or, where they are fewer than k, the floor that others do not pass."""
+        if self.rows.numel() == self.query.k:
+            return similarity_of(self.cosines.detach()[-1], self.query.similarity)
+        return self.cosines.new_tensor(max(0.0, floor_of(self.query)))
+
 
 class RefreshedPairs(nn.Module):
     """`topk_pairs` of an x that changes slowly from call to call, such as a decoder in training.
@@ -79,7 +86,9 @@ class RefreshedPairs(nn.Module):
     Parameters
     ----------
     fraction : float, default 1e-3
-        As in `topk_pairs`, like `k`, `similarity`, `backend` and `precision`; checked at the first call.
+        As in `topk_pairs`, like `dim`, `k`, `similarity`, `backend` and `precision`; checked at the first call.
+    dim : {1, 0}
+        Whether features are columns of x or rows.
     k : int, optional
         Number of pairs; replaces `fraction`.
     tau : None or float in [0, 1)
@@ -149,6 +158,7 @@ class RefreshedPairs(nn.Module):
         self,
         fraction: float = 1e-3,
         *,
+        dim: int = 1,
         k: int | None = None,
         tau: Tau = None,
         similarity: Similarity = "abs",
@@ -168,6 +178,7 @@ class RefreshedPairs(nn.Module):
             raise ValueError(f"margin must be at least 1, got {margin}")
         _refuse_adaptive(tau)
         self.fraction = fraction
+        self.dim = dim
         self.k = k
         self.tau = tau
         self.similarity = similarity
@@ -211,24 +222,25 @@ class RefreshedPairs(nn.Module):
         return max(0.0, min(low, p)), min(1.0, max(high, p))  # at 0 and 1 but for rounding
 
     def forward(self, x: Tensor | SparseFeatures, priority: Tensor | None = None) -> TopKPairs:
-        """The pairs of x [M, N], dense; `priority` [N] as in `topk_pairs`.
+        """The pairs of x [M, N], or [N, M] with ``dim=0``, dense; `priority` [N] as in `topk_pairs`.
 
         Raises
         ------
         TypeError, ValueError
             As in `topk_pairs`; also if x is sparse.
         """
-        rows, cols, cosines, query = self.listed(x, priority)
-        least = cosines.new_tensor(max(0.0, floor_of(query)))
-        if rows.numel() == query.k:
-            least = similarity_of(cosines.detach()[-1], query.similarity)
-        return TopKPairs(rows, cols, cosines.float(), least.float(), query.tau, x.shape[1], query.k)
+        listed = self.listed(x, priority)
+        query, n_features = listed.query, x.shape[self.dim]
+        return TopKPairs(
+            listed.rows, listed.cols, listed.cosines.float(), listed.threshold.float(), query.tau, n_features, query.k
+        )
 
     def listed(self, x: Tensor | SparseFeatures, priority: Tensor | None = None) -> _Listed:
         """The pairs, with cosines in the dtype that products of x are summed in."""
-        check_features(x)
+        check_features(x, self.dim)
         if not is_dense(x):
             raise TypeError("x must be dense: a selection among the entries of a sparse x is not kept")
+        x = in_columns(x, self.dim)
         query = resolve_query(
             x.shape[1], fraction=self.fraction, k=self.k, tau=self.tau, n_std=1.0, similarity=self.similarity,
             precision=self.precision,
@@ -343,7 +355,10 @@ class RefreshedPairs(nn.Module):
         return _selected(cosines, index, query)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """Take buffers of whatever size they were saved in."""
+        """Take buffers of whatever size they were saved in; without any, those before the first call."""
+        fresh = RefreshedPairs().state_dict()
+        for name, buffer in fresh.items():
+            state_dict.setdefault(prefix + name, buffer)
         for name in ("candidates", "reference", "cut", "reach"):
             saved = state_dict.get(prefix + name)
             if saved is not None:
@@ -354,7 +369,7 @@ class RefreshedPairs(nn.Module):
         """Arguments, for repr."""
         size = f"fraction={self.fraction}" if self.k is None else f"k={self.k}"
         return (
-            f"{size}, tau={self.tau}, similarity={self.similarity!r}, refresh={self.refresh!r}, "
+            f"{size}, dim={self.dim}, tau={self.tau}, similarity={self.similarity!r}, refresh={self.refresh!r}, "
             f"recall={self.recall_target}, margin={self.margin}, backend={self.backend!r}, precision={self.precision!r}"
         )
 

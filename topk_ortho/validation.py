@@ -5,38 +5,74 @@ hand.
 """
 
 import numbers
-from typing import Any, get_args
+from collections.abc import Sequence
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_gradtrackingtensor
+from torch.autograd import forward_ad
 
 from topk_ortho.definitions import Precision, Query, Similarity, k_from_fraction, n_pairs
 from topk_ortho.sparse_features import SparseFeatures
 
+_Features = TypeVar("_Features", bound=Tensor | SparseFeatures)
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SPARSE_LAYOUTS = (torch.sparse_coo, torch.sparse_csr)
 _COMPARABLE = (*FLOATING, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def check_features(x: Any, *, least_columns: int = 2) -> None:
-    """Refuse what is not a floating [M, N] matrix, dense or sparse, with M >= 1 and so many columns at least."""
+def check_features(x: Any, dim: Any = 1, *, least_features: int = 2) -> None:
+    """Refuse what is not a floating [M, N] matrix, dense or sparse, with M >= 1 and so many features at least.
+
+    With dim=0 it must be dense, and is [N, M].
+    """
+    if not isinstance(dim, int) or isinstance(dim, bool) or dim not in (0, 1):
+        raise ValueError(f"dim must be 1 (features are columns of x) or 0 (they are rows, as in W_dec), got {dim!r}")
     if isinstance(x, SparseFeatures):
-        _check_sparse_features(x, least_columns)
+        _refuse_rows_of_sparse(dim)
+        _check_sparse_features(x, least_features)
         return
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor or SparseFeatures, got {_describe(x)}")
+    _refuse_transforms(x)
     if x.layout not in (torch.strided, *_SPARSE_LAYOUTS):
         raise TypeError(f"x must be dense, sparse_coo or sparse_csr, got layout {x.layout}; convert it")
     if x.is_nested:
         raise TypeError("x must be a dense or sparse tensor, got a nested one")
     if x.ndim != 2:
-        raise ValueError(f"x must be 2-D [M, N] with features in columns, got shape {list(x.shape)}")
+        form = "[M, N] with features in columns" if dim == 1 else "[N, M] with features in rows, as dim=0"
+        raise ValueError(f"x must be 2-D {form}, got shape {list(x.shape)}")
+    if x.layout in _SPARSE_LAYOUTS:
+        _refuse_rows_of_sparse(dim)
     if x.layout in _SPARSE_LAYOUTS and x.dense_dim() > 0:
         raise ValueError(f"x must hold one number an entry, got {x.dense_dim()} dense dimensions")
-    _check_numbers(x.dtype, x.shape[0], x.shape[1], least_columns)
+    _check_numbers(x.dtype, x.shape, least_features, dim)
 
 
-def _check_sparse_features(x: SparseFeatures, least_columns: int) -> None:
+def in_columns(x: _Features, dim: int) -> _Features:
+    """An x that has been checked, with its features in columns."""
+    columns: Any = x.T if dim == 0 and isinstance(x, Tensor) else x
+    return columns  # type: ignore[no-any-return]
+
+
+def _refuse_transforms(x: Tensor) -> None:
+    """Refuse what is wrapped by a transform of torch.func, or has a tangent: the ops have a backward pass alone."""
+    if torch.compiler.is_compiling():
+        return
+    if is_gradtrackingtensor(x) or forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(
+            "x is inside torch.func.grad or jvp, or has a forward-mode tangent, which these ops do not support: use "
+            "backward() or torch.autograd.grad"
+        )
+
+
+def _refuse_rows_of_sparse(dim: int) -> None:
+    if dim == 0:
+        raise ValueError("dim must be 1 for a sparse x, whose features are its columns; got 0")
+
+
+def _check_sparse_features(x: SparseFeatures, least_features: int) -> None:
     for name, tensor in (("indices", x.indices), ("values", x.values)):
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_nested:
             raise TypeError(f"x.{name} must be a dense tensor, got {_describe(tensor)}")
@@ -48,15 +84,17 @@ def _check_sparse_features(x: SparseFeatures, least_columns: int) -> None:
     if x.indices.device != x.values.device:
         raise ValueError(f"x.indices and x.values must be on one device, got {x.indices.device} and {x.values.device}")
     _check_integer("x.n_features", x.n_features)
-    _check_numbers(x.values.dtype, x.indices.shape[0], x.n_features, least_columns)
+    _check_numbers(x.values.dtype, (x.indices.shape[0], x.n_features), least_features)
 
 
-def _check_numbers(dtype: torch.dtype, n_rows: int, n_columns: int, least_columns: int) -> None:
+def _check_numbers(dtype: torch.dtype, shape: Sequence[int], least_features: int, dim: int = 1) -> None:
     if dtype not in FLOATING:
         raise TypeError(f"x must have dtype float16, bfloat16, float32 or float64, got {dtype}")
-    if n_rows < 1 or n_columns < least_columns:
-        columns = f" and {least_columns} columns" if least_columns else ""
-        raise ValueError(f"x must have at least 1 row{columns}, got shape {[n_rows, n_columns]}")
+    if shape[1 - dim] < 1 or shape[dim] < least_features:
+        other, of_features = ("row", "columns") if dim == 1 else ("column", "rows")
+        features = f" and {least_features} {of_features}" if least_features else ""
+        why = "" if dim == 1 else ", which are its features as dim=0"
+        raise ValueError(f"x must have at least 1 {other}{features}{why}, got shape {list(shape)}")
 
 
 def resolve_query(

@@ -24,6 +24,7 @@ from topk_ortho.validation import (
     check_n_chunks,
     check_state,
     check_word,
+    in_columns,
     resolve_priority,
     resolve_query,
 )
@@ -33,6 +34,7 @@ def topk_pairs(
     x: Tensor | SparseFeatures,
     fraction: float = 1e-3,
     *,
+    dim: int = 1,
     group: Any = None,
     k: int | None = None,
     tau: Tau = None,
@@ -52,6 +54,8 @@ def topk_pairs(
         [0, N_local) on every rank.
     fraction : float, default 1e-3
         Share of the pairs of all columns, as in `topk_ortho.topk_pairs`.
+    dim : {1, 0}
+        Whether the features of this rank are columns of x or rows, as in `topk_ortho.topk_pairs`.
     group : ProcessGroup, optional
         The ranks; by default all processes.
     k, tau, n_std, similarity
@@ -88,7 +92,7 @@ def topk_pairs(
     """
     with _device_of(x):
         call, query, selected, cosines = _select(
-            "topk_pairs", x, group, priority, state,
+            "topk_pairs", x, dim, group, priority, state,
             fraction=fraction, k=k, tau=tau, n_std=n_std, similarity=similarity, precision=precision,
         )  # fmt: skip
     threshold = selected.threshold.float()
@@ -99,6 +103,7 @@ def topk_ortho_loss(
     x: Tensor | SparseFeatures,
     fraction: float = 1e-3,
     *,
+    dim: int = 1,
     group: Any = None,
     k: int | None = None,
     tau: Tau = None,
@@ -113,7 +118,7 @@ def topk_ortho_loss(
 
     Parameters
     ----------
-    x, fraction, group, k, tau, n_std, similarity
+    x, fraction, dim, group, k, tau, n_std, similarity
         As in `topk_pairs`.
     reduction : {"mean", "sum"}
         As in `topk_ortho.topk_ortho_loss`.
@@ -134,7 +139,7 @@ def topk_ortho_loss(
     """
     with _device_of(x):
         call, _, selected, cosines = _select(
-            "topk_ortho_loss", x, group, priority, state, reduction,
+            "topk_ortho_loss", x, dim, group, priority, state, reduction,
             fraction=fraction, k=k, tau=tau, n_std=n_std, similarity=similarity, precision=precision,
         )  # fmt: skip
         loss = sum_over_ranks(cosines.square().sum(), call.ranks)
@@ -145,6 +150,7 @@ def max_cosine_loss(
     x: Tensor | SparseFeatures,
     n_chunks: int = 1,
     *,
+    dim: int = 1,
     group: Any = None,
     generator: torch.Generator | None = None,
     precision: Precision = "highest",
@@ -158,6 +164,8 @@ def max_cosine_loss(
     n_chunks : int, default 1
         Random chunks of all columns, as in `topk_ortho.max_cosine_loss`; a column meets the others of its chunk on
         whichever rank they are.
+    dim : {1, 0}
+        As in `topk_pairs`.
     group : ProcessGroup, optional
         As in `topk_pairs`.
     generator : torch.Generator, optional
@@ -181,13 +189,13 @@ def max_cosine_loss(
     than others. For a sparse x every rank computes all.
     """
     with _device_of(x):
-        call, places, partners, cosines = _nearest("max_cosine_loss", x, n_chunks, group, generator, precision)
+        call, places, partners, cosines = _nearest("max_cosine_loss", x, dim, n_chunks, group, generator, precision)
         cosines = call.columns.attach(places, partners, cosines)
         return sum_over_ranks(cosines.square().sum(), call.ranks) / call.n_features
 
 
 def largest_cosines(
-    x: Tensor | SparseFeatures, *, group: Any = None, precision: Precision = "highest"
+    x: Tensor | SparseFeatures, *, dim: int = 1, group: Any = None, precision: Precision = "highest"
 ) -> tuple[Tensor, Tensor]:
     """The largest signed cosine of every column to another one, where ranks hold the columns together.
 
@@ -195,7 +203,7 @@ def largest_cosines(
     ----------
     x : Tensor or SparseFeatures, shape [M, N_local]
         As in `topk_pairs`.
-    group, precision
+    dim, group, precision
         As in `topk_pairs`.
 
     Returns
@@ -211,13 +219,14 @@ def largest_cosines(
         As in `topk_pairs`.
     """
     with _device_of(x):
-        _, features, _, cosines = _nearest("largest_cosines", x, 1, group, None, precision)
+        _, features, _, cosines = _nearest("largest_cosines", x, dim, 1, group, None, precision)
         return features, cosines
 
 
 def _nearest(
     op: str,
     x: Tensor | SparseFeatures,
+    dim: int,
     n_chunks: int,
     group: Any,
     generator: torch.Generator | None,
@@ -230,7 +239,7 @@ def _nearest(
         return {}
 
     arguments = {"n_chunks": n_chunks, "precision": precision, "generator": _whether_given(generator)}
-    call = _Call.of(op, x, group, arguments, check)
+    call = _Call.of(op, x, dim, group, arguments, check)
     check_n_chunks(n_chunks, call.n_features)
     check_word("precision", precision, Precision)
     chunks = None
@@ -256,7 +265,13 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(
-        cls, op: str, x: Tensor | SparseFeatures, group: Any, arguments: dict[str, Any], check: Callable[[], Facts]
+        cls,
+        op: str,
+        x: Tensor | SparseFeatures,
+        dim: int,
+        group: Any,
+        arguments: dict[str, Any],
+        check: Callable[[], Facts],
     ) -> "_Call":
         """Check what this rank passes, and that all ranks pass the same."""
         ranks = Ranks(group)
@@ -264,15 +279,15 @@ class _Call(NamedTuple):
 
         def describe() -> tuple[Facts, Facts]:
             nonlocal columns
-            check_features(x, least_columns=0)
+            check_features(x, dim, least_features=0)
             own = check()
-            columns = DenseColumns(x) if is_dense(x) else SparseColumns(x)
+            columns = DenseColumns(in_columns(x, dim)) if is_dense(x) else SparseColumns(x)
             values = x.values if isinstance(x, SparseFeatures) else x
             shared = {
                 "the op that is called": op,
                 "dtype of x": values.dtype,
                 "form of x": "dense" if is_dense(x) else "sparse",
-                "number of rows of x": x.shape[0],
+                "number of rows of x": x.shape[1 - dim],
                 "type of the device of x": x.device.type,
                 "whether x needs a gradient": torch.is_grad_enabled() and values.requires_grad,
                 **{name: arg if isinstance(arg, (Number, str)) else repr(arg) for name, arg in arguments.items()},
@@ -300,6 +315,7 @@ class _Answer(NamedTuple):
 def _select(
     op: str,
     x: Tensor | SparseFeatures,
+    dim: int,
     group: Any,
     priority: Tensor | None,
     state: Tensor | None,
@@ -312,13 +328,13 @@ def _select(
     def check() -> Facts:
         nonlocal own_priority
         check_word("reduction", reduction, Reduction)
-        own_priority = resolve_priority(priority, x.shape[1], x.device)
+        own_priority = resolve_priority(priority, x.shape[dim], x.device)
         refuse_nan(own_priority)
         check_state(state, x.device)
         return {"floating priority": own_priority is not None and own_priority.is_floating_point()}
 
     given = {"priority": _whether_given(priority), "state": _whether_given(state)}
-    call = _Call.of(op, x, group, arguments | given | {"reduction": reduction}, check)
+    call = _Call.of(op, x, dim, group, arguments | given | {"reduction": reduction}, check)
     query = resolve_query(call.n_features, **arguments)
     call.columns.join(call.ranks, call.facts)
     with torch.no_grad():
