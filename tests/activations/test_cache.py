@@ -371,7 +371,7 @@ def test_another_commit_of_a_data_set_on_the_hub_is_another_text(tmp_path, monke
     assert "no network; what was made of its commit two is used" in capsys.readouterr().err
     assert open_source(tmp_path, text=dataclasses.replace(text, revision="one")).identity == sources[0].identity
     for change in ({"split": "test"}, {"revision": "three"}):
-        with pytest.raises(OSError, match="cannot be read as a data set on the hub: no network"):
+        with pytest.raises(OSError, match=r"as a data set on the hub; .* let text\.source be a file: no network"):
             open_source(tmp_path, text=dataclasses.replace(text, **change))
 
 

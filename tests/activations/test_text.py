@@ -191,5 +191,5 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr("topk_ortho.activations.text.datasets.load_dataset_builder", fail)
-    with pytest.raises(OSError, match=r"^text.source 'owner/name' is not a file and cannot be read .* hub: no network"):
+    with pytest.raises(OSError, match=r"^text.source 'owner/name' is not a file and cannot be read .*: no network"):
         list(Text(TextConfig(source="owner/name")).documents())

@@ -75,6 +75,49 @@ def test_bfloat16_weights(gemma):
     assert 0 < (actual.float() - exact).norm() / exact.norm() < 0.02
 
 
+@pytest.mark.parametrize("hook", ["hook_z", "hook_q"])
+def test_heads_are_put_side_by_side(hook, gemma):
+    """Against the weights of the layers that make and take them."""
+    transformer = Transformer(ModelConfig(name=str(gemma), hook=f"blocks.0.attn.{hook}", batch_size=3), CPU)
+    actual = transformer.activations(tokens())
+    assert actual.shape == (7, 12, 2 * 8)
+    reference = Gemma2ForCausalLM.from_pretrained(gemma, attn_implementation="eager")
+    attention, carried = reference.model.layers[0].self_attn, []
+    with torch.no_grad():
+        if hook == "hook_z":
+            attention.o_proj.register_forward_pre_hook(lambda module, inputs: carried.append(inputs[0]))
+        else:
+            attention.q_proj.register_forward_hook(lambda module, inputs, output: carried.append(output))
+        reference(tokens())
+    torch.testing.assert_close(actual, carried[0], rtol=1e-4, atol=1e-5)
+
+
+def test_heads_are_put_back_where_a_loss_needs_them(gemma):
+    transformer = Transformer(ModelConfig(name=str(gemma), hook="blocks.0.attn.hook_z"), CPU)
+    counted = torch.ones(7, 12, dtype=torch.bool)
+    as_they_are = transformer.cross_entropy(tokens(), counted)
+    torch.testing.assert_close(transformer.cross_entropy(tokens(), counted, lambda x: x), as_they_are)
+    assert not torch.allclose(transformer.cross_entropy(tokens(), counted, lambda x: 0 * x), as_they_are)
+
+
+@pytest.mark.parametrize(
+    ("offline", "message"),
+    [
+        ("1", "no directory; the hub is switched off by HF_HUB_OFFLINE: set it to 0, or let model.name be a directory"),
+        ("0", "no directory; where the hub cannot be reached, let model.name be a directory"),
+    ],
+)
+def test_a_name_on_a_hub_that_is_not_there(offline, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("topk_ortho.activations.transformer.AutoConfig.from_pretrained", _no_hub)
+    with pytest.raises(OSError, match=rf"'some/model' cannot be loaded from some/model, which is {message}"):
+        Transformer(ModelConfig(name="some/model"), CPU)
+
+
+def _no_hub(name):
+    raise OSError("no connection")
+
+
 def test_which_models_predict_tokens(gemma):
     assert Transformer(ModelConfig(name=str(gemma)), CPU).has_logits
     assert not Transformer(ModelConfig(), CPU).has_logits
@@ -198,7 +241,7 @@ def test_a_hook_that_never_fires_is_named(gemma):
         of(gemma, hook).activations(tokens())
 
 
-@pytest.mark.parametrize("hook", ["rotary_emb.hook_cos", "embed.hook_in", "blocks.0.attn.hook_q"])
+@pytest.mark.parametrize("hook", ["rotary_emb.hook_cos", "embed.hook_in", "blocks.0.attn.hook_attn_scores"])
 def test_a_hook_of_another_shape_is_named(hook, gemma):
     """The first has [1, context, width] whatever the number of windows."""
     with pytest.raises(ValueError, match=rf"model.hook must carry .*; {hook} has \[.*\] for \[7, 12\] tokens"):

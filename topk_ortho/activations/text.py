@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from topk_ortho.activations.config import DOCUMENTATION, TextConfig
+from topk_ortho.activations.config import DOCUMENTATION, TextConfig, way_to_the_hub
 from topk_ortho.activations.documents import FILE_KINDS, read_documents, texts_of
 from topk_ortho.files import sha256_of
 
@@ -92,7 +92,8 @@ class Text:
             return datasets.load_dataset_builder(self.config.source, self.config.subset, revision=self.config.revision)
         except Exception as error:  # whatever datasets, the hub's client or the network raise
             raise OSError(
-                f"text.source {self.config.source!r} is not a file and cannot be read as a data set on the hub: {error}"
+                f"text.source {self.config.source!r} is not a file and cannot be read as a data set on the hub; "
+                f"{way_to_the_hub('text.source')}: {error}"
             ) from error
 
     def _rows_of_hub(self) -> Iterator[tuple[str, dict[str, Any]]]:

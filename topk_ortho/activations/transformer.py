@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from topk_ortho.activations.config import MINILM_SHA256, ModelConfig
+from topk_ortho.activations.config import MINILM_SHA256, ModelConfig, way_to_the_hub
 from topk_ortho.activations.smollm2 import smollm2_directory
 from topk_ortho.files import sha256_of
 
@@ -102,7 +102,8 @@ class Transformer:
     def activations(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Activations at the hook, [n, context, d_in], for windows of token ids [n, context], on the CPU.
 
-        They are converted to `dtype`; None keeps the model's own.
+        What a hook carries for every head, as hook_z does, is put side by side: d_in is then the number of heads times
+        the width of each. They are converted to `dtype`; None keeps the model's own.
 
         Raises
         ------
@@ -114,7 +115,7 @@ class Transformer:
         captured: list[Tensor] = []
 
         def capture(value: Any, hook: Any) -> None:
-            captured.append(value.to("cpu", dtype) if isinstance(value, Tensor) else torch.empty(0))
+            captured.append(self._joined(value).to("cpu", dtype) if isinstance(value, Tensor) else torch.empty(0))
             # transformer_lens' own signal; its stop_at_layer argument has no effect on models whose blocks are not
             # called "blocks"
             raise StopAtLayerException(value)
@@ -157,7 +158,8 @@ class Transformer:
         def put(value: Tensor, hook: Any, here: Tensor) -> Tensor:
             assert replace is not None
             result = value.clone()
-            result[here] = replace(value[here].float()).to(value.dtype)
+            joined = self._joined(value)[here]
+            result[here] = replace(joined.float()).to(value.dtype).view_as(value[here])
             return result
 
         is_needed = counted.any(dim=1)
@@ -228,9 +230,10 @@ class Transformer:
         try:
             yield
         except Exception as error:  # also bare ones, of the tokenizers' and safetensors' own languages
-            raise OSError(
-                f"the {what} of model.name {self.config.name!r} cannot be loaded from {self.path}: {_in_short(error)}"
-            ) from error
+            where = f"the {what} of model.name {self.config.name!r} cannot be loaded from {self.path}"
+            if not Path(self.path).is_dir():
+                where += f", which is no directory; {way_to_the_hub('model.name')}"
+            raise OSError(f"{where}: {_in_short(error)}") from error
 
     @contextmanager
     def _running(self, batch: Tensor) -> Iterator[None]:
@@ -243,6 +246,11 @@ class Transformer:
                 f"{self.config.name} does not run to model.hook {self.config.hook!r} on {batch.shape[0]} windows of "
                 f"text.context_size {batch.shape[1]} tokens: {remedy}{_in_short(error)}"
             ) from error
+
+    def _joined(self, value: Tensor) -> Tensor:
+        """What a hook carries, with heads [batch, context, heads, width] side by side."""
+        is_of_pairs = any(word in self.config.hook for word in ("pattern", "attn_scores"))  # of tokens
+        return value.flatten(2) if value.ndim == 4 and not is_of_pairs else value
 
     def _check_captured(self, captured: list[Tensor], batch: Tensor) -> None:
         """Refuse a hook that did not carry a vector for every token of a batch."""
