@@ -535,6 +535,31 @@ def test_a_finished_run_goes_on_with_more_steps(open_trainer, out_dir, capsys):
         open_trainer(**settings, steps=7, resume=True)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_run_begins_with_saved_weights(architecture, open_trainer, tmp_path):
+    """They compute at first what they computed before, in the scale of this run; then they are trained."""
+    settings = {"sae": {"architecture": architecture}, "penalty": {"target": "none"}}
+    before = open_trainer(**settings, steps=40, out_dir=tmp_path / "first").fit()
+    settings |= {"init_from": tmp_path / "first" / "sae", "out_dir": tmp_path / "second"}
+    assert before["explained_variance"] > 0.1
+    trainer = open_trainer(**settings, steps=20)
+    again = trainer.evaluation()
+    assert again["mean_max_decoder_cosine"] == pytest.approx(before["mean_max_decoder_cosine"], rel=1e-4)
+    assert again["explained_variance"] == pytest.approx(before["explained_variance"], rel=1e-4)
+    after = trainer.fit()
+    assert after["explained_variance"] > again["explained_variance"] - 0.05
+    assert after["explained_variance"] != again["explained_variance"]
+
+
+def test_saved_weights_of_another_size_are_refused(open_trainer, tmp_path):
+    open_trainer(steps=2, out_dir=tmp_path / "first").fit()
+    message = r"init_from holds 32 features of width 16, and the run has sae.n_features = 40 on activations of width 16"
+    with pytest.raises(ValueError, match=message):
+        open_trainer(steps=2, sae={"n_features": 40}, init_from=tmp_path / "first" / "sae", out_dir=tmp_path / "second")
+    with pytest.raises(ValueError, match=r"nowhere holds no dictionary in SAELens's format, cfg.json and sae_weights"):
+        open_trainer(steps=2, init_from=tmp_path / "nowhere", out_dir=tmp_path / "second")
+
+
 def test_a_run_whose_rate_does_not_fall_says_so(open_trainer, capsys):
     open_trainer(steps=4, decay_fraction=0.0).fit()
     open_trainer(steps=5, decay_fraction=0.0, resume=True)

@@ -197,6 +197,9 @@ class TrainConfig:
     sae: SAEConfig = field(default_factory=SAEConfig)
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
 
+    init_from: Path | None = None
+    """Folder of a dictionary in SAELens's format, such as runs/minilm/sae, whose weights the run begins with. None
+    begins with random directions. The dictionary may be of another architecture, and has the run's size."""
     steps: int = 600
     """Number of optimizer steps."""
     batch_size: int = 1024
@@ -261,6 +264,11 @@ class TrainConfig:
             path = Path(expanded(name, str(getattr(self, name))))
             require(path != Path("None"), name, path, "a folder")
             object.__setattr__(self, name, path)
+        if self.init_from is not None:
+            object.__setattr__(self, "init_from", Path(expanded("init_from", str(self.init_from))))
+            allowed = '"random" where init_from names the weights that the run begins with'
+            is_random = self.sae.initial_decoder == "random"
+            require(is_random, "sae.initial_decoder", self.sae.initial_decoder, allowed)
         require_at_least(1, self, "", "steps", "batch_size", "buffer_tokens", "held_out_tokens", "dead_after_tokens")
         require_at_least(1, self, "", "log_every", "eval_every", "keep_checkpoints", "data_parallel")
         require(0 < self.rank_timeout < 1e8, "rank_timeout", self.rank_timeout, "above 0")

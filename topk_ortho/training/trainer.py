@@ -41,6 +41,7 @@ from topk_ortho.evaluation import (
 )
 from topk_ortho.files import write_whole
 from topk_ortho.sae import ActiveFeatures, SAEOutput, SparseAutoencoder, firing_counts, keep_normalized
+from topk_ortho.sae.saved import read_saelens, start_from_saved
 from topk_ortho.training.build import build_sae
 from topk_ortho.training.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint
 from topk_ortho.training.config import TrainConfig, differences, flatten
@@ -505,7 +506,12 @@ class Trainer:
         if self.config.sae.normalize_activations == "rms":
             self.scale = (self.source.d_in / (variance + mean.square().sum().item())) ** 0.5
         self.variance = variance * self.scale**2
-        self.sae.b_dec.data.copy_(mean * self.scale)
+        if self.config.init_from is None:
+            self.sae.b_dec.data.copy_(mean * self.scale)
+            return
+        saved = read_saelens(self.config.init_from)
+        is_free = self.config.sae.decoder_norm == "none"
+        start_from_saved(self.sae, saved if is_free else saved.of_unit_length(), self.scale)
 
     def _penalised_tokens(self) -> Tensor:
         """The held-out tokens [n, d_in] over which activations are compared, float32, on the device."""
