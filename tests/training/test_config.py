@@ -62,6 +62,13 @@ from topk_ortho.training.presets import PRESETS
         (lambda: SynthSAEBenchConfig(n_true=1), "synthsaebench.n_true must be at least 2, got 1"),
         (lambda: SynthSAEBenchConfig(d_in=0), "synthsaebench.d_in must be at least 1, got 0"),
         (lambda: SAEConfig(n_features=1), "sae.n_features must be at least 2"),
+        (lambda: SAEConfig(l0_start=0), r"sae.l0_start must be in \[1, n_features = 4096\], or None, got 0"),
+        (lambda: SAEConfig(architecture="standard", l0_start=9), r"sae.l0_start must be None with the architecture"),
+        (lambda: SAEConfig(l0_anneal_fraction=1.1), r"sae.l0_anneal_fraction must be in \[0, 1\], got 1.1"),
+        (
+            lambda: TrainConfig(sae=SAEConfig(l0_start=9), compile=True),
+            r"sae.l0_start must be None where compile",
+        ),
         (lambda: SAEConfig(l0=0), r"sae.l0 must be in \[1, n_features = 4096\], got 0"),
         (lambda: SAEConfig(n_features=8, l0=9), r"sae.l0 must be in \[1, n_features = 8\], got 9"),
         (lambda: SAEConfig(architecture="gated"), r"sae.architecture must be one of .*, got gated"),

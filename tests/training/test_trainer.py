@@ -535,6 +535,26 @@ def test_a_finished_run_goes_on_with_more_steps(open_trainer, out_dir, capsys):
         open_trainer(**settings, steps=7, resume=True)
 
 
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka"])
+def test_the_number_of_active_features_is_annealed(architecture, open_trainer, out_dir):
+    """In steps, in what is exported, and after a run that was interrupted in between."""
+    sae = {"architecture": architecture, "l0": 2, "l0_start": 8, "l0_anneal_fraction": 0.5}
+    settings = {"sae": sae, "log_every": 1, "steps": 12, "decay_fraction": 0.0, "warmup_fraction": 0.0}
+    trainer = open_trainer(**settings)
+    for _ in range(4):
+        trainer.train_step(trainer.next_batch())
+    trainer.save()
+    summary = open_trainer(**settings, resume=True).fit()
+    active = {line["step"]: line["l0"] for line in lines(out_dir)}
+    assert [active[step] for step in (5, 6, 7, 12)] == pytest.approx([4, 3, 2, 2], abs=0.1)
+    saved = json.loads((out_dir / "sae" / "cfg.json").read_text())
+    assert saved.get("k", 2) == 2
+    whole = open_trainer(**settings, out_dir=out_dir.with_name("whole")).fit()
+    assert whole["explained_variance"] == summary["explained_variance"]
+    active = {line["step"]: line["l0"] for line in lines(out_dir.with_name("whole"))}
+    assert [active[step] for step in (1, 2, 4)] == pytest.approx([8, 7, 5], abs=0.1)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_run_begins_with_saved_weights(architecture, open_trainer, tmp_path):
     """They compute at first what they computed before, in the scale of this run; then they are trained."""

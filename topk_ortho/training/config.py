@@ -50,6 +50,11 @@ class SAEConfig:
     l0: int = 32
     """Number of active features of a token: exactly (topk), on average (batchtopk, matryoshka), or the average that
     the sparsity term pulls to (jumprelu). The standard architecture has no such number."""
+    l0_start: int | None = None
+    """Number of active features that training begins with, from which it goes to l0 in a straight line; often several
+    times l0, so that more features learn something before they have to compete. None begins with l0."""
+    l0_anneal_fraction: float = 0.3
+    """Share of the steps, at the beginning, over which it does so."""
     sparsity_weight: float = 0.1
     """Weight of the sparsity term. For standard this is the mean L1 norm of the features, relative to the root of the
     activations' total variance; for jumprelu it is (L0 / l0 - 1)**2. The other architectures have none."""
@@ -89,6 +94,13 @@ class SAEConfig:
         require_at_least(1, self, "sae.", "resample_every")
         in_range = 1 <= self.l0 <= self.n_features
         require(in_range, "sae.l0", self.l0, f"in [1, n_features = {self.n_features}]")
+        if self.l0_start is not None:
+            in_range = 1 <= self.l0_start <= self.n_features
+            require(in_range, "sae.l0_start", self.l0_start, f"in [1, n_features = {self.n_features}], or None")
+            allowed = "None with the architecture standard, which has no number of active features"
+            require(self.architecture != "standard", "sae.l0_start", self.l0_start, allowed)
+        in_range = 0 <= self.l0_anneal_fraction <= 1
+        require(in_range, "sae.l0_anneal_fraction", self.l0_anneal_fraction, "in [0, 1]")
         for name in ("sparsity_weight", "auxk_weight"):
             require(0 <= getattr(self, name) < math.inf, f"sae.{name}", getattr(self, name), "0 (off) or more")
         in_range = self.auxk is None or 1 <= self.auxk <= self.n_features
@@ -300,6 +312,8 @@ class TrainConfig:
         allowed = f'false with source = "{self.source}", which has no tokens'
         require(not self.token_classes or self.source == "transformer", "token_classes", self.token_classes, allowed)
         self._check_initial_decoder()
+        allowed = "None where compile is on, which would compile anew for every number of active features"
+        require(not self.compile or self.sae.l0_start is None, "sae.l0_start", self.sae.l0_start, allowed)
         allowed = "activations or none, as sae.train_decoder is false"
         moves = self.sae.train_decoder or self.penalty.target != "decoder"
         require(moves, "penalty.target", self.penalty.target, allowed)

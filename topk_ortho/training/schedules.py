@@ -6,6 +6,11 @@ def warmup(step: int, n_steps: float) -> float:
     return min(1.0, (step + 1) / (n_steps + 1))
 
 
+def annealed(first: int, last: int, step: int, n_steps: float) -> int:
+    """A whole number that goes from the first to the last in a straight line, and arrives after n_steps."""
+    return round(last + (first - last) * max(0.0, 1 - step / n_steps)) if n_steps else last
+
+
 def decay(step: int, steps: int, n_steps: float) -> float:
     """A factor that is 1 at first, and falls in a straight line towards 0 over the last n_steps of all steps."""
     left = steps - step

@@ -40,7 +40,16 @@ from topk_ortho.evaluation import (
     source_metrics,
 )
 from topk_ortho.files import write_whole
-from topk_ortho.sae import ActiveFeatures, SAEOutput, SparseAutoencoder, firing_counts, keep_normalized
+from topk_ortho.sae import (
+    ActiveFeatures,
+    BatchTopKSAE,
+    JumpReLUSAE,
+    SAEOutput,
+    SparseAutoencoder,
+    TopKSAE,
+    firing_counts,
+    keep_normalized,
+)
 from topk_ortho.sae.saved import read_saelens, start_from_saved
 from topk_ortho.training.build import build_sae
 from topk_ortho.training.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint
@@ -51,7 +60,7 @@ from topk_ortho.training.loggers import Log, open_loggers, open_pairs_log
 from topk_ortho.training.penalty import Penalty, PenaltyTerm
 from topk_ortho.training.results import save_results
 from topk_ortho.training.run_folder import Run
-from topk_ortho.training.schedules import decay, warmup
+from topk_ortho.training.schedules import annealed, decay, warmup
 from topk_ortho.training.stopwatch import Stopwatch, peak_memory_bytes
 
 _SAVED_NUMBERS = ("variance", "scale", "seconds", "best")
@@ -120,6 +129,7 @@ class Trainer:
         )
 
         self.sae = build_sae(config.sae, source, self.generator, self.parallel).to(self.device)
+        self._set_l0()
         self.model: Callable[[Tensor], Any] = torch.compile(self.sae) if config.compile else self.sae
         self.penalty = Penalty(config.penalty, self.generator, self.parallel).to(self.device)
         self.pairs = PairStability(self.parallel)
@@ -234,6 +244,7 @@ class Trainer:
             self.sae.project()
             self.sae.observe(output.features)
             self.step += 1
+            self._set_l0()
             if self.dead_features.resamples_after(self.step):
                 self.dead_features.resample(self.sae, self.optimizer, x, residual.detach(), dead)
         return StepResult(
@@ -438,6 +449,14 @@ class Trainer:
 
     def _warmup(self) -> float:
         return warmup(self.step, self.config.warmup_fraction * self.config.steps)
+
+    def _set_l0(self) -> None:
+        """Take the number of active features of the next step, where it changes."""
+        settings = self.config.sae
+        if settings.l0_start is not None:
+            assert isinstance(self.sae, TopKSAE | BatchTopKSAE | JumpReLUSAE)
+            n_steps = settings.l0_anneal_fraction * self.config.steps
+            self.sae.l0 = annealed(settings.l0_start, settings.l0, self.step, n_steps)
 
     def _autocast(self) -> torch.autocast:
         wanted = self.config.autocast
