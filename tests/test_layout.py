@@ -84,6 +84,12 @@ def test_public_names():
     assert all(hasattr(topk_ortho, name) for name in topk_ortho.__all__)
 
 
+def test_the_version_that_is_cited():
+    import topk_ortho
+
+    assert f"\nversion: {topk_ortho.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_parts_need_no_import_of_their_own():
     """And nothing is imported that is not asked for, torch among it."""
     code = """

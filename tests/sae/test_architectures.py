@@ -34,6 +34,23 @@ def inputs(batch=9, seed=3):
     return torch.randn(batch, D_IN, generator=generator(seed)) + 0.5
 
 
+@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 3, D_IN), r"x must have shape \[batch, d_in = 6\], got \[2, 3, 6\]: flatten its other dimensions"),
+        ((D_IN,), r"x must have shape \[batch, d_in = 6\], got \[6\]$"),
+        ((4, 7), r"x must have shape \[batch, d_in = 6\], got \[4, 7\]$"),
+    ],
+)
+def test_activations_of_another_shape_are_refused(shape, message, is_training, name):
+    sae = make(name).train(is_training)
+    for call in (sae, sae.encode):
+        with pytest.raises(ValueError, match=message):
+            call(torch.ones(shape))
+
+
 def pre_activations(sae, x):
     """By loops, in float64."""
     W, b, centre = (t.detach().double().numpy() for t in (sae.W_enc, sae.b_enc, sae.b_dec))

@@ -107,7 +107,17 @@ class SparseAutoencoder(nn.Module, ABC):
         return self.state_dict()[name].dim() > 0 and name != "b_dec"
 
     def centred(self, x: Tensor) -> Tensor:
-        """``x - b_dec``, the input of the encoder, [batch, d_in], for x [batch, d_in]."""
+        """``x - b_dec``, the input of the encoder, [batch, d_in], for x [batch, d_in].
+
+        Raises
+        ------
+        ValueError
+            If x has another shape, such as [batch, position, d_in].
+        """
+        d_in = self.b_dec.shape[0]
+        if x.ndim != 2 or x.shape[1] != d_in:
+            flat = ": flatten its other dimensions" if x.ndim > 2 and x.shape[-1] == d_in else ""
+            raise ValueError(f"x must have shape [batch, d_in = {d_in}], got {list(x.shape)}{flat}")
         return x - self.parallel.take_to_features(self.b_dec)
 
     def pre_activations(self, x: Tensor) -> Tensor:

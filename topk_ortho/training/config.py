@@ -144,7 +144,8 @@ class PenaltyConfig:
     n_std: float = 1.0
     """Standard deviations above the mean, for the adaptive tau."""
     similarity: Literal["abs", "positive"] = "positive"
-    """"abs" takes anti-parallel features for similar too, "positive" leaves them free (topk_pairs)."""
+    """"abs" takes anti-parallel features for similar too, "positive" leaves them free (topk_pairs). The package's
+    functions, such as topk_ortho_loss, take "abs" where nothing else is said."""
     reduction: Literal["mean", "sum"] = "mean"
     """Whether squared cosines are averaged or summed over the selected pairs (topk_pairs)."""
     priority: Literal["firing-rate", "none"] = "firing-rate"
