@@ -6,7 +6,7 @@ reaches. What is finished is written at once (`bench.results`): the same command
 budget or by force. At the end the tables are printed. Exit status: 1 if a result is wrong or a case failed for other
 reasons than memory, 2 if nothing can run.
 
---report measures nothing: it prints the tables, draws the figures, and writes the tables into the README.
+--report measures nothing: it prints the tables, draws the figures, and writes the tables into docs/benchmarks.md.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from bench.cases import Benchmark, Case
 from bench.dense import DENSE
 from bench.gate import faults_of
 from bench.measurement import groups_of, measure, print_peak_memory
-from bench.report import README, tables_of, write_report
+from bench.report import PAGE, tables_of, write_report
 from bench.sparse import SPARSE_DENSITY, SPARSE_L0, SPARSE_N
 from bench.training import TRAINING
 
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not (known := results.read(out)):
             parser.error(f"{out} has no results")
         print("\n".join(f"{name}:\n\n{table}" for name, table in tables_of(known).items()))
-        write_report(known, out, README if out in (_RESULTS / "cpu.jsonl", _RESULTS / "cuda.jsonl") else None)
+        write_report(known, out, PAGE if out in (_RESULTS / "cpu.jsonl", _RESULTS / "cuda.jsonl") else None)
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda needs a CUDA or ROCm device; torch {torch.__version__} sees none")

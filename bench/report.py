@@ -23,7 +23,8 @@ from topk_ortho.definitions import k_from_fraction, n_pairs
 Curves = dict[tuple[str, str | int], tuple[str, str, str]]
 """Label, color and line of curves, by provider and mode, or by provider and N where x is the density."""
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs/benchmarks.md"
+"""The page of the documentation that has the tables"""
 _PASS = {"forward": "forward", "forward_backward": "forward + backward"}
 _DENSE = {  # provider: label, color; in the order of the table
     "topk_ortho_warm": ("topk_ortho, warm", "#7fb2e5"),
@@ -36,7 +37,7 @@ _DENSE = {  # provider: label, color; in the order of the table
     "naive_autograd": ("the same, autograd through the matrix", "#8c2d5a"),
     "naive_compiled": ("the same, torch.compile", "#e39aa0"),
 }
-_SHORT = {  # provider: label; what the README shows of a GPU, in the order of its table
+_SHORT = {  # provider: label; what the page shows of a GPU, in the order of its table
     "topk_ortho_warm": "topk_ortho",
     "half_gemm": "the products alone",
     "chunked": "row blocks, merged torch.topk",
@@ -88,18 +89,18 @@ def tables_of(results: list[Result]) -> dict[str, str]:
     return {name: "not measured\n" if measured.empty else _FAMILIES[name][1](measured) for name, measured in families}
 
 
-def write_report(results: list[Result], out: Path, readme: Path | None) -> None:
-    """Draw the figures beside the results file, and write the tables of what was measured into the README."""
+def write_report(results: list[Result], out: Path, page: Path | None) -> None:
+    """Draw the figures beside the results file, and write the tables of what was measured into a page."""
     for name, measured in _families(results).items():
         marker, table, draw = _FAMILIES[name]
         if name == "dense" and (measured["provider"] == "topk_ortho_warm").any():
             marker, table = "gpu-bench", short_table
         if not measured.empty and draw is not None:
             draw(measured, out.with_name(f"{out.stem}{'' if name == 'dense' else f'-{name}'}.png"))
-        if not measured.empty and readme is not None:
+        if not measured.empty and page is not None:
             begin, end = f"<!-- {marker}: begin -->\n", f"<!-- {marker}: end -->"
-            before, rest = readme.read_text().split(begin)
-            readme.write_text(before + begin + table(measured) + end + rest.split(end)[1])
+            before, rest = page.read_text().split(begin)
+            page.write_text(before + begin + table(measured) + end + rest.split(end)[1])
 
 
 def _families(results: list[Result]) -> dict[str, pd.DataFrame]:
@@ -323,7 +324,7 @@ def _draw_panel(axes: Any, title: str, measured: pd.DataFrame, curves: Curves, f
     axes.set_xlabel(x)
 
 
-# the benchmarks whose names begin so: marker in the README, table, figure
+# the benchmarks whose names begin so: marker in the page, table, figure
 _FAMILIES: dict[str, tuple[str, Callable[[pd.DataFrame], str], Callable[[pd.DataFrame, Path], None] | None]] = {
     "dense": ("bench", dense_table, _draw_dense),
     "sparse": ("sparse-bench", sparse_table, _draw_sparse),

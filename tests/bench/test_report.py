@@ -108,14 +108,14 @@ def test_training_table_compares_with_saelens():
     assert "SAELens 6.54.12" in text
 
 
-def test_report_fills_the_readme_and_draws_figures(tmp_path, monkeypatch):
+def test_report_fills_the_page_and_draws_figures(tmp_path, monkeypatch):
     crosses = []
     monkeypatch.setattr(Axes, "annotate", lambda self, text, at, *arguments, **options: crosses.append((text, at[0])))
-    readme, names = tmp_path / "README.md", ("bench", "sparse-bench", "training-bench")
-    readme.write_text("".join(f"a\n<!-- {name}: begin -->\nold\n<!-- {name}: end -->\nb\n" for name in names))
+    page, names = tmp_path / "benchmarks.md", ("bench", "sparse-bench", "training-bench")
+    page.write_text("".join(f"a\n<!-- {name}: begin -->\nold\n<!-- {name}: end -->\nb\n" for name in names))
     results = results_of(DENSE, lambda case: None if case.provider == "naive_autograd" else 0.5) + sparse_results()
-    write_report(results, tmp_path / "cpu.jsonl", readme)
-    text = readme.read_text()
+    write_report(results, tmp_path / "cpu.jsonl", page)
+    text = page.read_text()
     assert text.count("a\n<!-- ") == text.count(" end -->\nb\n") == 3
     assert (text.count("\nold\n"), text.count("| N |")) == (1, 2)  # training was not measured, and its table stays
     assert tables_of(results)["training"] == "not measured\n"
@@ -125,15 +125,15 @@ def test_report_fills_the_readme_and_draws_figures(tmp_path, monkeypatch):
 
 
 def test_the_report_of_a_gpu(tmp_path):
-    """Both dtypes in the figure; in the README a table of its own, beside that of the CPU."""
+    """Both dtypes in the figure; in the page a table of its own, beside that of the CPU."""
     seconds = {"topk_ortho_warm": 0.5, "half_gemm": 0.4, "chunked": 2.0, "naive_compiled": 1.0}
-    readme = tmp_path / "README.md"
+    page = tmp_path / "benchmarks.md"
     names = ("bench", "gpu-bench")
-    readme.write_text("".join(f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->\n" for name in names))
+    page.write_text("".join(f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->\n" for name in names))
     results = results_of(DENSE, lambda case: seconds.get(case.provider, 9.0), GPU)
-    write_report(results, tmp_path / "cuda.jsonl", readme)
+    write_report(results, tmp_path / "cuda.jsonl", page)
     assert (tmp_path / "cuda.png").read_bytes().startswith(b"\x89PNG")
-    before, after = readme.read_text().split("<!-- gpu-bench: begin -->")
+    before, after = page.read_text().split("<!-- gpu-bench: begin -->")
     assert "old" in before
     others = "400.0 ms, 3 MB | 2000.0 ms, 3 MB"
     assert f"| bfloat16 | 4,096 | 65,536 | forward | 500.0 ms, 3 MB | {others} |  | 1.25 | 4.0 x |" in after
