@@ -1,4 +1,4 @@
-"""Every block of EXAMPLES.md runs as it stands."""
+"""Every block of EXAMPLES.md runs as it stands, and so do those of other pages; links lead somewhere."""
 
 import importlib.util
 import re
@@ -11,12 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-PAGE = Path(__file__).parents[1] / "EXAMPLES.md"
+from topk_ortho.sae import TopKSAE
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "EXAMPLES.md"
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/results/*.md")]
 
 
-def examples():
+def examples(page=PAGE):
     """Blocks of Python, each with its heading, and the line on which its code starts."""
-    text = PAGE.read_text()
+    text = page.read_text()
     for block in re.finditer(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE):
         headings = re.findall(r"^## (.*)$", text[: block.start()], flags=re.MULTILINE)
         yield pytest.param(block[1], text[: block.start(1)].count("\n"), id=headings[-1])
@@ -70,3 +74,39 @@ def _dictionary_learning(monkeypatch):
 def test_example(code, line):
     # the empty lines make a traceback name the line of the page
     exec(compile("\n" * line + code, PAGE, "exec"), {"__name__": "__main__"})
+
+
+def test_the_loop_of_the_readme():
+    """With a dictionary for the names that it leaves to the reader."""
+    ((code, line),) = (example.values for example in examples(ROOT / "README.md"))
+    sae = TopKSAE(16, 64, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(100, 16, generator=torch.Generator().manual_seed(1))
+    names = {"sae": sae, "x": x, "sae_output": sae(x).reconstruction, "firing_rate": torch.rand(64)}
+    exec(compile("\n" * line + code, ROOT / "README.md", "exec"), names)
+    assert 0 < names["unexplained"] < 2
+    names["loss"].backward()
+    assert sae.W_dec.grad.isfinite().all()
+
+
+def test_sparse_features_of_the_ops():
+    (code,) = (example.values[0] for example in examples(ROOT / "docs/ops.md") if example.id == "Sparse features")
+    names = {"pre_activations": torch.randn(8, 300, generator=torch.Generator().manual_seed(0)).requires_grad_()}
+    exec(code, names)
+    names["pairs"].values.sum().backward()
+    assert names["pre_activations"].grad.abs().sum() > 0
+
+
+def anchors(page):
+    """What the headings of a page can be linked as."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        if not link.startswith(("http:", "https:")):
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
