@@ -138,17 +138,16 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, bool]]:
     chosen, rest = first.parse_known_args(arguments)
     resume = chosen.resume or chosen.auto_resume
     preset = PRESETS[chosen.preset]
-    config = replace(preset, out_dir=_UNNAMED)
-    if chosen.config is not None:
-        config = with_settings(config, chosen.config)
-    elif resume and chosen.out_dir:
+    config, file = replace(preset, out_dir=_UNNAMED), chosen.config
+    if file is None and resume and chosen.out_dir:
         from topk_ortho.training.run_folder import folder_to_resume
 
         folder = folder_to_resume(Path(expanded("out_dir", chosen.out_dir)), overwrite=chosen.overwrite)
-        if (folder / "config.json").is_file():
-            config = with_settings(config, folder / "config.json")
+        file = folder / "config.json" if (folder / "config.json").is_file() else None
+    if file is not None:
+        config = with_settings(config, file)
     if chosen.help:
-        print(help_page(chosen.preset, config), end="")
+        print(help_page(chosen.preset, config, file), end="")
         sys.exit()
     if chosen.out_dir:
         rest += ["--out-dir", chosen.out_dir]

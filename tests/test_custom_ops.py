@@ -10,6 +10,7 @@ from tests.conftest import in_float64
 from tests.inputs import EDGES, VIEWS, activations, dyadic, normal, seeded
 from topk_ortho import (
     MaxCosineLoss,
+    SparseFeatures,
     TopKOrthoLoss,
     custom_ops,
     initial_state,
@@ -170,12 +171,13 @@ def test_torch_func_is_refused(transform, function):
         transform(function, torch.randn(5, 6))
 
 
-def test_a_tangent_is_refused():
+@pytest.mark.parametrize("form", [lambda x: x, SparseFeatures.from_dense], ids=["dense", "sparse"])
+def test_a_tangent_is_refused(form):
     """It would come out as 0."""
     with torch.autograd.forward_ad.dual_level():
         x = torch.autograd.forward_ad.make_dual(torch.randn(5, 6), torch.randn(5, 6))
         with pytest.raises(RuntimeError, match="forward-mode tangent, which these ops do not support"):
-            topk_ortho_loss(x)
+            topk_ortho_loss(form(x))
 
 
 @public_ops

@@ -96,7 +96,7 @@ def test_parts_need_no_import_of_their_own():
 import sys, topk_ortho
 assert "torch" not in sys.modules
 print(topk_ortho.sae.TopKSAE.__name__, topk_ortho.distributed.topk_pairs.__name__, "topk_ortho.training" in sys.modules)
-print({"sae", "topk_pairs"} <= set(dir(topk_ortho)))
+print({"sae", "topk_pairs"} <= set(dir(topk_ortho)), topk_ortho.functional.__name__)
 try:
     topk_ortho.topk_pair
 except AttributeError as error:
@@ -105,7 +105,7 @@ except AttributeError as error:
     result = run_python(code, cwd=ROOT)
     assert (result.stderr, result.returncode) == ("", 0)
     assert result.stdout.splitlines() == [
-        "TopKSAE topk_pairs False", "True", "module 'topk_ortho' has no attribute 'topk_pair'",
+        "TopKSAE topk_pairs False", "True topk_ortho.functional", "module 'topk_ortho' has no attribute 'topk_pair'",
     ]  # fmt: skip
 
 

@@ -154,6 +154,10 @@ class TestState:
         assert torch.equal(trained["penalty"].state, initial_state())
         fresh = model()["penalty"].state_dict()
         assert all(torch.equal(buffer, fresh[name]) for name, buffer in trained["penalty"].state_dict().items())
+        damaged = {name: tensor for name, tensor in trained.state_dict().items() if not name.endswith("candidates")}
+        if options:  # without some of its buffers alone it would select wrongly
+            with pytest.raises(RuntimeError, match="candidates"):
+                trained.load_state_dict(damaged)
         with pytest.raises(RuntimeError, match=r"sae\.bias"):
             trained.load_state_dict({"sae.weight": old["sae.weight"]})
 

@@ -1,6 +1,8 @@
 """Exact top-k most similar feature pairs, as a differentiable penalty, without the N x N matrix."""
 
 from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from topk_ortho.backends.kernels_folder import register_kernels
@@ -42,20 +44,19 @@ _MODULES = {
     "warm_start": ("initial_state",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
-_PARTS = ("activations", "distributed", "evaluation", "sae", "study", "training")
 
 register_kernels()
 
 
 def __getattr__(name: str) -> Any:
     """Import what is public when it is first asked for, so that settings can be read without torch."""
-    if name in _PARTS:
-        return import_module(f"{__name__}.{name}")
-    if name not in _HOMES:
+    if name in _HOMES:
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return value
+    if name.startswith("_") or find_spec(f"{__name__}.{name}") is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    return value
+    return import_module(f"{__name__}.{name}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_PARTS})
+    return sorted({*globals(), *__all__, *(module.name for module in iter_modules(__path__))})

@@ -120,7 +120,8 @@ class TopKOrthoLoss(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Take a checkpoint that was made without this module too: the state is then that before the first call."""
-        state_dict.setdefault(f"{prefix}state", initial_state())
+        if not any(name.startswith(prefix) for name in state_dict):
+            state_dict[f"{prefix}state"] = initial_state()
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:

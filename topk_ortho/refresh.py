@@ -356,9 +356,8 @@ class RefreshedPairs(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Take buffers of whatever size they were saved in; without any, those before the first call."""
-        fresh = RefreshedPairs().state_dict()
-        for name, buffer in fresh.items():
-            state_dict.setdefault(prefix + name, buffer)
+        if not any(name.startswith(prefix) for name in state_dict):
+            state_dict.update({prefix + name: buffer for name, buffer in RefreshedPairs().state_dict().items()})
         for name in ("candidates", "reference", "cut", "reach"):
             saved = state_dict.get(prefix + name)
             if saved is not None:

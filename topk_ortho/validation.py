@@ -27,11 +27,13 @@ def check_features(x: Any, dim: Any = 1, *, least_features: int = 2) -> None:
 
     With dim=0 it must be dense, and is [N, M].
     """
-    if not isinstance(dim, int) or isinstance(dim, bool) or dim not in (0, 1):
+    if isinstance(dim, bool) or not isinstance(dim, numbers.Integral) or dim not in (0, 1):
         raise ValueError(f"dim must be 1 (features are columns of x) or 0 (they are rows, as in W_dec), got {dim!r}")
+    dim = int(dim)
     if isinstance(x, SparseFeatures):
         _refuse_rows_of_sparse(dim)
         _check_sparse_features(x, least_features)
+        _refuse_transforms(x.values)
         return
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor or SparseFeatures, got {_describe(x)}")

@@ -374,7 +374,11 @@ NAN = normal(5, 8)
 NAN[2, 6] = torch.nan
 DIFFERENCES: dict[str, tuple[str, dict[str, Any], str]] = {
     "dtype": ("topk_pairs", {"x": normal(5, 8).double()}, "dtype of x must be the same on all ranks"),
-    "rows": ("topk_pairs", {"x": normal(6, 8)}, "number of rows of x must be the same on all ranks"),
+    "rows": (
+        "topk_pairs",
+        {"x": normal(6, 8)},
+        "must be the same on all ranks; rank 0 has 5, rank 1",
+    ),
     "fraction": ("topk_pairs", {"x": normal(5, 8), "fraction": 0.5}, "fraction must be the same on all ranks"),
     "state": ("topk_pairs", {"x": normal(5, 8), "state": initial_state()}, "state must be the same on all ranks"),
     "op": ("topk_pairs", {"x": normal(5, 8), "op": "topk_ortho_loss"}, "the op that is called must be the same"),

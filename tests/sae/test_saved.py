@@ -103,13 +103,20 @@ def test_weights_of_another_architecture(tmp_path):
             lambda folder: (folder / "sae_weights.safetensors").write_bytes(b"x"),
             "holds no dictionary in SAELens's format",
         ),
+        (lambda folder: (folder / "cfg.json").write_text("[1]"), "holds no dictionary in SAELens's format"),
+        (
+            lambda folder: (folder / "cfg.json").write_text('{"architecture": "gated"}'),
+            "holds a dictionary of architecture gated, not standard, topk, batchtopk, matryoshka_batchtopk, jumprelu",
+        ),
         (lambda folder: save_file({"W_enc": torch.ones(2, 3)}, folder / WEIGHTS), "holds no .*: it lacks 'W_dec'"),
         (
-            lambda folder: (folder / "cfg.json").write_text('{"normalize_activations": "layer_norm"}'),
+            lambda folder: (folder / "cfg.json").write_text(
+                '{"architecture": "standard", "normalize_activations": "layer_norm"}'
+            ),
             "has normalize_activations = 'layer_norm', which must be folded into the weights first",
         ),
     ],
-    ids=["no_config", "half_a_config", "damaged", "other_weights", "normalised"],
+    ids=["no_config", "half_a_config", "damaged", "a_list", "gated", "other_weights", "normalised"],
 )
 def test_what_cannot_be_read_is_named(break_it, message, tmp_path):
     save_saelens(make("standard"), tmp_path / "sae", {})

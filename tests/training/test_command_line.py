@@ -133,7 +133,7 @@ def help_of(arguments, capsys):
     return capsys.readouterr().out
 
 
-def test_help_is_a_page(capsys):
+def test_help_is_a_page(capsys, tmp_path):
     """Of settings that there are, with the values of the preset."""
     page = help_of(["--help"], capsys)
     assert len(page.splitlines()) < 60
@@ -146,6 +146,11 @@ def test_help_is_a_page(capsys):
         if option != "--out-dir":
             assert train.parse([option, value])[0] == PRESETS["minilm"], option
     assert "--sae.n-features 288" in help_of(["--preset", "toy-hierarchy", "-h"], capsys)
+    (tmp_path / "my.toml").write_text("[sae]\nn_features = 77\n")
+    page = help_of(["--config", str(tmp_path / "my.toml"), "--help"], capsys)
+    assert "--sae.n-features 77" in page
+    assert f"those shown here are of minilm, with those of {tmp_path / 'my.toml'} over it" in page
+    page = help_of(["-h"], capsys)
     assert f"all {len(flatten(TrainConfig().as_json()))} settings" in page
 
 

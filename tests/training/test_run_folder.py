@@ -237,6 +237,13 @@ def test_wandb_without_a_key_leaves_nothing(config, monkeypatch):
     assert content(config.out_dir) == {}
 
 
+def test_no_folder_is_made_where_nothing_goes_on(config, tmp_path):
+    nowhere = replace(config, out_dir=tmp_path / "a" / "b")
+    with pytest.raises(ValueError, match="b holds no run to go on with"):
+        train(nowhere, resume=True, start=False)
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_successor_is_resumed_or_made_anew(resume, config, capsys):
     train(config)

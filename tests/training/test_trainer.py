@@ -525,7 +525,14 @@ def test_a_finished_run_goes_on_with_more_steps(open_trainer, out_dir, capsys):
     assert message in capsys.readouterr().err
     assert longer.step == 6
     assert all(torch.equal(tensor, weights(longer)[name]) for name, tensor in weights(first).items())
-    assert not (out_dir / "summary.json").exists(), "it would count as finished"
+    assert (out_dir / "summary.json").exists(), "it has not begun yet, and may still fail"
+    step = longer.train_step
+
+    def checked(x):
+        assert not (out_dir / "summary.json").exists(), "it would count as finished"
+        return step(x)
+
+    longer.train_step = checked
     assert longer.fit()["steps"] == 12
     rates = {line["step"]: line["lr"] / 0.003 for line in lines(out_dir)}
     assert [rates[step] for step in (3, 4, 6)] == pytest.approx([1, 1, 1 / 3])
@@ -573,11 +580,23 @@ def test_a_run_begins_with_saved_weights(architecture, open_trainer, tmp_path):
 
 def test_saved_weights_of_another_size_are_refused(open_trainer, tmp_path):
     open_trainer(steps=2, out_dir=tmp_path / "first").fit()
-    message = r"init_from holds 32 features of width 16, and the run has sae.n_features = 40 on activations of width 16"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"init_from holds 32 features: sae.n_features must be 32, got 40"):
         open_trainer(steps=2, sae={"n_features": 40}, init_from=tmp_path / "first" / "sae", out_dir=tmp_path / "second")
     with pytest.raises(ValueError, match=r"nowhere holds no dictionary in SAELens's format, cfg.json and sae_weights"):
         open_trainer(steps=2, init_from=tmp_path / "nowhere", out_dir=tmp_path / "second")
+
+
+def test_a_longer_run_says_what_begins_anew(open_trainer, capsys):
+    settings = {
+        "sae": {"architecture": "topk", "l0_start": 9}, "penalty": {"warmup_fraction": 0.25}, "warmup_fraction": 0.5,
+    }  # fmt: skip
+    open_trainer(**settings, steps=4).fit()
+    open_trainer(**settings, steps=20, resume=True)
+    message = (
+        "falls to 0 from step 17; the learning rate rises until step 10; the weight of the penalty rises until step 5; "
+        "the number of active features falls until step 6"
+    )
+    assert message in capsys.readouterr().err
 
 
 def test_a_run_whose_rate_does_not_fall_says_so(open_trainer, capsys):

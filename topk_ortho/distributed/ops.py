@@ -287,7 +287,7 @@ class _Call(NamedTuple):
                 "the op that is called": op,
                 "dtype of x": values.dtype,
                 "form of x": "dense" if is_dense(x) else "sparse",
-                "number of rows of x": x.shape[1 - dim],
+                "number of rows of x, or of its columns with dim=0,": in_columns(x, dim).shape[0],
                 "type of the device of x": x.device.type,
                 "whether x needs a gradient": torch.is_grad_enabled() and values.requires_grad,
                 **{name: arg if isinstance(arg, (Number, str)) else repr(arg) for name, arg in arguments.items()},

@@ -15,6 +15,7 @@ from topk_ortho.sae.batchtopk import BatchTopKSAE
 from topk_ortho.sae.jumprelu import JumpReLUSAE
 
 _WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
+_ARCHITECTURES = ("standard", "topk", "batchtopk", "matryoshka_batchtopk", "jumprelu")
 _NEUTRAL = {"normalize_activations": ("none",), "reshape_activations": ("none", "hook_z")}
 """What settings of a file that change its input must be"""
 
@@ -58,15 +59,18 @@ def read_saelens(folder: Path) -> SavedDictionary:
         imitate. The message names the folder.
     """
     try:
-        config: dict[str, Any] = json.loads((folder / "cfg.json").read_text())
+        config: dict[str, Any] = dict(json.loads((folder / "cfg.json").read_text()))
         weights = {name: tensor.float() for name, tensor in load_file(folder / "sae_weights.safetensors").items()}
         W_enc, W_dec, b_enc, b_dec = (weights[name] for name in _WEIGHTS)
     except KeyError as error:
         raise ValueError(f"{folder} holds no dictionary that can be trained on: it lacks {error}") from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"{folder} holds no dictionary in SAELens's format, cfg.json and sae_weights.safetensors: {error}"
         ) from error
+    architecture = str(config.get("architecture")).removeprefix("topk_ortho_")
+    if architecture not in _ARCHITECTURES:
+        raise ValueError(f"{folder} holds a dictionary of architecture {architecture}, not {', '.join(_ARCHITECTURES)}")
     for name, allowed in _NEUTRAL.items():
         if config.get(name, "none") not in allowed:
             raise ValueError(f"{folder} has {name} = {config[name]!r}, which must be folded into the weights first")
@@ -76,6 +80,13 @@ def read_saelens(folder: Path) -> SavedDictionary:
     saved = SavedDictionary(W_enc, W_dec, b_enc, b_dec, weights.get("threshold"))
     # the form that SAELens trains TopK in: it chooses by activation times length
     return saved.of_unit_length() if config.get("rescale_acts_by_decoder_norm") else saved
+
+
+def check_size(saved: SavedDictionary, n_features: int) -> None:
+    """Refuse a dictionary of another number of features, with a ValueError that says what to set."""
+    size = len(saved.W_dec)
+    if size != n_features:
+        raise ValueError(f"init_from holds {size} features: sae.n_features must be {size}, got {n_features}")
 
 
 @torch.no_grad()
@@ -90,12 +101,10 @@ def start_from_saved(sae: SparseAutoencoder, saved: SavedDictionary, scale: floa
     ValueError
         If the dictionaries differ in size. The message says how.
     """
-    sizes, wanted = tuple(saved.W_dec.shape), (sae.n_features, sae.W_dec.shape[1])
-    if sizes != wanted:
-        raise ValueError(
-            f"init_from holds {sizes[0]} features of width {sizes[1]}, and the run has sae.n_features = {wanted[0]} on "
-            f"activations of width {wanted[1]}"
-        )
+    check_size(saved, sae.n_features)
+    width, wanted = saved.W_dec.shape[1], sae.W_dec.shape[1]
+    if width != wanted:
+        raise ValueError(f"init_from holds directions of width {width}, and the activations have {wanted}")
     here = sae.parallel.rows_here(sae.n_features)
     sae.W_enc.copy_(saved.W_enc[here])
     sae.W_dec.copy_(saved.W_dec[here])

@@ -1,6 +1,7 @@
 """What `train.py --help` prints: the settings that most people change, on one page."""
 
 import textwrap
+from pathlib import Path
 
 from topk_ortho.training.config import TrainConfig, flatten
 from topk_ortho.training.presets import PRESETS
@@ -46,13 +47,14 @@ python train.py --out-dir runs/wide --resume             # go on where it was in
 torchrun --nproc-per-node 2 train.py                     # two processes hold the dictionary together"""
 
 
-def help_page(preset: str, config: TrainConfig) -> str:
-    """The page, with the values that a configuration has, which is named as a preset."""
+def help_page(preset: str, config: TrainConfig, file: Path | None = None) -> str:
+    """The page, with the values of a configuration: a preset, with the settings of a file over it if there is one."""
+    shown = preset if file is None else f"{preset}, with those of {file} over it"
     values = flatten(config.as_json())
     lines = ["usage: train.py [--preset NAME] [--config FILE] [--SETTING VALUE ...]", ""]
     lines += ["Train a sparse autoencoder with an orthogonality penalty in its loss.", ""]
     lines += [
-        _line("--preset NAME", f"start from the settings of a preset; those shown here are of {preset}:"),
+        _line("--preset NAME", f"start from the settings of a preset; those shown here are of {shown}:"),
         textwrap.indent(textwrap.fill(", ".join(PRESETS), 80, break_on_hyphens=False), " " * (_WIDTH + 4)),
         _line("--config FILE", "settings from a TOML file, or from the config.json of a run"),
         _line("--resume", "go on with the run in --out-dir; with more --steps, also one that is finished"),

@@ -20,6 +20,7 @@ from topk_ortho.activations.source import ActivationSource
 from topk_ortho.device import resolve_device
 from topk_ortho.distributed.parallel import Parallel
 from topk_ortho.distributed.ranks import Disconnected, FailedOnFirst
+from topk_ortho.sae.saved import check_size, read_saelens
 from topk_ortho.training.build import open_source
 from topk_ortho.training.config import TrainConfig, flatten
 from topk_ortho.training.interrupt import Interrupted, SignalGuard
@@ -94,10 +95,19 @@ def open_processes(config: TrainConfig) -> Iterator[Parallel]:
 
 
 def open_source_together(config: TrainConfig, parallel: Parallel) -> ActivationSource:
-    """The source of activations, opened by the first process first, which makes what its cache lacks."""
+    """The source of activations, opened by the first process first, which makes what its cache lacks.
+
+    Before that takes its time, it looks at the weights that the run begins with.
+    """
     opened: list[ActivationSource] = []
     device = resolve_device(config.device)
-    parallel.world.on_first(lambda: opened.append(open_source(config, device)))
+
+    def open_on_first() -> None:
+        if config.init_from is not None:
+            check_size(read_saelens(config.init_from), config.sae.n_features)
+        opened.append(open_source(config, device))
+
+    parallel.world.on_first(open_on_first)
     return opened[0] if opened else open_source(config, device)
 
 

@@ -85,6 +85,9 @@ def open_run(
     """
     out_dir = config.out_dir
     is_new = not out_dir.exists()
+    nothing_there = f"{out_dir} holds no run to go on with: check --out-dir; --auto-resume begins one where none is"
+    if is_new and resume and not start:
+        raise ValueError(nothing_there)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         # the system gives the lock back when the process ends, however it ends; the empty file stays
@@ -102,12 +105,8 @@ def open_run(
         if resume:
             folder = folder_to_resume(out_dir, overwrite=overwrite)
             if not start and not checkpoints(folder / "checkpoints") and _settings_in(out_dir) is None:
-                raise ValueError(
-                    f"{out_dir} holds no run to go on with: check --out-dir; --auto-resume begins one where none is"
-                )
+                raise ValueError(nothing_there)
             checkpoint = _checkpoint_to_go_on_from(folder, config)
-            if checkpoint is not None and checkpoint.step < config.steps:
-                (folder / "summary.json").unlink(missing_ok=True)  # of a run that was finished with fewer steps
         elif overwrite and _settings_in(out_dir) is not None:
             folder = successor
             remove_abandoned(successor)
@@ -239,17 +238,25 @@ def _checkpoint_to_go_on_from(folder: Path, config: TrainConfig) -> Checkpoint |
         tqdm.write(f"passed over: {problem}", file=sys.stderr)
     where = "no checkpoint yet, starting at step 0" if checkpoint is None else f"going on at step {checkpoint.step}"
     if checkpoint is not None and checkpoint.config["steps"] != config.steps:
-        where += f" of {config.steps} in place of {checkpoint.config['steps']}; {_schedules(config)}"
+        where += f" of {config.steps} in place of {checkpoint.config['steps']}; {_schedules(config, checkpoint.step)}"
     tqdm.write(f"{folder}: {where}", file=sys.stderr)
     return checkpoint
 
 
-def _schedules(config: TrainConfig) -> str:
-    """In words, how the learning rate goes on in a run whose number of steps has changed."""
+def _schedules(config: TrainConfig, step: int) -> str:
+    """In words, what depends on the number of steps in a run that goes on at a step with another number of them."""
     first = math.floor((1 - config.decay_fraction) * config.steps) + 1
-    if first > config.steps:
-        return f"the learning rate stays at {config.lr:g}"
-    return f"the learning rate is {config.lr:g}, and falls to 0 from step {first}"
+    stays = first > config.steps
+    words = [f"the learning rate {'stays at' if stays else 'is'} {config.lr:g}"]
+    if not stays:
+        words[0] += f", and falls to 0 from step {first}"
+    shares = {
+        "the learning rate rises": config.warmup_fraction,
+        "the weight of the penalty rises": config.penalty.warmup_fraction if config.penalty.target != "none" else 0.0,
+        "the number of active features falls": config.sae.l0_anneal_fraction if config.sae.l0_start else 0.0,
+    }
+    ends = {what: math.ceil(share * config.steps) for what, share in shares.items()}
+    return "; ".join([*words, *(f"{what} until step {end}" for what, end in ends.items() if end > step)])
 
 
 def _move_successor(folder: Path) -> None:

@@ -119,15 +119,17 @@ def check_arguments(arguments: Sequence[str], switches: Sequence[str]) -> None:
         if not value.strip():
             raise ValueError(f"{option} must have a value, got an empty one")
         if option.removeprefix("--") in groups:
-            meant = _setting_for(option.removeprefix("--"), value)
+            meant = _setting_for(option.removeprefix("--"), value).replace("_", "-")
             raise ValueError(f"{option} is a group of settings; did you mean --{meant} {value}?")
 
 
 def _setting_for(group: str, value: str) -> str:
-    """The setting of a group that has a value among its words; else the group's first."""
+    """The first setting of a group that has a value among its words, or takes a number if it is one, or takes text."""
+    is_number = re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", value) is not None
     settings = [(name, kind) for name, kind in _annotations(TrainConfig) if name.startswith(f"{group}.")]
     with_the_word = [name for name, kind in settings if value in _words(kind)]
-    return [*with_the_word, settings[0][0]][0].replace("_", "-")
+    of_its_kind = [name for name, kind in settings if (kind in (int, float)) == is_number]
+    return [*with_the_word, *of_its_kind][0]
 
 
 def _words(kind: Any) -> list[Any]:

@@ -550,6 +550,8 @@ class Trainer:
             open_pairs_log(self.config, self.folder, self.step) as log_pairs,
         ):
             write_whole(self.folder / "config.json", json.dumps(self.config.as_json(), indent=2) + "\n")
+            if self.step < self.config.steps:  # a run that was finished with fewer steps is unfinished again
+                (self.folder / "summary.json").unlink(missing_ok=True)
             yield log, log_pairs
 
     @contextmanager
