@@ -27,6 +27,17 @@ def test_windows_hold_the_joined_documents_between_special_tokens(tokenizer):
     assert text == ["a", "dictionary", "of", "features", "[SEP]", "one", "two", "three", "four", "five", "six", "[SEP]"]
 
 
+def test_the_side_on_which_a_tokenizer_pads_makes_no_difference():
+    """Windows are full: nothing is padded, whatever a tokenizer is set to."""
+    documents = ["a dictionary of features", "one two three four five six", "seven"]
+    config, windows = TextConfig(context_size=8, n_tokens=12), []
+    for side in ("left", "right"):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(ModelConfig()), padding_side=side)
+        windows.append(torch.cat(list(token_windows(documents, tokenizer, config))))
+        assert not (windows[-1] == tokenizer.pad_token_id).any()
+    assert torch.equal(*windows)
+
+
 def test_tokens_are_rounded_up_to_whole_windows(tokenizer):
     def endless():
         while True:

@@ -542,6 +542,19 @@ def test_a_finished_run_goes_on_with_more_steps(open_trainer, out_dir, capsys):
         open_trainer(**settings, steps=7, resume=True)
 
 
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
+def test_the_sparsity_weight_moves_the_number_of_active_features(architecture, open_trainer, tmp_path):
+    """A thousand times the weight brings jumprelu to its l0, and the standard architecture to few features."""
+    active = []
+    for weight in (1e-3, 1.0):
+        sae = {"architecture": architecture, "l0": 2, "sparsity_weight": weight, "initial_threshold": 0.1}
+        out_dir = tmp_path / str(weight)
+        active.append(open_trainer(sae=sae, steps=150, penalty={"target": "none"}, out_dir=out_dir).fit()["l0"])
+    assert active[0] > 2 * active[1]
+    if architecture == "jumprelu":
+        assert active[1] == pytest.approx(2, rel=0.5)
+
+
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka"])
 def test_the_number_of_active_features_is_annealed(architecture, open_trainer, out_dir):
     """In steps, in what is exported, and after a run that was interrupted in between."""
