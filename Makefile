@@ -3,6 +3,7 @@
 # make quick   environment, then linters, type checker and one test of each kind, for every change
 # make test    environment, then linters, type checker and every test
 # make compile environment, then what the compiler makes of every kernel, for four architectures; no GPU
+# make docs    environment, then the documentation, as pages in build/site
 # make bench   environment, then the benchmarks; make bench ARGS=--report makes tables and figures of the results
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train study quick test lint compile bench clean
+.PHONY: help train study quick test lint compile docs bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -20,7 +21,7 @@ help:
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed; set PYTHON="'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[study,bench,eval,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[study,bench,docs,eval,dev]'
 	touch $@
 
 # a causal language model, whose package depends on what runs it in C++, and SAEBench, which depends on torchvision
@@ -53,6 +54,13 @@ test: lint $(VENV)/without-dependencies
 
 compile: $(VENV)/installed
 	$(BIN)/python -m bench.compile_report
+
+# from a copy in which pages lie as they do here, so that links between them hold in both
+docs: $(VENV)/installed
+	rm -rf build/pages && mkdir -p build/pages/bench
+	cp -r *.md CITATION.cff docs build/pages && cp -r bench/results build/pages/bench
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/mkdocs.yml
+	@echo "the documentation is in build/site; open build/site/index.html"
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench $(ARGS)
