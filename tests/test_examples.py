@@ -2,12 +2,14 @@
 
 import importlib.util
 import re
+import shutil
 import sys
 from collections import namedtuple
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import sae_lens
 import torch
 from torch import nn
 
@@ -69,11 +71,50 @@ def _dictionary_learning(monkeypatch):
         monkeypatch.setitem(sys.modules, "dictionary_learning.trainers", trainers)
 
 
-@pytest.mark.usefixtures("_dictionary_learning")
+class Hub:
+    """Stands in for the client of the hub: keeps what is uploaded in a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def repo_info(self, repo_id):
+        return repo_id
+
+    def upload_folder(self, *, folder_path, path_in_repo, repo_id, allow_patterns, **_):
+        for path in folder_path.iterdir():
+            if path.name in allow_patterns:
+                target = self.folder / repo_id / path_in_repo / path.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target)
+
+    def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id, **_):
+        (self.folder / repo_id / path_in_repo).write_bytes(path_or_fileobj.read())
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder in which the stand-in has what is uploaded from another one."""
+    uploading = importlib.import_module("sae_lens.training.upload_saes_to_huggingface")
+    monkeypatch.setattr(uploading, "HfApi", lambda: Hub(tmp_path / "hub"))
+    monkeypatch.setattr(uploading, "_repo_file_exists", lambda *_: False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "hub"
+
+
+@pytest.mark.usefixtures("_dictionary_learning", "hub")
 @pytest.mark.parametrize(("code", "line"), list(examples()))
 def test_example(code, line):
     # the empty lines make a traceback name the line of the page
     exec(compile("\n" * line + code, PAGE, "exec"), {"__name__": "__main__"})
+
+
+def test_what_is_uploaded_is_what_saelens_loads(hub):
+    (code,) = (example.values[0] for example in examples() if example.id == "SAELens: a dictionary on the hub")
+    exec(code, {"__name__": "__main__"})
+    uploaded = hub / "me/my-saes/blocks.8.hook_resid_post"
+    assert {path.name for path in uploaded.iterdir()} == {"cfg.json", "sae_weights.safetensors"}
+    assert sae_lens.SAE.load_from_disk(uploaded).cfg.metadata.hook_name == "blocks.8.hook_resid_post"
+    assert "me/my-saes" in (hub / "me/my-saes/README.md").read_text()
 
 
 def test_the_loop_of_the_readme():
