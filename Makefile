@@ -59,7 +59,7 @@ compile: $(VENV)/installed
 docs: $(VENV)/installed
 	rm -rf build/pages && mkdir -p build/pages/bench
 	cp -r *.md CITATION.cff docs build/pages && cp -r bench/results build/pages/bench
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 	@echo "the documentation is in build/site; open build/site/index.html"
 
 bench: $(VENV)/installed
