@@ -76,7 +76,7 @@ BAD_COMMON = {
 }  # fmt: skip
 
 BAD_PRIORITY = {
-    "priority_short": (torch.ones(9), ValueError, r"priority must have shape \[10\], one number a column; got \[9\]"),
+    "priority_short": (torch.ones(9), ValueError, r"priority must have shape \[10\], one number a feature; got \[9\]"),
     "priority_2d": (torch.ones(10, 1), ValueError, r"priority must have shape \[10\].* got \[10, 1\]"),
     "priority_number": (3.0, ValueError, r"priority must have shape \[10\].* got \[\]"),
     "priority_complex": (torch.ones(10) + 0j, TypeError, r"priority must hold real .* torch\.complex64"),

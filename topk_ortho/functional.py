@@ -57,8 +57,8 @@ def topk_pairs(
         Share of the N(N-1)/2 pairs to select, in (0, 1]: ``k = max(1, int(N*(N-1)*fraction) // 2)``.
     dim : {1, 0}
         Where features are: 1 for columns of x, 0 for rows. So a decoder [n_features, d_in] goes in as it is with
-        ``dim=0``: ``topk_pairs(W_dec, dim=0)``. Where this documentation and error messages speak of columns, they
-        mean features. A sparse x takes 1 alone.
+        ``dim=0``: ``topk_pairs(W_dec, dim=0)``. Where this documentation, error messages and the results' ``rows`` and
+        ``cols`` speak of columns, they mean features. A sparse x takes 1 alone.
     k : int, optional
         Number of pairs, in [1, N(N-1)/2]; replaces `fraction`.
     tau : None, float in [0, 1) or "adaptive"

@@ -26,7 +26,9 @@ class TopKOrthoLoss(nn.Module):
     Parameters
     ----------
     fraction, dim, k, tau, n_std, similarity, reduction, backend, precision, structural_zeros
-        As in `topk_ortho_loss`; checked at the first call.
+        As in `topk_pairs` and `topk_ortho_loss`; checked at the first call. `fraction` is the share of all pairs that
+        is penalised, ``dim=0`` takes a decoder [n_features, d_in] as it is, and ``similarity="positive"`` leaves
+        opposite directions free, which is advised for decoders.
     refresh : {"exact", "adaptive", "certified"}
         "exact" compares all columns at every call. The others are for an x that changes slowly, such as a decoder, and
         compare them only when it is needed, see `RefreshedPairs`: "adaptive" keeps a measured share of the exact

@@ -185,7 +185,10 @@ def resolve_priority(priority: Any, n_features: int, device: torch.device) -> Te
         )
     if numbers_of_columns.shape != (n_features,):
         shape = list(numbers_of_columns.shape)
-        raise ValueError(f"priority must have shape [{n_features}], one number a column; got {shape}")
+        raise ValueError(
+            f"priority must have shape [{n_features}], one number a feature; got {shape} (features are columns of x, "
+            "or with dim=0 its rows)"
+        )
     return numbers_of_columns
 
 

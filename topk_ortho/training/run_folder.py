@@ -237,6 +237,8 @@ def _checkpoint_to_go_on_from(folder: Path, config: TrainConfig) -> Checkpoint |
     for problem in problems:
         tqdm.write(f"passed over: {problem}", file=sys.stderr)
     where = "no checkpoint yet, starting at step 0" if checkpoint is None else f"going on at step {checkpoint.step}"
+    if checkpoint is not None and checkpoint.step == config.steps:
+        where += ", the last one: nothing is left to train"
     if checkpoint is not None and checkpoint.config["steps"] != config.steps:
         where += f" of {config.steps} in place of {checkpoint.config['steps']}; {_schedules(config, checkpoint.step)}"
     tqdm.write(f"{folder}: {where}", file=sys.stderr)
