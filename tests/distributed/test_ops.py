@@ -21,6 +21,7 @@ from tests.tolerances import (
     loss_bound,
 )
 from topk_ortho import SparseFeatures, TopKPairs, distributed, initial_state
+from topk_ortho.backends.tile_stream import TileStream
 from topk_ortho.definitions import first_in_order
 
 N_RANKS = [1, 2, 3, 4]
@@ -436,3 +437,29 @@ def _largest_cosines(group: dist.ProcessGroup, x: Tensor, form: str) -> tuple[Te
     features, cosines = distributed.largest_cosines(mine, group=group)
     assert not cosines.requires_grad
     return features, cosines
+
+
+def _pairs_computed(group: dist.ProcessGroup, x: Tensor) -> int:
+    """How many pairs this rank has multiplied in one selection."""
+    counts, add = [], TileStream.add
+
+    def counted(stream, row, col, products, norms, *, is_diagonal):
+        n_rows, n_cols = products.shape
+        counts.append(int(torch.ones(n_rows, n_cols).triu(1).sum()) if is_diagonal else n_rows * n_cols)
+        add(stream, row, col, products, norms, is_diagonal=is_diagonal)
+
+    TileStream.add = counted
+    try:
+        distributed.topk_pairs(x[:, columns_of(x, group, "even")], 0.05, group=group, state=initial_state())
+    finally:
+        TileStream.add = add
+    return sum(counts)
+
+
+@pytest.mark.parametrize("n_ranks", [2, 3, 4])
+def test_every_pair_is_multiplied_once_and_ranks_have_equal_shares(n_ranks: int, ranks: Pool):
+    """Within 5%, where the columns are many more than the ranks."""
+    n = 600
+    shares = ranks.run(n_ranks, _pairs_computed, normal(3, n))
+    assert sum(shares) == n * (n - 1) // 2
+    assert max(shares) <= 1.05 * sum(shares) / n_ranks
