@@ -142,7 +142,7 @@ class TestState:
 
     @pytest.mark.parametrize("options", [{}, {"refresh": "adaptive"}], ids=str)
     def test_a_checkpoint_made_without_it_is_loaded(self, options):
-        """As of a model that had no penalty then."""
+        """A model that gains a penalty loads what was saved before, and the penalty begins as if it was new."""
 
         def model():
             return torch.nn.ModuleDict({"sae": torch.nn.Linear(2, 3), "penalty": TopKOrthoLoss(k=4, **options)})

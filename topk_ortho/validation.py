@@ -6,7 +6,7 @@ hand.
 
 import numbers
 from collections.abc import Sequence
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -53,9 +53,8 @@ def check_features(x: Any, dim: Any = 1, *, least_features: int = 2) -> None:
 
 
 def in_columns(x: _Features, dim: int) -> _Features:
-    """An x that has been checked, with its features in columns."""
-    columns: Any = x.T if dim == 0 and isinstance(x, Tensor) else x
-    return columns  # type: ignore[no-any-return]
+    """An x that `check_features` has passed, with its features in columns."""
+    return cast("_Features", x.T) if dim == 0 and isinstance(x, Tensor) else x
 
 
 def _refuse_transforms(x: Tensor) -> None:

@@ -125,7 +125,7 @@ def test_report_fills_the_page_and_draws_figures(tmp_path, monkeypatch):
 
 
 def test_the_report_of_a_gpu(tmp_path):
-    """Both dtypes in the figure; in the page a table of its own, beside that of the CPU."""
+    """Results of a GPU make a figure, and fill their own table in the page; that of the CPU stays as it was."""
     seconds = {"topk_ortho_warm": 0.5, "half_gemm": 0.4, "chunked": 2.0, "naive_compiled": 1.0}
     page = tmp_path / "benchmarks.md"
     names = ("bench", "gpu-bench")

@@ -134,7 +134,7 @@ def help_of(arguments, capsys):
 
 
 def test_help_is_a_page(capsys, tmp_path):
-    """Of settings that there are, with the values of the preset."""
+    """Every option that it shows exists, and the value beside it is that of the preset."""
     page = help_of(["--help"], capsys)
     assert len(page.splitlines()) < 60
     assert max(map(len, page.splitlines())) <= 120

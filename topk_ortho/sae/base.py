@@ -100,7 +100,7 @@ class SparseAutoencoder(nn.Module, ABC):
         self.W_enc.copy_(self.W_dec * self._encoder_scale)
 
     def is_of_features(self, name: str) -> bool:
-        """Whether a parameter or buffer, such as W_dec, has one row a feature; b_dec, for one, has none.
+        """Whether a parameter or buffer has one row for each feature, as W_dec has and b_dec has not.
 
         Where several processes hold the SAE, each has the rows of its own features, and a copy of everything else.
         """

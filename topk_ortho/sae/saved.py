@@ -35,7 +35,11 @@ class SavedDictionary(NamedTuple):
     """[n_features], what a pre-activation must exceed; None if the architecture has no such thing"""
 
     def of_unit_length(self) -> "SavedDictionary":
-        """The same with decoder directions of length 1, and encoders that make up for it; zero rows stay."""
+        """A dictionary that computes the same, whose decoder directions have length 1.
+
+        Each feature's encoder, bias and threshold are multiplied by what its direction was divided by. A direction of
+        length 0 stays as it is.
+        """
         lengths = torch.linalg.vector_norm(self.W_dec, dim=1)
         lengths = torch.where(lengths > EPS, lengths, 1.0)
         threshold = None if self.threshold is None else self.threshold * lengths

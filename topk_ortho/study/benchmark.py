@@ -65,7 +65,7 @@ class Benchmark(NamedTuple):
         return None
 
     def has_judged(self, folder: Path) -> bool:
-        """Whether SAEBench has finished all evaluations of `evals` for the dictionary in the folder of a run."""
+        """Whether the folder of a run holds the result of every evaluation of SAEBench that the study asks for."""
         return len(self.results(folder)) == len(self.evals)
 
     def results(self, folder: Path) -> dict[str, dict[str, Any]]:

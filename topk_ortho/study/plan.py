@@ -120,7 +120,7 @@ class PlannedRun(NamedTuple):
 
     @property
     def is_done(self) -> bool:
-        """Whether training is finished and, in a study that asks for it, SAEBench: nothing of the run is left to do.
+        """Whether nothing of the run is left to do: trained and, if the study asks for it, judged by SAEBench.
 
         Raises
         ------

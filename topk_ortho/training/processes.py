@@ -138,7 +138,10 @@ def refuse_what_cannot_be_trained_together(config: TrainConfig, parallel: Parall
 
 
 def _is_first_to_say(message: str) -> bool:
-    """Whether this process is the first to ask this for a message, so that only one of several prints it."""
+    """Whether no other process has asked this about the same message yet.
+
+    Several processes often fail in the same words. The one that asks first prints them, the others stay silent.
+    """
     try:
         return bool(_store().add(f"said {hashlib.sha256(message.encode()).hexdigest()}", 1) == 1)
     except RuntimeError:  # the process that kept the store is gone
