@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
 from tests import oracle
 from tests.inputs import dyadic, normal, seeded
@@ -126,13 +127,28 @@ def test_a_candidate_that_falls_below_tau_is_dropped(refresh):
         assert pairs.threshold == 0.5
 
 
-@pytest.mark.parametrize(("n_found", "factor"), [(100, 2.0), (99, 2.0), (97, 5 / 3), (95, 1.0), (94, 5 / 6), (50, 0.5)])
-def test_the_next_refresh_follows_from_what_was_missed(n_found, factor):
-    """If 5 of 100 pairs may be missed, columns may move 5 / n times as far where n were, but half to twice as far."""
+@pytest.mark.parametrize(
+    ("n_found", "n_exact", "counted"),
+    [(100, 100, 0.5), (97, 100, 3.5), (50, 100, 50.5), (0, 100, 100.5), (2, 2, 0.05), (1, 2, 1.05), (0, 0, None)],
+)
+def test_the_next_refresh_follows_from_what_was_missed(n_found, n_exact, counted):
+    """If 5% may be missed, columns may move z / 1.645 times as far, where the share that was missed lies beyond z."""
     select = RefreshedPairs(recall=0.95)
-    select._plan(torch.arange(n_found), torch.arange(100), torch.tensor(0.01))
+    select._plan(torch.arange(n_found), torch.arange(n_exact), torch.tensor(0.01))
+    factor = 2.0 if counted is None else max(0.25, norm.isf(min(1, counted / n_exact)) / norm.isf(0.05))
     assert select.reach == pytest.approx(0.01 * factor)
-    assert select.recall == n_found / 100
+    assert math.isnan(select.recall) if counted is None else select.recall == n_found / n_exact
+    if n_found == n_exact:
+        assert select.reach > 0.01
+
+
+def test_the_next_refresh_is_when_the_share_that_may_be_missed_is_expected():
+    """Where cosines change by normally distributed amounts, from whatever distance was tried."""
+    for tried in (0.5, 0.8, 1.2, 1.6):  # of a gap that 1 standard deviation crosses where columns have moved by 1
+        select = RefreshedPairs(recall=0.95)
+        n_missed = round(10_000 * norm.sf(1 / tried))
+        select._plan(torch.arange(n_missed, 10_000), torch.arange(10_000), torch.tensor(tried))
+        assert norm.sf(1 / select.reach) == pytest.approx(0.05, rel=0.01)
 
 
 @pytest.mark.parametrize("query", QUERIES.values(), ids=QUERIES)
@@ -185,7 +201,7 @@ def test_a_norm_that_jumps_changes_no_cosine():
 @pytest.mark.quick
 def test_adaptive_refreshes_by_how_far_columns_have_moved():
     """Not at all while they rest, and at once when they move faster than before."""
-    select = RefreshedPairs(k=K)
+    select = RefreshedPairs(k=K, recall=0.9)
     assert math.isnan(select.recall)
     assert all(map(math.isnan, select.recall_interval))
     x, generator = normal(M, N), seeded(5)
@@ -201,7 +217,7 @@ def test_adaptive_refreshes_by_how_far_columns_have_moved():
     select(x)
     assert is_refresh(select)
     assert select.recall == 1.0
-    assert select.reach == pytest.approx(2e-5, rel=0.1)
+    assert select.reach == pytest.approx(1e-5 * norm.isf(0.5 / K) / norm.isf(0.1), rel=0.1)
     x = move(1e-5)
     select(x)
     assert not is_refresh(select)
@@ -422,8 +438,8 @@ def test_reset_forgets():
     ("arguments", "message"),
     [
         ({"refresh": "sometimes"}, "refresh must be one of .*'adaptive', 'certified', got 'sometimes'"),
-        ({"recall": 1.0}, r"recall must be in \(0, 1\), got 1.0"),
-        ({"recall": 0.0}, r"recall must be in \(0, 1\), got 0.0"),
+        ({"recall": 1.0}, r"recall must be in \(0.5, 1\), got 1.0"),
+        ({"recall": 0.5}, r"recall must be in \(0.5, 1\), got 0.5"),
         ({"margin": 0.5}, "margin must be at least 1, got 0.5"),
         ({"margin": math.nan}, "margin must be at least 1, got nan"),
         ({"margin": math.inf}, "margin must be at least 1, got inf"),

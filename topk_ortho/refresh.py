@@ -6,10 +6,13 @@ pair that was no candidate and has become one of the k most similar since. How f
 to be expected. With x_hat the columns divided by their lengths, and r those at the refresh, column i has moved by
 d_i = ||x_hat_i - r_i||.
 
-**Adaptive.** A refresh is due when the columns have moved by more than `reach` on average. Then it is counted how many
+**Adaptive.** A refresh is due when columns have moved by more than `reach` on average. Then it is counted how many
 of the exact pairs the old candidates give. This is the recall of candidates that are a call older than any that were
-used. More pairs are missed the farther columns move, and from this follows the next `reach`. Columns that have moved by
-more than `JUMP`, such as one that was resampled, are compared with all others at once.
+used. A pair is missed that was behind the candidates by a gap and has come closer by more than that. If cosines have
+changed by normally distributed amounts, in proportion to how far columns have moved, then the share of pairs that are
+missed tells how many standard deviations the gap is, and from this follows the `reach` at which the share that may be
+missed is expected. Columns that have moved by more than `JUMP`, such as one that was resampled, are compared with all
+others at once.
 
 **Certified.** As the columns have length 1,
 
@@ -22,6 +25,7 @@ time for a refresh. The selection is always exact.
 
 import math
 import warnings
+from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -60,6 +64,8 @@ _GATHERED_ELEMENTS = 2**25
 """Elements of x that are gathered at a time for the pairs"""
 _CACHED_ELEMENTS = 2**18
 """Elements that stay in the cache of a CPU's core"""
+_LEAST_STEP = 0.25
+"""Share of the distance they have moved that columns may move until the next refresh, however many pairs were missed"""
 _Z = 1.959964  # 97.5% quantile of the normal distribution
 
 
@@ -98,7 +104,7 @@ class RefreshedPairs(nn.Module):
     refresh : {"adaptive", "certified"}
         When all pairs are compared: as often as the measured recall asks for, or wherever it cannot be excluded that
         the selection has changed beyond the candidates, so that it is always exact.
-    recall : float in (0, 1), default 0.99
+    recall : float in (0.5, 1), default 0.99
         The share of the exact selection that "adaptive" aims at. It follows what was measured at the last refreshes,
         and is no guarantee for the calls since. The attribute `recall` is what was measured.
     margin : float, at least 1, default 4.0
@@ -172,8 +178,8 @@ class RefreshedPairs(nn.Module):
         check_word("refresh", refresh, Refresh)
         check_number("recall", recall)
         check_number("margin", margin)
-        if not 0 < recall < 1:
-            raise ValueError(f"recall must be in (0, 1), got {recall}")
+        if not 0.5 < recall < 1:
+            raise ValueError(f"recall must be in (0.5, 1), got {recall}")
         if not 1 <= margin < math.inf:
             raise ValueError(f"margin must be at least 1, got {margin}")
         _refuse_adaptive(tau)
@@ -314,8 +320,12 @@ class RefreshedPairs(nn.Module):
         """Measure the recall of candidates whose columns have moved so far, and plan the next refresh by it."""
         n_found, n_exact = int(torch.isin(exact, found).sum()), exact.numel()
         self.audit.copy_(torch.tensor([n_found, n_exact]))
-        missed, allowed = n_exact - n_found, (1 - self.recall_target) * n_exact
-        self.reach = moved * (min(2.0, max(0.5, allowed / missed)) if missed else 2.0)
+        if n_exact:
+            allowed = 1 - self.recall_target
+            missed = (n_exact - n_found + min(0.5, allowed * n_exact / 2)) / n_exact  # 0 of few does not mean none
+            self.reach = moved * max(_LEAST_STEP, _deviations(missed) / _deviations(allowed))
+        else:  # there was nothing to miss
+            self.reach = 2 * moved
 
     def _certified_drift(self, cosines: Tensor, query: Query, n_rows: int) -> float:
         """How far one column of every pair must have moved that was no candidate and is selected now.
@@ -387,6 +397,11 @@ class _Cosines(torch.autograd.Function):
         x, norms, cosines, rows, cols, priority = ctx.saved_tensors
         pairs = custom_ops.weighted_pairs(rows, cols, grads[0], priority)
         return custom_ops.pair_gradient(x, norms, cosines, *pairs, ctx.backend, False), *[None] * 6
+
+
+def _deviations(share: float) -> float:
+    """Standard deviations that a normally distributed number exceeds with this probability."""
+    return NormalDist().inv_cdf(1 - share) if share < 1 else -math.inf
 
 
 def _refuse_adaptive(tau: object) -> None:
