@@ -1,9 +1,13 @@
-"""The figure that explains the op, drawn from a real call: python -m bench.idea bench/results/idea.png."""
+"""The figures that explain absorption and the op, drawn by ``python -m bench.idea``.
 
-import sys
+They are written to bench/results: absorption.png is a sketch, idea.png is drawn from a real call.
+"""
+
+from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -11,9 +15,46 @@ from topk_ortho import topk_pairs
 
 _N, _M, _TILE = 192, 48, 48
 _BLUE, _GREY, _RED = "#2a6fbb", "#999999", "#c44e52"
+_RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def main(path: str) -> None:
+def main() -> None:
+    """Draw both."""
+    absorption().savefig(_RESULTS / "absorption.png", dpi=150)
+    idea().savefig(_RESULTS / "idea.png", dpi=150)
+
+
+def absorption() -> Figure:
+    """Directions and activity of two features as they should be, and where one has absorbed the other."""
+    figure = Figure(figsize=(9, 2.4), layout="constrained")
+    kept, absorbed = figure.subplots(1, 2)
+    _directions(kept, 0.0, "two features, one for each meaning")
+    _directions(absorbed, 45.0, "absorbed: one feature stands for both meanings")
+    return figure
+
+
+def _directions(axes: Axes, angle: float, title: str) -> None:
+    """Two decoder directions, the second turned towards the first, and which feature is active on which word."""
+    special = np.deg2rad(angle)
+    for end, color in (((1.0, 0.0), _BLUE), ((np.sin(special), np.cos(special)), _RED)):
+        axes.annotate("", end, (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 2.2})
+    axes.text(0.62, -0.13, "“starts with s”", color=_BLUE, fontsize=9, ha="center")
+    axes.text(*((-0.04, 0.5, "“short”") if angle == 0 else (0.3, 0.5, "“short”")), color=_RED, fontsize=9, ha="right")
+    axes.text(0.1, 1.08, f"cosine {np.sin(special):.1f}", color="#444444", fontsize=9)
+    for row, (word, is_active) in enumerate((("sun", (1, 0)), ("sea", (1, 0)), ("short", (angle == 0, 1)))):
+        y = 0.72 - 0.27 * row
+        axes.text(1.62, y, word, fontsize=9, ha="right", va="center")
+        for at, (color, active) in enumerate(zip((_BLUE, _RED), is_active, strict=True)):
+            axes.scatter(1.75 + 0.16 * at, y, s=70, facecolors=color if active else "none", edgecolors=color)
+    note = "both active" if angle == 0 else "silent, though\nthe word starts with s"
+    axes.text(2.06, 0.18, note, fontsize=8, va="center", color=_BLUE if angle else "#444444")
+    axes.text(1.3, 0.98, "active on", fontsize=9, color="#444444")
+    axes.set(xlim=(-0.35, 2.75), ylim=(-0.22, 1.2), aspect="equal")
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_axis_off()
+
+
+def idea() -> Figure:
     """Left: the tiles and the selected pairs. Right: all cosines, the threshold, and a guess at rank 1.35 k."""
     x = torch.randn(_M, _N, generator=torch.Generator().manual_seed(0))
     x[:, 1::6] += 0.9 * x[:, ::6]  # some features lean on others
@@ -49,8 +90,8 @@ def main(path: str) -> None:
     right.set(xlabel="|cosine| of a pair", ylabel="pairs")
     right.spines[["top", "right"]].set_visible(False)
     right.set_title("2. keep what exceeds the guess, select among those", fontsize=9, loc="left")
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -1,4 +1,4 @@
-"""Every block of EXAMPLES.md runs as it stands, and so do those of other pages; links lead somewhere."""
+"""Every block of docs/examples.md runs as it stands, and so do those of other pages; links lead somewhere."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ from torch import nn
 from topk_ortho.sae import TopKSAE
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "EXAMPLES.md"
+PAGE = ROOT / "docs/examples.md"
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/results/*.md")]
 
 

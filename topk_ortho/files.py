@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock
 from safetensors import SafetensorError
 
 _PROCESS = uuid.uuid4().hex
@@ -77,6 +78,27 @@ def finished_folder(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def made_once(path: Path) -> Iterator[None]:
+    """Let one process or thread at a time make the file at `path`; others wait until its block has ended.
+
+    Whoever has waited must look whether the file is there by then. Where the folder cannot be written, or the file
+    system has no locks, nobody waits.
+    """
+    lock = FileLock(path.with_name(path.name + ".lock"), thread_local=False)
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -3,6 +3,9 @@ import errno
 import json
 import os
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -124,6 +127,35 @@ def test_two_that_tokenise_at_a_time_end_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(Text, "documents", beside_another)
     open_source(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_runs_at_the_same_time_make_each_shard_once(source, tmp_path, monkeypatch):
+    """A second run asks for each while the first one makes it; what failed is made by the one that has waited."""
+    first, second = open_source(tmp_path), open_source(tmp_path)
+    compute, asked, n_made = TransformerActivations._compute, threading.Event(), []
+
+    def slowly(self, number):
+        n_made.append(number)
+        if self is first:
+            asked.wait(10)
+            time.sleep(0.2)  # the second one waits by now, or makes it too
+            if number == 2:
+                raise RuntimeError("it failed")
+        return compute(self, number)
+
+    monkeypatch.setattr(TransformerActivations, "_compute", slowly)
+    with ThreadPoolExecutor(1) as other:
+        for number in (1, 2):
+            asked.clear()
+            made = other.submit(first.shard, number)
+            while len(n_made) < number:
+                time.sleep(0.01)
+            asked.set()
+            assert torch.equal(second.shard(number), source.shard(number))
+            assert isinstance(made.exception(), RuntimeError) == (number == 2)
+    assert n_made == [1, 2, 2]
+    (folder,) = tmp_path.iterdir()
+    assert sorted(path.name for path in folder.glob("shard*")) == [f"shard-0000{n}.safetensors" for n in range(3)]
 
 
 def test_without_a_cache_shards_are_made_anew(source, tmp_path, monkeypatch):

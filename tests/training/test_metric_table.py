@@ -7,7 +7,7 @@ ALWAYS = ["Explained variance", "L0", "Dead features", "Mean max decoder cosine"
 
 
 def test_the_table_in_the_documentation_is_this_one():
-    assert f"\n\n{as_markdown()}\n\n" in (ROOT / "TRAINING.md").read_text()
+    assert f"\n\n{as_markdown()}\n\n" in (ROOT / "docs/metrics.md").read_text()
 
 
 def test_every_metric_stands_once():

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from topk_ortho.activations.config import CacheDtype, ModelConfig, TextConfig
 from topk_ortho.activations.text import Text, special_tokens_of, token_windows, tokenizer_identity
 from topk_ortho.activations.transformer import Transformer
-from topk_ortho.files import finished_as, finished_folder, remove_abandoned
+from topk_ortho.files import finished_as, finished_folder, made_once, remove_abandoned
 
 _FORMAT = 2
 """To be raised when this package makes other tokens or activations of the same text and model."""
@@ -126,8 +126,12 @@ class TransformerActivations:
         path = self._path(number)
         if path.is_file():
             return self._read(path, self._n_ordinary[number], self._dtype)
-        activations = self._compute(number)
-        if self._is_kept:
+        if not self._is_kept or self._is_unsaved:
+            return self._compute(number)
+        with made_once(path):  # runs that need it at the same time wait, and read it
+            if path.is_file():
+                return self._read(path, self._n_ordinary[number], self._dtype)
+            activations = self._compute(number)
             self._save(activations, path)
         return activations
 

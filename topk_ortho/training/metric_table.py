@@ -1,4 +1,4 @@
-"""Every number that a run reports, with its name and meaning: for the terminal, the report and TRAINING.md.
+"""Every number that a run reports, with its name and meaning: for the terminal, the report and docs/metrics.md.
 
 A number that is not defined, such as a share of nothing, is null in the files, and "not measured" for readers.
 """
@@ -223,7 +223,7 @@ def headlines(summary: Mapping[str, Any]) -> Iterator[Headline]:
 
 
 def as_markdown() -> str:
-    """The table of all metrics as it stands in TRAINING.md."""
+    """The table of all metrics as it stands in docs/metrics.md."""
     return "\n".join(["| metric | meaning |", "|---|---|", *(f"| `{m.key}` | {m.meaning} |" for m in METRICS)])
 
 
