@@ -6,7 +6,9 @@ import random
 import signal
 import sys
 import time
+from pydoc_data.topics import topics
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,16 +23,19 @@ ARGUMENTS = [
     "--sae.dead-features", "resample", "--sae.resample-every", "9", "--dead-after-tokens", "1000",
 ]  # fmt: skip
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["train"])  # its imports take longer than these runs
+# imports take longer than these runs
+PROCESSES.set_forkserver_preload(
+    ["train", "topk_ortho.training.trainer", "topk_ortho.training.results", "topk_ortho.activations.cache"]
+)
 
 
 class Run:
     """`python train.py` in a process of its own."""
 
-    def __init__(self, out_dir, *more):
+    def __init__(self, out_dir, *more, arguments=ARGUMENTS, data_set=None):
         self._log = out_dir.with_suffix(".log")
-        arguments = ["train.py", *ARGUMENTS, "--out-dir", str(out_dir), *more]
-        self._process = PROCESSES.Process(target=_train, args=(arguments, self._log))
+        arguments = ["train.py", *arguments, "--out-dir", str(out_dir), *more]
+        self._process = PROCESSES.Process(target=_train, args=(arguments, self._log, data_set))
         self._process.start()
 
     @property
@@ -40,13 +45,21 @@ class Run:
     def send(self, number):
         os.kill(self._process.pid, number)
 
+    def kill_when(self, condition):
+        while self.is_running and not condition():
+            time.sleep(0.005)
+        self.send(signal.SIGKILL)
+        code, output = self.end()
+        assert code == -signal.SIGKILL, output
+
     def end(self):
         """Wait for the end; the exit status and what was printed."""
         self._process.join()
         return self._process.exitcode, self._log.read_text()
 
 
-def _train(arguments, log):
+def _train(arguments, log, data_set):
+    datasets.load_dataset_builder = lambda *names, revision: data_set
     sys.argv = arguments
     with log.open("w") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
@@ -100,3 +113,59 @@ def test_sigterm_saves_exits_and_goes_on(whole, tmp_path):
     assert "going on at step" in output
     expected, actual = (load_file(run / "sae" / "sae_weights.safetensors") for run in (whole, out_dir))
     assert all(torch.equal(tensor, actual[key]) for key, tensor in expected.items())
+
+
+DOCUMENTS = [f"{title}. {text}" for title, text in sorted(topics.items())[:40]]
+STREAMED = [
+    "--preset", "minilm", "--text.source", "owner/name", "--text.n-tokens", "4096", "--text.context-size", "32",
+    "--sae.n-features", "256", "--sae.l0", "8", "--steps", "45", "--batch-size", "256", "--checkpoint-every", "5",
+    "--held-out-tokens", "512", "--buffer-tokens", "2048", "--eval-every", "45",
+]  # fmt: skip
+
+
+class HubDataSet:
+    """Stands in for a data set on the hub, whose stream does not go on while a file is there."""
+
+    hash = "0123abcd"
+
+    def __init__(self, barrier):
+        self._barrier = barrier
+
+    def as_streaming_dataset(self, split):
+        for number, document in enumerate(DOCUMENTS):
+            while number == 3 and self._barrier.exists():
+                self._barrier.write_text("reached")
+                time.sleep(0.01)
+            yield {"text": document}
+
+
+def test_killed_while_it_streams_reads_and_goes_through_epochs(tmp_path):
+    """Killed in the data set's stream, in the transformer's pass, and in the second and third epoch of training."""
+    whole, out_dir = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
+    for folder in (whole, out_dir):
+        folder.parent.mkdir()
+    barrier = tmp_path / "barrier"
+
+    def run_into(out_dir):
+        cache = ["--cache-dir", str(out_dir.parent / "cache")]
+        return Run(out_dir, "--auto-resume", *cache, arguments=STREAMED, data_set=HubDataSet(barrier))
+
+    code, output = run_into(whole).end()
+    assert code == 0, output
+
+    barrier.touch()
+    run_into(out_dir).kill_when(lambda: barrier.read_text() == "reached")
+    barrier.unlink()
+    cache = out_dir.parent / "cache"
+    assert not [path for path in cache.glob("*") if not path.name.startswith("unfinished")]  # nothing but what is left
+    run_into(out_dir).kill_when(lambda: any(cache.glob("*/shard-*.safetensors")))
+    for step in (20, 35):  # an epoch is at most 15 steps of 256 tokens
+        checkpoint = out_dir / "checkpoints" / f"step-{step:08}"
+        run_into(out_dir).kill_when(checkpoint.is_dir)
+    code, output = run_into(out_dir).end()
+    assert code == 0, output
+    assert "going on at step" in output
+    for name in ("sae/sae_weights.safetensors", "checkpoints/step-00000045/state.safetensors"):
+        expected, actual = load_file(whole / name), load_file(out_dir / name)
+        assert expected.keys() == actual.keys()
+        assert [key for key, tensor in expected.items() if not torch.equal(tensor, actual[key])] == []
