@@ -123,3 +123,27 @@ def test_what_cannot_be_read_is_named(break_it, message, tmp_path):
     break_it(tmp_path / "sae")
     with pytest.raises(ValueError, match=f"sae {message}"):
         read_saelens(tmp_path / "sae")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", BUILD)
+def test_there_and_back_in_a_dtype_of_saelens(name, dtype, tmp_path):
+    """SAELens loads it, holds it in another dtype and writes it again: what is read are its weights, rounded once."""
+    sae = make(name)
+    if name == "jumprelu":
+        sae.threshold.data = torch.linspace(0.0, 1.0, N)
+    save_saelens(sae.eval(), tmp_path / "sae", {})
+    theirs = sae_lens.SAE.load_from_disk(tmp_path / "sae", dtype=str(dtype).removeprefix("torch."))
+    assert all(weight.dtype == dtype for weight in theirs.parameters())
+    theirs.save_model(tmp_path / "again")
+    before, after = read_saelens(tmp_path / "sae"), read_saelens(tmp_path / "again")
+    for expected, actual in zip(before, after, strict=True):
+        assert (expected is None) == (actual is None)
+        if expected is not None:
+            assert actual.dtype == torch.float32
+            assert torch.equal(actual, expected.to(dtype).float())
+    x = inputs(50)
+    twin = BUILD[name]().eval()
+    start_from_saved(twin, after, 1.0)
+    on_rounded = theirs.to(torch.float32)
+    torch.testing.assert_close(twin(x).reconstruction, on_rounded(x), rtol=1e-4, atol=1e-4)
