@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shlex
 import shutil
 import sys
 from collections import namedtuple
@@ -13,7 +14,10 @@ import sae_lens
 import torch
 from torch import nn
 
+import train
 from topk_ortho.sae import TopKSAE
+from topk_ortho.study.plan import load_study
+from topk_ortho.training.config import TrainConfig, flatten
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/examples.md"
@@ -135,6 +139,46 @@ def test_sparse_features_of_the_ops():
     exec(code, names)
     names["pairs"].values.sum().backward()
     assert names["pre_activations"].grad.abs().sum() > 0
+
+
+def commands():
+    """Arguments of every call of train.py in a block of a page."""
+    for page in PAGES:
+        for block in re.findall(r"^```\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE):
+            for line in re.findall(r"^\S*(?:python|torchrun) .*\btrain\.py\b.*$", block, flags=re.MULTILINE):
+                words = shlex.split(line, comments=True)
+                yield pytest.param(words[words.index("train.py") + 1 :], id=f"{page.stem}: {' '.join(words)}")
+
+
+@pytest.mark.parametrize("arguments", list(commands()))
+def test_settings_of_commands_are_accepted(arguments, tmp_path):
+    """Those that go on with a run are read as if they began one."""
+    (toml,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/training.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "my.toml").write_text(toml)
+    arguments = [str(tmp_path / word) if word == "my.toml" else word for word in arguments if word != "--resume"]
+    if any(word.startswith("--help") for word in arguments):
+        with pytest.raises(SystemExit) as end:
+            train.parse(arguments)
+        assert not end.value.code
+    else:
+        config, _ = train.parse(arguments)
+        assert ("my.toml" in " ".join(arguments)) == (config.model.name == "./my-model")
+
+
+def test_the_study_file_is_accepted(tmp_path):
+    (toml,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/studies.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "my.toml").write_text(toml)
+    study = load_study(str(tmp_path / "my.toml"), tmp_path)
+    weights = [f"decoder,penalty.weight={weight}" for weight in (0.1, 0.3, 1)]
+    assert [point.label for point in study.points] == ["none", *weights]
+    assert len(study.runs) == 4 * 5
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != PAGE], ids=lambda page: str(page.relative_to(ROOT)))
+def test_settings_that_a_page_names_exist(page):
+    groups = "model|text|synthetic|synthsaebench|sae|penalty"
+    named = set(re.findall(rf"`(?:--)?((?:{groups})\.(?!py|co)[\w-]+)", page.read_text()))
+    assert {name.replace("-", "_") for name in named} <= set(flatten(TrainConfig().as_json()))
 
 
 def anchors(page):

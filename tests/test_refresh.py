@@ -132,8 +132,8 @@ def test_a_candidate_that_falls_below_tau_is_dropped(refresh):
     [(100, 100, 0.5), (97, 100, 3.5), (50, 100, 50.5), (0, 100, 100.5), (2, 2, 0.05), (1, 2, 1.05), (0, 0, None)],
 )
 def test_the_next_refresh_follows_from_what_was_missed(n_found, n_exact, counted):
-    """If 5% may be missed, columns may move z / 1.645 times as far, where the share that was missed lies beyond z."""
-    select = RefreshedPairs(recall=0.95)
+    """If 10% may be missed, columns may move z / 1.645 times as far, where the share that was missed lies beyond z."""
+    select = RefreshedPairs(recall=0.9)
     select._plan(torch.arange(n_found), torch.arange(n_exact), torch.tensor(0.01))
     factor = 2.0 if counted is None else max(0.25, norm.isf(min(1, counted / n_exact)) / norm.isf(0.05))
     assert select.reach == pytest.approx(0.01 * factor)
@@ -142,10 +142,10 @@ def test_the_next_refresh_follows_from_what_was_missed(n_found, n_exact, counted
         assert select.reach > 0.01
 
 
-def test_the_next_refresh_is_when_the_share_that_may_be_missed_is_expected():
+def test_the_next_refresh_is_when_half_of_what_may_be_missed_is_expected():
     """Where cosines change by normally distributed amounts, from whatever distance was tried."""
     for tried in (0.5, 0.8, 1.2, 1.6):  # of a gap that 1 standard deviation crosses where columns have moved by 1
-        select = RefreshedPairs(recall=0.95)
+        select = RefreshedPairs(recall=0.9)
         n_missed = round(10_000 * norm.sf(1 / tried))
         select._plan(torch.arange(n_missed, 10_000), torch.arange(10_000), torch.tensor(tried))
         assert norm.sf(1 / select.reach) == pytest.approx(0.05, rel=0.01)
@@ -201,7 +201,7 @@ def test_a_norm_that_jumps_changes_no_cosine():
 @pytest.mark.quick
 def test_adaptive_refreshes_by_how_far_columns_have_moved():
     """Not at all while they rest, and at once when they move faster than before."""
-    select = RefreshedPairs(k=K, recall=0.9)
+    select = RefreshedPairs(k=K, recall=0.8)
     assert math.isnan(select.recall)
     assert all(map(math.isnan, select.recall_interval))
     x, generator = normal(M, N), seeded(5)

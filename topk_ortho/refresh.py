@@ -10,9 +10,9 @@ d_i = ||x_hat_i - r_i||.
 of the exact pairs the old candidates give. This is the recall of candidates that are a call older than any that were
 used. A pair is missed that was behind the candidates by a gap and has come closer by more than that. If cosines have
 changed by normally distributed amounts, in proportion to how far columns have moved, then the share of pairs that are
-missed tells how many standard deviations the gap is, and from this follows the `reach` at which the share that may be
-missed is expected. Columns that have moved by more than `JUMP`, such as one that was resampled, are compared with all
-others at once.
+missed tells how many standard deviations the gap is, and from this follows the `reach` at which half of the share that
+may be missed is expected: what is measured scatters about that. Columns that have moved by more than `JUMP`, such as
+one that was resampled, are compared with all others at once.
 
 **Certified.** As the columns have length 1,
 
@@ -105,8 +105,9 @@ class RefreshedPairs(nn.Module):
         When all pairs are compared: as often as the measured recall asks for, or wherever it cannot be excluded that
         the selection has changed beyond the candidates, so that it is always exact.
     recall : float in (0.5, 1), default 0.99
-        The share of the exact selection that "adaptive" aims at. It follows what was measured at the last refreshes,
-        and is no guarantee for the calls since. The attribute `recall` is what was measured.
+        The share of the exact selection that "adaptive" is to give. The next refresh is planned, by what was measured
+        at the last one, for when half of what may be missed is expected to be missed. This is no guarantee for the
+        calls in between. The attribute `recall` is what was measured.
     margin : float, at least 1, default 4.0
         Number of candidates, as a multiple of k. More of them last longer, and take more time at every call.
     backend, precision
@@ -321,9 +322,9 @@ class RefreshedPairs(nn.Module):
         n_found, n_exact = int(torch.isin(exact, found).sum()), exact.numel()
         self.audit.copy_(torch.tensor([n_found, n_exact]))
         if n_exact:
-            allowed = 1 - self.recall_target
-            missed = (n_exact - n_found + min(0.5, allowed * n_exact / 2)) / n_exact  # 0 of few does not mean none
-            self.reach = moved * max(_LEAST_STEP, _deviations(missed) / _deviations(allowed))
+            aim = (1 - self.recall_target) / 2
+            missed = (n_exact - n_found + min(0.5, aim * n_exact / 2)) / n_exact  # 0 of few does not mean none
+            self.reach = moved * max(_LEAST_STEP, _deviations(missed) / _deviations(aim))
         else:  # there was nothing to miss
             self.reach = 2 * moved
 

@@ -26,7 +26,7 @@ def test_optional_headlines_follow_and_details_need_all_their_values():
     lines = list(headlines({"mcc": 0.5, "mcc_parent": 0.25, "f1": 1, "dead_fraction": 0.5, "dead_features": 2048}))
     assert [line.metric.title for line in lines] == [*ALWAYS, "MCC", "F1"]
     details = {line.metric.title: line.detail for line in lines if line.detail}
-    assert details == {"Dead features": "There are 2,048."}
+    assert details == {"Dead features": "2,048 features."}
 
 
 def test_an_optional_metric_that_is_not_defined_is_named():

@@ -276,7 +276,7 @@ def test_headlines_have_value_direction_and_meaning(full_page):
     tiles = {term: text for term, text in full_page.described().items() if len(text) == 3}
     assert {term: (value, better) for term, (value, better, _) in tiles.items()} == values
     assert all(meaning for _, _, meaning in tiles.values())
-    assert tiles["Dead features"][2].endswith("There are 1,012.")
+    assert tiles["Dead features"][2].endswith("1,012 features.")
     assert tiles["MCC"][2].endswith("Parents 0.952, children 0.903.")
     assert tiles["CE loss recovered"][2].endswith("Loss 3.412, reconstructed 3.601, removed 10.440.")
     assert tiles["Training tokens/s"][2].endswith("The transformer alone: 6,180.")
@@ -457,7 +457,7 @@ def test_in_a_browser(browser, full_run):
     ) == [1120] * len(FIGURES)
     visible = browser.find_element("tag name", "body").text
     for number in (
-        "0.842", "31.9", "24.7%", "There are 1,012.", "0.414", "2,863", "0.973", "8.3%", "93.1%", "0.915", "0.887",
+        "0.842", "31.9", "24.7%", "1,012 features.", "0.414", "2,863", "0.973", "8.3%", "93.1%", "0.915", "0.887",
     ):  # fmt: skip
         assert number in visible
 

@@ -74,7 +74,7 @@ METRICS = [
     Metric(
         "dead_fraction",
         "Features that have stopped firing and are of no use.",
-        "Dead features", "{dead_fraction:.1%}", "lower", "There are {dead_features:,}.",
+        "Dead features", "{dead_fraction:.1%}", "lower", "{dead_features:,} features.",
     ),
     Metric("dead_features", "Number of features that have not fired for `--dead-after-tokens`."),
     Metric("density_histogram", "How many features fire on which share of the held-out tokens, and how many never."),
