@@ -35,12 +35,12 @@ def absorption() -> Figure:
 
 def _directions(axes: Axes, angle: float, title: str) -> None:
     """Two decoder directions, the second turned towards the first, and which feature is active on which word."""
-    special = np.deg2rad(angle)
-    for end, color in (((1.0, 0.0), _BLUE), ((np.sin(special), np.cos(special)), _RED)):
+    turn = np.deg2rad(angle)
+    for end, color in (((1.0, 0.0), _BLUE), ((np.sin(turn), np.cos(turn)), _RED)):
         axes.annotate("", end, (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 2.2})
     axes.text(0.62, -0.13, "“starts with s”", color=_BLUE, fontsize=9, ha="center")
-    axes.text(*((-0.04, 0.5, "“short”") if angle == 0 else (0.3, 0.5, "“short”")), color=_RED, fontsize=9, ha="right")
-    axes.text(0.1, 1.08, f"cosine {np.sin(special):.1f}", color="#444444", fontsize=9)
+    axes.text(0.3 if angle else -0.04, 0.5, "“short”", color=_RED, fontsize=9, ha="right")
+    axes.text(0.1, 1.08, f"cosine {np.sin(turn):.1f}", color="#444444", fontsize=9)
     for row, (word, is_active) in enumerate((("sun", (1, 0)), ("sea", (1, 0)), ("short", (angle == 0, 1)))):
         y = 0.72 - 0.27 * row
         axes.text(1.62, y, word, fontsize=9, ha="right", va="center")

@@ -4,13 +4,15 @@ import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from topk_ortho import files
-from topk_ortho.files import finished_as, finished_folder, remove_abandoned, write_whole
+from topk_ortho.files import finished_as, finished_folder, made_once, remove_abandoned, write_whole
 
 
 @pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)
@@ -166,3 +168,40 @@ def test_an_earlier_process_of_the_same_number_is_gone(tmp_path):
 
 def test_nothing_to_remove_in_a_folder_that_is_not_there(tmp_path):
     remove_abandoned(tmp_path / "none")
+
+
+def test_one_at_a_time_makes_a_file(tmp_path):
+    """Each of the others finds it when its turn comes, and no lock is left."""
+    path, n_made = tmp_path / "file", []
+
+    def make(_):
+        with made_once(path):
+            if not path.exists():
+                n_made.append(1)
+                time.sleep(0.1)
+                path.write_text("made")
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(make, range(8)))
+    assert n_made == [1]
+    assert names(tmp_path) == ["file"]
+
+
+def test_nobody_waits_for_one_that_hangs(tmp_path):
+    path = tmp_path / "file"
+    with made_once(path), made_once(path, longest_wait=0.1):
+        path.write_text("made")
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("error", [PermissionError, NotImplementedError])
+def test_a_file_is_made_where_there_are_no_locks(error, tmp_path, monkeypatch):
+    """An error of the block is not said to have come of that of the lock."""
+
+    def acquire(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with pytest.raises(ValueError, match="too large") as raised, made_once(tmp_path / "file"):
+        raise ValueError("too large")
+    assert raised.value.__context__ is None

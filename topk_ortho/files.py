@@ -81,24 +81,23 @@ def finished_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def made_once(path: Path) -> Iterator[None]:
-    """Let one process or thread at a time make the file at `path`; others wait until its block has ended.
+def made_once(path: Path, longest_wait: float = 600.0) -> Iterator[None]:
+    """Let one process or thread at a time make the file or folder at `path`; others wait until its block has ended.
 
-    Whoever has waited must look whether the file is there by then. Where the folder cannot be written, or the file
-    system has no locks, nobody waits.
+    Whoever has waited must look whether `path` is there by then. Nobody waits where the folder cannot be written, or
+    for more than so many seconds: another process may hang, or a file system keep the lock of one that was killed.
     """
-    lock = FileLock(path.with_name(path.name + ".lock"), thread_local=False)
-    try:
-        lock.acquire()
-    except (OSError, NotImplementedError):
-        yield
-        return
+    lock, is_locked = FileLock(path.with_name(path.name + ".lock")), False
+    with suppress(OSError, NotImplementedError):
+        lock.acquire(timeout=longest_wait)
+        is_locked = True
     try:
         yield
     finally:
-        lock.release()
-        with suppress(OSError):
-            Path(lock.lock_file).unlink()
+        if is_locked:
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()
+            lock.release()
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -103,11 +103,12 @@ def topk_pairs(
 
     Notes
     -----
-    Exact means: against float64, every selected pair has |cosine| >= t_k - e and every other one |cosine| <= t_k + e,
-    where t_k is the k-th value and e the rounding of the precision asked for; the count is exact. A call takes
-    N**2 M / 2 multiply-adds, twice as many if the first guess was wrong ("triton": three to seven times). Extra memory
-    is O(k) and a bounded number of tiles. "tiled" also copies x to float32 if it is bfloat16, float16 or has no unit
-    stride; "triton" copies a float32 x to float16 where it screens it, and for `precision` "medium".
+    Exact means: against float64, every selected pair has |cosine| >= t_k - e and every other one |cosine| <= t_k +
+    e, where t_k is the k-th value and e the rounding of the precision asked for; the count is exact but for pairs
+    within e of a limit. A call takes N**2 M / 2 multiply-adds, twice as many if the first guess was wrong
+    ("triton": three to seven times). Extra memory is O(k) and a bounded number of tiles. "tiled" also copies x to
+    float32 if it is bfloat16, float16 or has no unit stride; "triton" copies a float32 x to float16 where it
+    screens it, and for `precision` "medium".
 
     "triton" screens large float32 matrices of "highest" precision in float16: by a bound on its error it knows what may
     be selected, and computes only those products in float32. After a wrong guess all products are float32, and summed

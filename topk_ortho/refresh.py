@@ -6,7 +6,8 @@ pair that was no candidate and has become one of the k most similar since. How f
 to be expected. With x_hat the columns divided by their lengths, and r those at the refresh, column i has moved by
 d_i = ||x_hat_i - r_i||.
 
-**Adaptive.** A refresh is due when columns have moved by more than `reach` on average. Then it is counted how many
+**Adaptive.** A refresh is due when columns have moved by more than `reach` on average, of those that have moved by less
+than `JUMP`. Then it is counted how many
 of the exact pairs the old candidates give. This is the recall of candidates that are a call older than any that were
 used. A pair is missed that was behind the candidates by a gap and has come closer by more than that. If cosines have
 changed by normally distributed amounts, in proportion to how far columns have moved, then the share of pairs that are
@@ -104,7 +105,7 @@ class RefreshedPairs(nn.Module):
     refresh : {"adaptive", "certified"}
         When all pairs are compared: as often as the measured recall asks for, or wherever it cannot be excluded that
         the selection has changed beyond the candidates, so that it is always exact.
-    recall : float in (0.5, 1), default 0.99
+    recall : float in (0, 1), default 0.99
         The share of the exact selection that "adaptive" is to give. The next refresh is planned, by what was measured
         at the last one, for when half of what may be missed is expected to be missed. This is no guarantee for the
         calls in between. The attribute `recall` is what was measured.
@@ -179,8 +180,8 @@ class RefreshedPairs(nn.Module):
         check_word("refresh", refresh, Refresh)
         check_number("recall", recall)
         check_number("margin", margin)
-        if not 0.5 < recall < 1:
-            raise ValueError(f"recall must be in (0.5, 1), got {recall}")
+        if not 0 < recall < 1:
+            raise ValueError(f"recall must be in (0, 1), got {recall}")
         if not 1 <= margin < math.inf:
             raise ValueError(f"margin must be at least 1, got {margin}")
         _refuse_adaptive(tau)
@@ -291,7 +292,7 @@ class RefreshedPairs(nn.Module):
         if moved.numel() > _MOST_MOVED * x.shape[1]:
             return self._refreshed(x, x_hat, query)
         found = self._completed(x_hat, moved, found, query)
-        moved_on_average = drift.clamp_max(JUMP).mean()
+        moved_on_average = drift[drift < JUMP].mean()  # of those that were compared with the candidates alone
         if self.refresh == "certified" or moved_on_average <= self.reach:
             return found
         exact = self._refreshed(x, x_hat, query)
@@ -324,9 +325,10 @@ class RefreshedPairs(nn.Module):
         if n_exact:
             aim = (1 - self.recall_target) / 2
             missed = (n_exact - n_found + min(0.5, aim * n_exact / 2)) / n_exact  # 0 of few does not mean none
-            self.reach = moved * max(_LEAST_STEP, _deviations(missed) / _deviations(aim))
+            factor = max(_LEAST_STEP, _deviations(missed) / _deviations(aim))
         else:  # there was nothing to miss
-            self.reach = 2 * moved
+            factor = 2.0
+        self.reach = (factor * moved).clamp_max(JUMP / 2)  # beyond JUMP none would ever be due
 
     def _certified_drift(self, cosines: Tensor, query: Query, n_rows: int) -> float:
         """How far one column of every pair must have moved that was no candidate and is selected now.
@@ -402,7 +404,7 @@ class _Cosines(torch.autograd.Function):
 
 def _deviations(share: float) -> float:
     """Standard deviations that a normally distributed number exceeds with this probability."""
-    return NormalDist().inv_cdf(1 - share) if share < 1 else -math.inf
+    return -NormalDist().inv_cdf(share) if share < 1 else -math.inf
 
 
 def _refuse_adaptive(tau: object) -> None:

@@ -148,7 +148,7 @@ def test_runs_at_the_same_time_make_each_shard_once(source, tmp_path, monkeypatc
         for number in (1, 2):
             asked.clear()
             made = other.submit(first.shard, number)
-            while len(n_made) < number:
+            while len(n_made) < number and not made.done():
                 time.sleep(0.01)
             asked.set()
             assert torch.equal(second.shard(number), source.shard(number))

@@ -145,7 +145,7 @@ def test_nonsense_is_refused_by_name(build, message):
             'penalty.refresh must be "exact" where penalty.tau = "adaptive", .*, got certified',
         ),
         (lambda: toy(refresh="often"), "penalty.refresh must be one of .*, got often"),
-        (lambda: toy(refresh_recall=1.0), r"penalty.refresh_recall must be in \(0.5, 1\), got 1.0"),
+        (lambda: toy(refresh_recall=1.0), r"penalty.refresh_recall must be in \(0, 1\), got 1.0"),
         (lambda: toy(refresh_margin=0.9), "penalty.refresh_margin must be at least 1, got 0.9"),
         (lambda: toy(encoder_inhibition=-1.0), "penalty.encoder_inhibition must be 0 or more, got -1.0"),
         (

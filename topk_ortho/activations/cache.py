@@ -130,6 +130,8 @@ class TransformerActivations:
             return self._compute(number)
         with made_once(path):  # runs that need it at the same time wait, and read it
             if path.is_file():
+                if "_progress" in vars(self):  # which counts it among what is missing
+                    self._advance(number)
                 return self._read(path, self._n_ordinary[number], self._dtype)
             activations = self._compute(number)
             self._save(activations, path)
@@ -214,14 +216,18 @@ class TransformerActivations:
         """Run the transformer over the windows of a shard."""
         tokens = self.tokens(number)
         hidden = self.transformer.activations(tokens, self._dtype)
-        self._progress.update(tokens.numel())
-        if self._progress.n >= (self._progress.total or 0):
-            self._progress.close()
+        self._advance(number)
         activations = hidden[~self._is_special(number)].contiguous()
         if not activations.isfinite().all():
             remedy = " (cache can be bfloat16 or float32)" if self._dtype == torch.float16 else ""
             raise ValueError(f"activations at {self.name} exceed {self._dtype}{remedy}, or the model gave NaN")
         return activations
+
+    def _advance(self, number: int) -> None:
+        """Move the progress bar on by a shard."""
+        self._progress.update(self.tokens(number).numel())
+        if self._progress.n >= (self._progress.total or 0):
+            self._progress.close()
 
     @cached_property
     def _progress(self) -> "tqdm[Any]":

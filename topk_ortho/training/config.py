@@ -179,7 +179,7 @@ class PenaltyConfig:
             in_range = isinstance(self.tau, int | float) and 0 <= self.tau < 1
             require(in_range, "penalty.tau", self.tau, 'in [0, 1), "adaptive" or None')
         require_words(self, "penalty.")
-        require(0.5 < self.refresh_recall < 1, "penalty.refresh_recall", self.refresh_recall, "in (0.5, 1)")
+        require(0 < self.refresh_recall < 1, "penalty.refresh_recall", self.refresh_recall, "in (0, 1)")
         require(1 <= self.refresh_margin < math.inf, "penalty.refresh_margin", self.refresh_margin, "at least 1")
         if self.refresh != "exact":
             allowed = '"exact" unless penalty.op = "topk_pairs" and penalty.target = "decoder" or "none"'

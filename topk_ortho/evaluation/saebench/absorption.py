@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from sae_bench.evals.absorption.common import train_and_save_probes
 from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
 from sae_bench.evals.absorption.eval_output import (
@@ -39,7 +38,7 @@ from topk_ortho.activations.text import special_tokens_of, tokenizer_identity
 from topk_ortho.evaluation.saebench import LATENT_STANDS_FOR
 from topk_ortho.evaluation.saebench.output import Evaluation, provenance
 from topk_ortho.evaluation.saebench.subject import Subject
-from topk_ortho.files import finished_folder, remove_abandoned
+from topk_ortho.files import finished_folder, made_once, remove_abandoned
 
 _FEWEST_BATCHES = 8
 _FEWEST_WORDS = 100
@@ -279,7 +278,7 @@ def _cached_probes(subject: Subject, model: _Model, config: AbsorptionEvalConfig
     remove_abandoned(cache_dir)
     if not folder.is_dir():
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_dir / f".{folder.name}.lock"):  # it takes minutes, and others may need the same
+        with made_once(folder, longest_wait=3600.0):  # it takes minutes, and others may need the same
             if not folder.is_dir():
                 set_seed(config.random_seed)
                 with finished_folder(folder) as unfinished:
