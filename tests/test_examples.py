@@ -126,7 +126,8 @@ def test_the_loop_of_the_readme():
     ((code, line),) = (example.values for example in examples(ROOT / "README.md"))
     sae = TopKSAE(16, 64, 4, generator=torch.Generator().manual_seed(0))
     x = torch.randn(100, 16, generator=torch.Generator().manual_seed(1))
-    names = {"sae": sae, "x": x, "sae_output": sae(x).reconstruction, "firing_rate": torch.rand(64)}
+    names = {"sae": sae, "x": x, "sae_output": sae(x).reconstruction, "acts": torch.rand(100, 64)}
+    names["firing_rate"] = torch.zeros(64)
     exec(compile("\n" * line + code, ROOT / "README.md", "exec"), names)
     assert 0 < names["unexplained"] < 2
     names["loss"].backward()

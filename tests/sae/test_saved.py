@@ -147,3 +147,9 @@ def test_there_and_back_in_a_dtype_of_saelens(name, dtype, tmp_path):
     start_from_saved(twin, after, 1.0)
     on_rounded = theirs.to(torch.float32)
     torch.testing.assert_close(twin(x).reconstruction, on_rounded(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_folder_of_a_run_is_not_that_of_its_dictionary(tmp_path):
+    save_saelens(make("topk"), tmp_path / "sae", {})
+    with pytest.raises(ValueError, match=rf"{tmp_path} holds no dictionary .*; did you mean {tmp_path / 'sae'}\?"):
+        read_saelens(tmp_path)

@@ -620,7 +620,7 @@ def test_a_run_whose_rate_does_not_fall_says_so(open_trainer, capsys):
 
 def test_a_run_with_other_settings_is_not_resumed(open_trainer, capsys):
     open_trainer(steps=6).fit()
-    with pytest.raises(ValueError, match=r"of another run: lr was 0.003, is 0.1; sae.n_features was 32, is 40"):
+    with pytest.raises(ValueError, match=r"of other settings: lr was 0.003, is 0.1; sae.n_features was 32, is 40"):
         open_trainer(steps=6, lr=0.1, sae={"n_features": 40}, resume=True)
     assert open_trainer(steps=6, log_every=1, keep_checkpoints=9, resume=True).step == 6
 
@@ -641,7 +641,7 @@ def test_a_run_of_an_older_version_goes_on(open_trainer, out_dir, monkeypatch):
     trainer.save()
     monkeypatch.undo()
     assert open_trainer(steps=10, resume=True).step == 4
-    with pytest.raises(ValueError, match="of another run: pairs_every was 0, is 5"):
+    with pytest.raises(ValueError, match="other settings: pairs_every was 0, is 5"):
         open_trainer(steps=10, pairs_every=5, resume=True)
 
 

@@ -69,8 +69,10 @@ def read_saelens(folder: Path) -> SavedDictionary:
     except KeyError as error:
         raise ValueError(f"{folder} holds no dictionary that can be trained on: it lacks {error}") from error
     except (OSError, TypeError, ValueError, SafetensorError) as error:
+        inner = folder / "sae"
+        hint = f"; did you mean {inner}?" if (inner / "cfg.json").is_file() else f": {error}"
         raise ValueError(
-            f"{folder} holds no dictionary in SAELens's format, cfg.json and sae_weights.safetensors: {error}"
+            f"{folder} holds no dictionary in SAELens's format, cfg.json and sae_weights.safetensors{hint}"
         ) from error
     architecture = str(config.get("architecture")).removeprefix("topk_ortho_")
     if architecture not in _ARCHITECTURES:

@@ -227,7 +227,7 @@ def _checkpoint_to_go_on_from(folder: Path, config: TrainConfig) -> Checkpoint |
 
     def refuse_foreign(checkpoint: Checkpoint) -> None:
         if changes := _changes(checkpoint.config, config, but=_FREE | _NAMES | {"steps"}):
-            raise CheckpointError(f"the checkpoint of step {checkpoint.step} is of another run: {changes}")
+            raise CheckpointError(f"the checkpoint of step {checkpoint.step} is of other settings: {changes}")
         if checkpoint.step > config.steps:
             raise ValueError(
                 f"{folder} is at step {checkpoint.step}: --steps must be at least that to go on, got {config.steps}"
