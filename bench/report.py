@@ -30,7 +30,7 @@ _DENSE = {  # provider: label, color; in the order of the table
     "topk_ortho_warm": ("topk_ortho, warm", "#7fb2e5"),
     "topk_ortho": ("topk_ortho", "#2a6fbb"),
     "tiled": ("topk_ortho, plain torch", "#55a868"),
-    "half_gemm": ("the products alone", "#888888"),
+    "half_gemm": ("matrix products only", "#888888"),
     "cublas": ("a full square product", "#444444"),
     "chunked": ("row blocks, merged torch.topk", "#dd8452"),
     "naive": ("matmul + torch.topk", "#c44e52"),
@@ -39,7 +39,7 @@ _DENSE = {  # provider: label, color; in the order of the table
 }
 _SHORT = {  # provider: label; what the page shows of a GPU, in the order of its table
     "topk_ortho_warm": "topk_ortho",
-    "half_gemm": "the products alone",
+    "half_gemm": "matrix products only",
     "chunked": "row blocks, merged torch.topk",
     "naive_compiled": "matmul + torch.topk, torch.compile",
 }

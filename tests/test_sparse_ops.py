@@ -101,7 +101,7 @@ class TestGradcheck:
         features = SparseFeatures.from_dense(activations(5, 13, seed=4))
         values = features.values.requires_grad_()
         (gradient,) = torch.autograd.grad(topk_ortho_loss(features, k=k), values, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"backward through topk_ortho\.\w+_gradient"):
+        with pytest.raises(NotImplementedError, match="topk_ortho ops have no second derivatives"):
             torch.autograd.grad(gradient.sum(), values)
 
 

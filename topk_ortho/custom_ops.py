@@ -148,7 +148,7 @@ def refuse_nan(priority: Tensor | None) -> None:
 
 
 def weighted_pairs(rows: Tensor, cols: Tensor, grad: Tensor, priority: Tensor | None) -> WeightedPairs:
-    """Pairs with the gradient in their cosines; the column of higher priority is held and gets none of it."""
+    """Pairs with the gradient in their cosines; the column of higher priority gets none of it."""
     if priority is None:
         return WeightedPairs(rows, cols, grad, grad)
     of_rows, of_cols = priority[rows], priority[cols]
@@ -161,6 +161,13 @@ def partner_pairs(partners: Tensor, grad: Tensor) -> WeightedPairs:
     return WeightedPairs(columns, partners, grad, grad)
 
 
+def refuse_second_derivatives(ctx: Any, *grads: Tensor) -> NoReturn:
+    """Refuse to differentiate a gradient, and say why."""
+    raise NotImplementedError(
+        "topk_ortho ops have no second derivatives: differentiate their loss without create_graph=True"
+    )
+
+
 def refuse_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> NoReturn:
     """Refuse torch.func.vmap, and say why."""
     raise NotImplementedError(
@@ -168,5 +175,6 @@ def refuse_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> NoReturn:
     )
 
 
+pair_gradient.register_autograd(refuse_second_derivatives)
 for _op in (topk_pairs, max_cosine, pair_gradient):
     _op.register_vmap(refuse_vmap)

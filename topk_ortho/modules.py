@@ -99,7 +99,7 @@ class TopKOrthoLoss(nn.Module):
     def forward(self, x: Tensor | SparseFeatures, priority: Tensor | None = None) -> Tensor:
         """Penalty on the features of x [M, N], or [N, M] with ``dim=0``.
 
-        In each pair the feature of higher `priority` [N] is held constant.
+        In each pair the feature of higher `priority` [N] gets no gradient.
         """
         if self.pairs is not None:
             check_word("reduction", self.reduction, Reduction)

@@ -387,7 +387,7 @@ class RefreshedPairs(nn.Module):
 
 
 class _Cosines(torch.autograd.Function):
-    """Cosines that were computed already, differentiable in x; the column of higher priority is held."""
+    """Cosines that were computed already, differentiable in x; the column of higher priority gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norms: Tensor, cosines: Tensor, *listed: Any) -> Tensor:

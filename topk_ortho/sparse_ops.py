@@ -31,6 +31,7 @@ from topk_ortho.custom_ops import (
     fake_selection,
     partner_pairs,
     refuse_nan,
+    refuse_second_derivatives,
     refuse_vmap,
     weighted_pairs,
 )
@@ -185,6 +186,8 @@ def _backward_sum(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 sparse_topk_pairs.register_autograd(_backward_topk_pairs, setup_context=_setup_topk_pairs)
 sparse_max_cosine.register_autograd(_backward_max_cosine, setup_context=_setup_max_cosine)
 sum_of_squares.register_autograd(_backward_sum, setup_context=_setup_sum)
+for _op in (sparse_pair_gradient, sum_of_squares_gradient):
+    _op.register_autograd(refuse_second_derivatives)
 
 for _op in (
     sparse_topk_pairs, sparse_max_cosine, sparse_pair_gradient, sum_of_squares, sum_of_squares_gradient,

@@ -169,9 +169,9 @@ def test_says_what_was_trained(full_page):
     )
     assert setup["Penalty"] == (
         "The 0.1% of all pairs of features whose decoder directions are most similar are pushed apart: their squared "
-        "cosines, averaged, are added to the loss. Opposite directions are free. Only pairs of |cosine| above a bound "
-        "count that follows the data: 2 standard deviations above the mean over all pairs. In each pair the feature "
-        "that fires more often is held, and the rarer one moves. The weight is 0.3, reached after 10% of the "
+        "cosines, averaged, are added to the loss. Opposite directions are not penalised. Only pairs of |cosine| above "
+        "a bound count that follows the data: 2 standard deviations above the mean over all pairs. In each pair only "
+        "the feature that fires more rarely is changed. The weight is 0.3, reached after 10% of the "
         "steps; one step in 4 uses it, with a weight as much larger."
     )
 

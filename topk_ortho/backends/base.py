@@ -39,7 +39,7 @@ class WeightedPairs(NamedTuple):
     cols: Tensor
     """int64 [p]"""
     row_weights: Tensor
-    """[p] gradient of the loss in the pair's cosine, for the column of x that `rows` names; 0 if that column is held"""
+    """[p] gradient of the loss in the pair's cosine, for the column of x that `rows` names; 0 for one that gets none"""
     col_weights: Tensor
     """[p] the same for the column of x that `cols` names"""
 

@@ -149,8 +149,8 @@ class PenaltyConfig:
     reduction: Literal["mean", "sum"] = "mean"
     """Whether squared cosines are averaged or summed over the selected pairs (topk_pairs)."""
     priority: Literal["firing-rate", "none"] = "firing-rate"
-    """With "firing-rate" the feature of a pair that fires more often is held, so that the rarer one moves (topk_pairs);
-    "none" moves both."""
+    """With "firing-rate" the feature of a pair that fires more often gets no gradient, so that only the rarer one is
+    changed (topk_pairs); with "none" both are changed."""
     encoder_inhibition: float = 0.0
     """Weight, relative to that of the penalty, of a further term on the pairs that it selects (topk_pairs, decoder):
     how much the encoder of the feature that fires more often is inhibited where the rarer one is present, which is how

@@ -75,7 +75,8 @@ class Penalty(nn.Module):
     def forward(self, sae: SparseAutoencoder, features: Tensor | ActiveFeatures, firing_rate: Tensor) -> PenaltyTerm:
         """Value and gradient for an SAE and its features [batch, n_features].
 
-        If the configuration says so, the feature of a pair that fires more often by firing_rate [n_features] is held.
+        If the configuration says so, the feature of a pair that fires more often by firing_rate [n_features] gets no
+        gradient.
         """
         targets: tuple[Tensor, ...] = (sae.W_dec, _values(features))
         W_dec, values = leaves = [target.detach().requires_grad_() for target in targets]
