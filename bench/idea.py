@@ -25,32 +25,43 @@ def main() -> None:
 
 
 def absorption() -> Figure:
-    """Directions and activity of two features as they should be, and where one has absorbed the other."""
-    figure = Figure(figsize=(9, 2.4), layout="constrained")
-    kept, absorbed = figure.subplots(1, 2)
-    _directions(kept, 0.0, "two features, one for each meaning")
-    _directions(absorbed, 45.0, "absorbed: one feature stands for both meanings")
+    """Directions and activity of two features as they should be, with one absorbed, and as near-duplicates."""
+    figure = Figure(figsize=(12, 2.4), layout="constrained")
+    names, none = ("“starts with s”", "“short”"), "#444444"
+    for axes, angle, labels, active, note, color, title in zip(
+        figure.subplots(1, 3),
+        (0, 45, 80),
+        (names, names, ("“starts with s”", "the same")),
+        (((1, 0), (1, 0), (1, 1)), ((1, 0), (1, 0), (0, 1)), ((1, 0), (0, 1), (1, 0))),
+        ("both active", "silent, though\nit starts with s", "one or\nthe other"),
+        (none, _BLUE, none),
+        (
+            "two features, one for each meaning",
+            "absorbed: one stands for both meanings",
+            "near-duplicates of one meaning",
+        ),
+        strict=True,
+    ):
+        _directions(axes, np.deg2rad(angle), labels, active)
+        axes.text(2.06, 0.18, note, fontsize=8, va="center", color=color)
+        axes.set_title(title, fontsize=9, loc="left")
     return figure
 
 
-def _directions(axes: Axes, angle: float, title: str) -> None:
+def _directions(axes: Axes, turn: float, labels: tuple[str, str], active: tuple[tuple[int, int], ...]) -> None:
     """Two decoder directions, the second turned towards the first, and which feature is active on which word."""
-    turn = np.deg2rad(angle)
     for end, color in (((1.0, 0.0), _BLUE), ((np.sin(turn), np.cos(turn)), _RED)):
         axes.annotate("", end, (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 2.2})
-    axes.text(0.62, -0.13, "“starts with s”", color=_BLUE, fontsize=9, ha="center")
-    axes.text(0.3 if angle else -0.04, 0.5, "“short”", color=_RED, fontsize=9, ha="right")
+    axes.text(0.62, -0.13, labels[0], color=_BLUE, fontsize=9, ha="center")
+    axes.text(np.sin(turn) / 2 - 0.05, np.cos(turn) / 2 + 0.08, labels[1], color=_RED, fontsize=9, ha="right")
     axes.text(0.1, 1.08, f"cosine {np.sin(turn):.1f}", color="#444444", fontsize=9)
-    for row, (word, is_active) in enumerate((("sun", (1, 0)), ("sea", (1, 0)), ("short", (angle == 0, 1)))):
+    axes.text(1.3, 0.98, "active on", fontsize=9, color="#444444")
+    for row, (word, is_active) in enumerate(zip(("sun", "sea", "short"), active, strict=True)):
         y = 0.72 - 0.27 * row
         axes.text(1.62, y, word, fontsize=9, ha="right", va="center")
-        for at, (color, active) in enumerate(zip((_BLUE, _RED), is_active, strict=True)):
-            axes.scatter(1.75 + 0.16 * at, y, s=70, facecolors=color if active else "none", edgecolors=color)
-    note = "both active" if angle == 0 else "silent, though\nthe word starts with s"
-    axes.text(2.06, 0.18, note, fontsize=8, va="center", color=_BLUE if angle else "#444444")
-    axes.text(1.3, 0.98, "active on", fontsize=9, color="#444444")
-    axes.set(xlim=(-0.35, 2.75), ylim=(-0.22, 1.2), aspect="equal")
-    axes.set_title(title, fontsize=9, loc="left")
+        for at, (color, filled) in enumerate(zip((_BLUE, _RED), is_active, strict=True)):
+            axes.scatter(1.75 + 0.16 * at, y, s=70, facecolors=color if filled else "none", edgecolors=color)
+    axes.set(xlim=(-0.45, 2.75), ylim=(-0.22, 1.2), aspect="equal")
     axes.set_axis_off()
 
 

@@ -88,7 +88,7 @@ def made_once(path: Path, longest_wait: float = 600.0) -> Iterator[None]:
     for more than so many seconds: another process may hang, or a file system keep the lock of one that was killed.
     """
     lock, is_locked = FileLock(path.with_name(path.name + ".lock")), False
-    with suppress(OSError, NotImplementedError):
+    with suppress(OSError, NotImplementedError):  # the latter is raised where the file system has no locks
         lock.acquire(timeout=longest_wait)
         is_locked = True
     try:

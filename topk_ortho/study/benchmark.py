@@ -65,7 +65,7 @@ class Benchmark(NamedTuple):
         return None
 
     def has_judged(self, folder: Path) -> bool:
-        """Whether the folder of a run holds the result of every evaluation of SAEBench that the study asks for."""
+        """Whether SAEBench has judged the dictionary of this run, in all evaluations that the study asks for."""
         return len(self.results(folder)) == len(self.evals)
 
     def results(self, folder: Path) -> dict[str, dict[str, Any]]:

@@ -120,7 +120,7 @@ class PlannedRun(NamedTuple):
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing of the run is left to do: trained and, if the study asks for it, judged by SAEBench.
+        """Whether training is finished and SAEBench, if the study asks for it, has judged the dictionary.
 
         Raises
         ------

@@ -138,9 +138,9 @@ def refuse_what_cannot_be_trained_together(config: TrainConfig, parallel: Parall
 
 
 def _is_first_to_say(message: str) -> bool:
-    """Whether no other process has asked this about the same message yet.
+    """Whether this process is to print a message, as the first of those that want to.
 
-    Several processes often fail in the same words. The one that asks first prints them, the others stay silent.
+    Several processes often fail in the same words. The others stay silent.
     """
     try:
         return bool(_store().add(f"said {hashlib.sha256(message.encode()).hexdigest()}", 1) == 1)
