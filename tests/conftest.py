@@ -49,6 +49,10 @@ BACKEND_CASES: dict[str, tuple[str, Any]] = {
     "naive": ("naive", NaiveBackend()),
     "tiled_16x32": ("tiled", TiledBackend(tile=TileShape(16, 32))),
     "tiled_11x15": ("tiled", TiledBackend(tile=TileShape(11, 15))),
+    "tiled_screened": (
+        "tiled",
+        TiledBackend(tile=TileShape(16, 32), screen=True, sample=SampleSizes(least_features=16)),
+    ),
     "triton": ("triton", _triton(least_screened_features=2**30)),
     "triton_screened": ("triton", _triton(least_screened_features=2)),
     "sparse": ("sparse", SparseBackend(slabs=Slabs(most_products=900))),

@@ -13,7 +13,6 @@ from tests import oracle
 from tests.inputs import dyadic, normal, seeded
 from tests.tolerances import assert_selection, cosine_bound, float64
 from topk_ortho import RefreshedPairs, SparseFeatures, TopKOrthoLoss, topk_ortho_loss, topk_pairs
-from topk_ortho.refresh import _cosines
 
 M, N, K = 24, 90, 60
 KINDS = pytest.mark.parametrize("refresh", ["adaptive", "certified"])
@@ -386,21 +385,6 @@ def test_back_and_forth(refresh):
         x = normal(M, N, seed)
         assert_selection(select(x), x, k=K)
         assert is_refresh(select)
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("has_mkl", sorted({False, torch.backends.mkl.is_available()}))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_cosines_of_candidates(has_mkl, dtype, monkeypatch):
-    """By gathering a few at a time, and by torch's sampled product."""
-    monkeypatch.setattr("torch.backends.mkl.is_available", lambda: has_mkl)
-    monkeypatch.setattr("topk_ortho.refresh._GATHERED_ELEMENTS", 7 * M)
-    x_hat = torch.nn.functional.normalize(normal(M, N, dtype=dtype).T, dim=1)
-    for index in (torch.tensor([1, 3, 5 * N + 7, 80 * N + 89]), torch.arange(2 * N, 3 * N), torch.empty(0).long()):
-        expected = (x_hat[index // N] * x_hat[index % N]).double().sum(dim=1).clamp(-1, 1)
-        actual = _cosines(x_hat, index)
-        assert actual.dtype == dtype
-        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-6)
 
 
 @KINDS

@@ -25,7 +25,6 @@ time for a refresh. The selection is always exact.
 """
 
 import math
-import warnings
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from topk_ortho import custom_ops
+from topk_ortho.backends.listed_pairs import cosines_of
 from topk_ortho.backends.norms import column_norms, in_range, inverse_norms
 from topk_ortho.backends.precision import matmul_precision
 from topk_ortho.backends.registry import resolve_backend
@@ -286,7 +286,7 @@ class RefreshedPairs(nn.Module):
             return self._refreshed(x, x_hat, query)
         self.schedule[0] += 1
         drift = _drift(x_hat, self.reference)
-        found = _selected(_cosines(x_hat, self.candidates), self.candidates, query)
+        found = _selected(cosines_of(x_hat, self.candidates), self.candidates, query)
         far = JUMP if self.refresh == "adaptive" else self._certified_drift(found[0], query, x.shape[0])
         moved = (drift >= far).nonzero().squeeze(1)
         if moved.numel() > _MOST_MOVED * x.shape[1]:
@@ -307,7 +307,7 @@ class RefreshedPairs(nn.Module):
         )
         self.candidates = (pairs.rows * x.shape[1] + pairs.cols).sort().values
         self.reference = x_hat
-        cosines = _cosines(x_hat, self.candidates)
+        cosines = cosines_of(x_hat, self.candidates)
         if self.candidates.numel() == n_pairs(x.shape[1]):
             self.cut = x_hat.new_tensor(-math.inf)
         elif self.candidates.numel() == size:
@@ -420,28 +420,6 @@ def _drift(x_hat: Tensor, reference: Tensor) -> Tensor:
     for rows, before, out in zip(*(each.split(n_rows) for each in (x_hat, reference, drift)), strict=True):
         torch.linalg.vector_norm(rows - before, dim=1, out=out)
     return drift
-
-
-def _cosines(x_hat: Tensor, index: Tensor) -> Tensor:
-    """Cosines of the pairs of an ascending index, of columns that are the rows of x_hat [N, M] and have length 1."""
-    n_features, n_rows = x_hat.shape
-    rows = index.div(n_features, rounding_mode="floor")
-    cols = index - rows * n_features
-    if x_hat.device.type == "cpu" and torch.backends.mkl.is_available():  # four times as fast as gathering
-        starts, size = torch.searchsorted(rows, torch.arange(n_features + 1)), (n_features, n_features)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks)")
-            pattern = torch.sparse_csr_tensor(
-                starts, cols, x_hat.new_zeros(index.numel()), size, check_invariants=False
-            )
-        sampled: Tensor = torch.sparse.sampled_addmm(pattern, x_hat, x_hat.T, beta=0.0)
-        return sampled.values().clamp_(-1, 1)
-    cosines = x_hat.new_empty(index.numel())
-    n_gathered = max(1, _GATHERED_ELEMENTS // n_rows)
-    parts = (rows.split(n_gathered), cols.split(n_gathered), cosines.split(n_gathered))
-    for row, col, out in zip(*parts, strict=True):
-        torch.sum(x_hat.index_select(0, row).mul_(x_hat.index_select(0, col)), dim=1, out=out)
-    return cosines.clamp_(-1, 1)
 
 
 def _selected(cosines: Tensor, index: Tensor, query: Query) -> tuple[Tensor, Tensor]:

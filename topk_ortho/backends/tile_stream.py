@@ -92,7 +92,7 @@ class TileStream:
         self.moments = Moments()
         self._query = query
         self._n_features = n_features
-        self._scan = _Scan(like, shape)
+        self._scan = Scan(like, shape)
         self._lower = LowerTriangle(like, shape)
 
     def add(self, row: int, col: int, products: Tensor, norms: Tensor, *, is_diagonal: bool) -> None:
@@ -137,7 +137,7 @@ class LowerTriangle:
         return tile.numel() - n_rows * (n_rows + 1) // 2
 
 
-class _Scan:
+class Scan:
     """Finds the rare scores of a tile that exceed their column's bound, in memory that every tile reuses.
 
     A score is a cosine, or its magnitude, times the norm of the column.
@@ -146,21 +146,26 @@ class _Scan:
     time as int64: a third of the time of comparing and searching every score (2 cores, AVX-512).
     """
 
-    _GROUP = 8
+    GROUP = 8
+    """Rows that are compared together"""
 
     def __init__(self, x: Tensor, shape: TileShape):
-        n_groups = -(-shape.rows // self._GROUP)
-        self._scores = x.new_empty(n_groups * self._GROUP * shape.cols)
+        n_groups = -(-shape.rows // self.GROUP)
+        self._scores = x.new_empty(n_groups * self.GROUP * shape.cols)
         self._highest = x.new_empty(n_groups * shape.cols)
         self._flags = torch.zeros(n_groups * shape.cols + 7 & ~7, dtype=torch.bool, device=x.device)
 
     def load(self, products: Tensor, absolute: bool) -> Tensor:
         """Scores of a tile, [rows, cols], for the caller to change before `above`."""
         n_rows, n_cols = products.shape
-        self._grouped = self._scores[: -(-n_rows // self._GROUP) * self._GROUP * n_cols].view(-1, self._GROUP, n_cols)
-        rows = self._grouped.view(-1, n_cols)
+        rows = self._scores[: -(-n_rows // self.GROUP) * self.GROUP * n_cols].view(-1, n_cols)
         rows[n_rows:] = -torch.inf
+        self.hold(rows)
         return torch.abs(products, out=rows[:n_rows]) if absolute else rows[:n_rows].copy_(products)
+
+    def hold(self, scores: Tensor) -> None:
+        """Look through these scores [rows, cols] where they lie; rows are a multiple of `GROUP`."""
+        self._grouped = scores.view(-1, self.GROUP, scores.shape[1])
 
     def above(self, bound: Tensor) -> tuple[Tensor, Tensor]:
         """Row and column in the tile of every score above `bound` [cols]."""
@@ -178,7 +183,7 @@ class _Scan:
         col = position - group * n_cols
         scores = self._grouped[group, :, col]  # [flagged, rows of a group]
         flagged, offset = (scores > bound[col].unsqueeze(1)).nonzero().unbind(1)
-        return group[flagged] * self._GROUP + offset, col[flagged]
+        return group[flagged] * self.GROUP + offset, col[flagged]
 
 
 def multipliable(x: Tensor) -> Tensor:

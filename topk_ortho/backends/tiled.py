@@ -4,21 +4,40 @@ Extra memory: one tile with its magnitudes, O(k) survivors, and a copy of x only
 multiplied as it is. Exactness is the business of `topk_ortho.selection`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from topk_ortho.backends.base import MaxCosine, WeightedPairs
+from topk_ortho.backends.listed_pairs import cosines_of
 from topk_ortho.backends.moments import Moments
 from topk_ortho.backends.norms import column_norms, in_range, inverse_norms
 from topk_ortho.backends.precision import matmul_precision
+from topk_ortho.backends.screen import multiplies_bfloat16, pairs_that_may_reach
 from topk_ortho.backends.survivors import Survivors
 from topk_ortho.backends.tile_stream import LowerTriangle, TileShape, TileStream, multipliable, tile_shape, tiles
-from topk_ortho.definitions import EPS, Precision, Query, floor_of, n_pairs, similarity_of
+from topk_ortho.definitions import EPS, Precision, Query, first_in_order, floor_of, n_pairs, similarity_of
 from topk_ortho.selection import Selection, finish
 from topk_ortho.warm_start import GUESS, SampleSizes, guess_from_sample, next_state
+
+_LEAST_SCREENED_FEATURES = 1024
+"""With fewer features a screen in bfloat16 saves nothing, measured for M = 384 (2 cores, AVX-512)"""
+_MOST_SCREENED_ROWS = 4096
+"""With more rows a screen finds too many pairs: cosines lie closer together, and sums are off by more."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What passes over the pairs have found, certified."""
+
+    cosines: Tensor
+    """[n] in order, those of the first k pairs before any others"""
+    index: Tensor
+    """int64 [n]"""
+    tau: float | Tensor | None
+    n_passes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +47,9 @@ class TiledBackend:
     tile: TileShape | None = None
     """Size of a tile; None is the best known for the device."""
     capacity: int | None = None
-    """Records that a pass holds, at least k; None is the default of `Survivors`."""
+    """Records that a pass holds, at least k; None is 2 k + 2**14, and 4 k + 2**14 in a screen."""
+    screen: bool | None = None
+    """Whether pairs are screened in bfloat16; None where this is expected to be faster."""
     sample: SampleSizes = field(default_factory=SampleSizes)
     """Pairs that a first guess is made from."""
     slab_bytes: int = 2**21
@@ -47,20 +68,13 @@ class TiledBackend:
         x = multipliable(x)
         with matmul_precision(x.device, query.precision):
             guess = self._guess(x, scaled_norms, query, state)
-            floor, tau = floor_of(query), query.tau
-            survivors, moments = self._stream(x, scaled_norms, query, max(guess, floor))
-            n_passes = 1
-            if query.n_std is not None:
-                tau = moments.adaptive_tau(query.n_std)
-                floor = floor_of(query, tau)
-            cosines, index = survivors.first_in_order(2 * query.k)
-            if index.numel() < query.k and guess > floor:
-                survivors, _ = self._stream(x, scaled_norms, query._replace(n_std=None), floor)  # tau is known
-                cosines, index = survivors.first_in_order(2 * query.k)
-                n_passes = 2
+            if self._is_screened(x, query):
+                found = self._screened(x, scaled_norms, query, guess)
+            else:
+                found = self._passes(x, scaled_norms, query, guess)
         if state is not None:
-            state = next_state(state, similarity_of(cosines, query.similarity), query.k, n_passes)
-        return finish(cosines, index, query, tau=tau, norms=norms, state=state)
+            state = next_state(state, similarity_of(found.cosines, query.similarity), query.k, found.n_passes)
+        return finish(found.cosines, found.index, query, tau=found.tau, norms=norms, state=state)
 
     def max_cosine(self, x: Tensor, chunks: tuple[Tensor, ...] | None, precision: Precision) -> MaxCosine:
         """Running maxima over the tiles, for the columns of a tile and for its rows."""
@@ -124,6 +138,60 @@ class TiledBackend:
         x_hat = x.index_select(1, sample) * inverse_norms(norms)[sample]
         cosines = x_hat[:, :n_rows].T @ x_hat[:, n_rows:]
         return guess_from_sample(similarity_of(cosines, query.similarity), query.k, n_pairs(n_features))
+
+    def _is_screened(self, x: Tensor, query: Query) -> bool:
+        """Whether pairs are screened in bfloat16: where this is wanted, and no tau needs the cosines of all pairs."""
+        if query.n_std is not None:
+            return False
+        if self.screen is not None:
+            return self.screen
+        is_worth_it = x.shape[1] >= _LEAST_SCREENED_FEATURES and x.shape[0] <= _MOST_SCREENED_ROWS
+        return is_worth_it and multiplies_bfloat16(x.device)
+
+    def _screened(self, x: Tensor, norms: Tensor, query: Query, guess: float) -> _Found:
+        """One pass in bfloat16 from a guess; if it cannot be certified, one more from what passes in x's dtype find.
+
+        Whatever the guess is, a pair that a screen can find gets the bits that `cosines_of` computes.
+        """
+        floor = floor_of(query)
+        x_hat = (x.T * inverse_norms(norms)[:, None]).contiguous()
+        found = self._screen(x_hat, query, max(guess, floor))
+        if found is not None and (found.index.numel() >= query.k or guess <= floor):
+            return found
+        streamed = self._passes(x, norms, query, guess if found is None else floor)
+        least = floor
+        if streamed.index.numel() >= query.k:
+            rounding = 4 * (x.shape[0] + 8) * torch.finfo(x.dtype).eps
+            least = similarity_of(streamed.cosines[query.k - 1], query.similarity).item() - rounding
+        found = self._screen(x_hat, query, least)
+        return streamed if found is None else replace(found, n_passes=2)
+
+    def _screen(self, x_hat: Tensor, query: Query, least: float) -> _Found | None:
+        """The first pairs of the order among those that are not below `least`; None if a screen does not find them."""
+        capacity = 4 * query.k + 2**14 if self.capacity is None else self.capacity
+        shape = tile_shape(x_hat.device, x_hat.shape[0], self.tile)
+        index = pairs_that_may_reach(least, x_hat, query.similarity, shape, capacity)
+        if index is None:
+            return None
+        cosines = cosines_of(x_hat, index)
+        kept = (similarity_of(cosines, query.similarity) >= least).nonzero().squeeze(1)
+        first = first_in_order(cosines[kept], index[kept], query.similarity, 2 * query.k)
+        return _Found(*first, query.tau, n_passes=1)
+
+    def _passes(self, x: Tensor, norms: Tensor, query: Query, guess: float) -> _Found:
+        """One pass in the dtype of x from a guess; a second, from the floor, only if it cannot be certified."""
+        floor, tau = floor_of(query), query.tau
+        survivors, moments = self._stream(x, norms, query, max(guess, floor))
+        n_passes = 1
+        if query.n_std is not None:
+            tau = moments.adaptive_tau(query.n_std)
+            floor = floor_of(query, tau)
+        cosines, index = survivors.first_in_order(2 * query.k)
+        if index.numel() < query.k and guess > floor:
+            survivors, _ = self._stream(x, norms, query._replace(n_std=None), floor)  # tau is known
+            cosines, index = survivors.first_in_order(2 * query.k)
+            n_passes = 2
+        return _Found(cosines, index, tau, n_passes)
 
     def _stream(self, x: Tensor, norms: Tensor, query: Query, guess: float) -> tuple[Survivors, Moments]:
         """Survivors of one pass, and the moments of |cosine| over all pairs, empty unless tau is adaptive."""
