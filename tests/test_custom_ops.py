@@ -128,6 +128,18 @@ class TestGradcheck:
             torch.autograd.grad(gradient.sum(), x)
 
 
+@pytest.mark.parametrize("structural_zeros", [False, True])
+def test_zeros_are_counted_once(structural_zeros, monkeypatch):
+    """By the forward pass on a CPU, and by a backward pass whose work they decide."""
+    counted = []
+    monkeypatch.setattr("topk_ortho.backends.registry.is_cheaper", counted.append)
+    x = activations(8, 40).requires_grad_()
+    loss = topk_ortho_loss(x, k=9, structural_zeros=structural_zeros)
+    assert len(counted) == 1
+    loss.backward()
+    assert len(counted) == 1 + structural_zeros
+
+
 @pytest.mark.quick
 def test_outputs_are_fresh(small_backend):
     """No output shares memory with an input or with another output."""

@@ -73,6 +73,8 @@ def _(x: Tensor, *_arguments: Any) -> MaxCosine:
 def pair_gradient(x: Tensor, norms: Tensor, cosines: Tensor, *arguments: Any) -> Tensor:
     """See `topk_ortho.backends.base.Backend.pair_gradient`; with `structural_zeros` the gradient is 0 where x is 0."""
     *weighted, backend_name, structural_zeros = arguments
+    if backend_name == "auto" and not structural_zeros:
+        backend_name = "tiled"  # a gradient that is dense is the same work whatever zeros x has
     pairs, backend = WeightedPairs(*weighted), backend_for(backend_name, x)
     if structural_zeros and isinstance(backend, SparseBackend):  # it need not compute what is then set to 0
         return backend.structural_gradient(x, pairs)
@@ -151,7 +153,7 @@ def weighted_pairs(rows: Tensor, cols: Tensor, grad: Tensor, priority: Tensor | 
     """Pairs with the gradient in their cosines; the column of higher priority gets none of it."""
     if priority is None:
         return WeightedPairs(rows, cols, grad, grad)
-    of_rows, of_cols = priority[rows], priority[cols]
+    of_rows, of_cols = priority.index_select(0, rows), priority.index_select(0, cols)
     return WeightedPairs(rows, cols, grad * (of_rows <= of_cols), grad * (of_cols <= of_rows))
 
 

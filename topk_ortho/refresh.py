@@ -7,13 +7,16 @@ to be expected. With x_hat the columns divided by their lengths, and r those at 
 d_i = ||x_hat_i - r_i||.
 
 **Adaptive.** A refresh is due when columns have moved by more than `reach` on average, of those that have moved by less
-than `JUMP`. Then it is counted how many
-of the exact pairs the old candidates give. This is the recall of candidates that are a call older than any that were
-used. A pair is missed that was behind the candidates by a gap and has come closer by more than that. If cosines have
-changed by normally distributed amounts, in proportion to how far columns have moved, then the share of pairs that are
-missed tells how many standard deviations the gap is, and from this follows the `reach` at which half of the share that
-may be missed is expected: what is measured scatters about that. Columns that have moved by more than `JUMP`, such as
-one that was resampled, are compared with all others at once.
+than `JUMP`. Then it is counted how many of the exact pairs the old candidates give. This is the recall of candidates
+that are a call older than any that were used. A pair is missed that was behind the candidates by a gap and has come
+closer by more than that. If cosines have changed by normally distributed amounts, in proportion to how far columns have
+moved, then the share of pairs that are missed tells how many standard deviations the gap is, and from this follows the
+`reach` at which the share that may be missed is expected. Columns that have moved by more than `JUMP`, such as one that
+was resampled, are compared with all others at once.
+
+Most calls do not even compare all candidates, but a *shortlist* of those that were the most similar when all of them
+were last compared. How many calls a shortlist lasts follows in the same way from the pairs that it had missed in the
+end. Candidates and shortlist may each miss a quarter of what may be missed, because what is measured scatters.
 
 **Certified.** As the columns have length 1,
 
@@ -43,18 +46,21 @@ from topk_ortho.definitions import (
     Similarity,
     Tau,
     first_in_order,
+    first_unsorted,
     floor_of,
     n_pairs,
     similarity_of,
 )
-from topk_ortho.functional import topk_pairs
 from topk_ortho.pairs import TopKPairs
+from topk_ortho.selection import Selection
 from topk_ortho.sparse_features import SparseFeatures, is_dense
 from topk_ortho.validation import check_features, check_number, check_word, in_columns, resolve_priority, resolve_query
 from topk_ortho.warm_start import initial_state
 
 Refresh = Literal["adaptive", "certified"]
 
+SHORT = 1.5
+"""Size of the shortlist, as a multiple of k"""
 JUMP = 0.5
 """How far a column may have moved before an adaptive selection compares it with all others"""
 _MOST_MOVED = 0.125
@@ -67,11 +73,17 @@ _CACHED_ELEMENTS = 2**18
 """Elements that stay in the cache of a CPU's core"""
 _LEAST_STEP = 0.25
 """Share of the distance they have moved that columns may move until the next refresh, however many pairs were missed"""
+_SINCE_REFRESH, _BETWEEN_REFRESHES, _AGE, _LIFE, _KIND = 0, 1, 2, 3, 4
+"""Places in the schedule, see there; age and life are those of the shortlist"""
 _Z = 1.959964  # 97.5% quantile of the normal distribution
 
 
+_Found = tuple[Tensor, Tensor]
+"""Cosines of selected pairs, in any order, and the index ``row * N + col`` of each"""
+
+
 class _Listed(NamedTuple):
-    """Selected pairs, in their order."""
+    """Selected pairs."""
 
     rows: Tensor
     cols: Tensor
@@ -81,9 +93,9 @@ class _Listed(NamedTuple):
 
     @property
     def threshold(self) -> Tensor:
-        """Similarity [] of the last of them or, where they are fewer than k, the floor that others do not pass."""
+        """The least similarity [] of them or, where they are fewer than k, the floor that others do not pass."""
         if self.rows.numel() == self.query.k:
-            return similarity_of(self.cosines.detach()[-1], self.query.similarity)
+            return similarity_of(self.cosines.detach(), self.query.similarity).min()
         return self.cosines.new_tensor(max(0.0, floor_of(self.query)))
 
 
@@ -110,7 +122,7 @@ class RefreshedPairs(nn.Module):
         at the last one, for when half of what may be missed is expected to be missed. This is no guarantee for the
         calls in between. The attribute `recall` is what was measured.
     margin : float, at least 1, default 4.0
-        Number of candidates, as a multiple of k. More of them last longer, and take more time at every call.
+        Number of candidates, as a multiple of k. More of them last longer, and take more time to compare.
     backend, precision
         As in `topk_pairs`, for the refreshes.
 
@@ -125,15 +137,17 @@ class RefreshedPairs(nn.Module):
     candidates : Tensor, int64 [c]
         The candidates, each as ``row * N + col``, ascending. This and what follows are buffers, which are saved with
         the module.
+    shortlist : Tensor, int64 [s]
+        Those of them that "adaptive" compares at most calls, ascending.
     reference : Tensor, shape [N, M]
         The columns at the refresh, divided by their lengths.
     cut : Tensor, shape []
         Similarity that no other pair exceeded then.
     reach : Tensor, shape []
         How far columns may move on average until the next refresh ("adaptive").
-    schedule : Tensor, int64 [4]
-        Calls since the refresh; calls between the last two; how many candidates were asked for; 1 if `similarity` was
-        "abs" then, else 0.
+    schedule : Tensor, int64 [6]
+        Calls since the refresh; calls between the last two; calls since the shortlist was made; calls after which
+        there is to be another; how many candidates were asked for; 1 if `similarity` was "abs" then, else 0.
     audit : Tensor, int64 [2]
         Pairs of the exact selection that were found at the last refresh that was due, and how many there were.
     state : Tensor, float32 [3]
@@ -142,9 +156,9 @@ class RefreshedPairs(nn.Module):
     Notes
     -----
     A refresh takes the time of `topk_pairs` for ``margin * k`` pairs. Every other call takes ``margin * k * M``
-    multiply-adds and a few passes over x, and the products with all others of the columns that have moved far. Memory
-    is up to four copies of x, in the dtype of its products, one of them between the calls, beside some ten bytes for
-    every candidate.
+    multiply-adds, with a shortlist ``1.5 * k * M``, a few passes over x, and the products with all others of the
+    columns that have moved far. Memory is up to four copies of x, in the dtype of its products, one of them between the
+    calls, beside some twenty bytes for every candidate.
 
     Examples
     --------
@@ -155,6 +169,7 @@ class RefreshedPairs(nn.Module):
     """
 
     candidates: Tensor
+    shortlist: Tensor
     reference: Tensor
     cut: Tensor
     reach: Tensor
@@ -196,17 +211,18 @@ class RefreshedPairs(nn.Module):
         self.backend = backend
         self.precision = precision
         self.register_buffer("candidates", torch.empty(0, dtype=torch.int64))
+        self.register_buffer("shortlist", torch.empty(0, dtype=torch.int64))
         self.register_buffer("reference", torch.empty(0, 0))
         self.register_buffer("cut", torch.tensor(0.0))
         self.register_buffer("reach", torch.tensor(0.0))
-        self.register_buffer("schedule", torch.tensor([0, 0, 0, 0]))
+        self.register_buffer("schedule", torch.tensor([0, 0, 0, 1, 0, 0]))
         self.register_buffer("audit", torch.tensor([0, 0]))
         self.register_buffer("state", initial_state())
 
     @property
     def interval(self) -> int:
         """Calls from one refresh to the next: between the last two or, if these are more, since the last one."""
-        return int(self.schedule[:2].max())
+        return int(self.schedule[: _BETWEEN_REFRESHES + 1].max())
 
     @property
     def recall(self) -> float:
@@ -237,14 +253,14 @@ class RefreshedPairs(nn.Module):
         TypeError, ValueError
             As in `topk_pairs`; also if x is sparse.
         """
-        listed = self.listed(x, priority)
+        listed = self.listed(x, priority, in_order=True)
         query, n_features = listed.query, x.shape[self.dim]
         return TopKPairs(
             listed.rows, listed.cols, listed.cosines.float(), listed.threshold.float(), query.tau, n_features, query.k
         )
 
-    def listed(self, x: Tensor | SparseFeatures, priority: Tensor | None = None) -> _Listed:
-        """The pairs, with cosines in the dtype that products of x are summed in."""
+    def listed(self, x: Tensor | SparseFeatures, priority: Tensor | None = None, *, in_order: bool = False) -> _Listed:
+        """The pairs, in the order of `topk_pairs` or in any, with cosines in the dtype that products are summed in."""
         check_features(x, self.dim)
         if not is_dense(x):
             raise TypeError("x must be dense: a selection among the entries of a sparse x is not kept")
@@ -262,6 +278,8 @@ class RefreshedPairs(nn.Module):
             scaled, scaled_norms, _ = in_range(x, norms)
             x_hat = (scaled.T.to(norms.dtype) * inverse_norms(scaled_norms)[:, None]).contiguous()
             cosines, index = self._select(x.detach(), x_hat, query)
+        if in_order:
+            cosines, index = first_in_order(cosines, index, query.similarity, query.k)
         rows = index.div(x.shape[1], rounding_mode="floor")
         cols = index - rows * x.shape[1]
         if x.requires_grad and torch.is_grad_enabled():
@@ -270,65 +288,111 @@ class RefreshedPairs(nn.Module):
 
     def reset(self) -> None:
         """Forget the candidates and what was measured, so that the next call is a refresh."""
-        self.candidates, self.reference = self.candidates.new_empty(0), self.reference.new_empty(0, 0)
+        self.candidates, self.shortlist = self.candidates.new_empty(0), self.shortlist.new_empty(0)
+        self.reference = self.reference.new_empty(0, 0)
         for buffer in (self.cut, self.reach, self.schedule, self.audit):
             buffer.zero_()
+        self.schedule[_LIFE] = 1
         self.state.copy_(initial_state())
 
-    def _select(self, x: Tensor, x_hat: Tensor, query: Query) -> tuple[Tensor, Tensor]:
+    def _select(self, x: Tensor, x_hat: Tensor, query: Query) -> _Found:
         """Cosines and index of the selected pairs."""
         size = min(n_pairs(x.shape[1]), math.ceil(min(self.margin * query.k, n_pairs(x.shape[1]))))
         kind = [size, int(query.similarity == "abs")]
         is_same = self.reference.shape == x_hat.shape and self.reference.dtype == x_hat.dtype
-        if not is_same or self.schedule[2:].tolist() != kind:
+        if not is_same or self.schedule[_KIND:].tolist() != kind:
             self.reset()
-            self.schedule[2:] = torch.tensor(kind)
+            self.schedule[_KIND:] = torch.tensor(kind)
             return self._refreshed(x, x_hat, query)
-        self.schedule[0] += 1
+        self.schedule[_SINCE_REFRESH] += 1
+        self.schedule[_AGE] += 1
         drift = _drift(x_hat, self.reference)
-        found = _selected(cosines_of(x_hat, self.candidates), self.candidates, query)
-        far = JUMP if self.refresh == "adaptive" else self._certified_drift(found[0], query, x.shape[0])
-        moved = (drift >= far).nonzero().squeeze(1)
-        if moved.numel() > _MOST_MOVED * x.shape[1]:
+        if self.refresh == "certified":
+            return self._certified(x, x_hat, drift, query)
+        is_short = bool(self.schedule[_AGE] < self.schedule[_LIFE])
+        listed = self.shortlist if is_short else self.candidates
+        jumped = drift >= JUMP
+        moved = drift[~jumped].mean()  # NaN if all have jumped
+        if int(jumped.sum()) > _MOST_MOVED * x.shape[1]:
             return self._refreshed(x, x_hat, query)
-        found = self._completed(x_hat, moved, found, query)
-        moved_on_average = drift[drift < JUMP].mean()  # of those that were compared with the candidates alone
-        if self.refresh == "certified" or moved_on_average <= self.reach:
-            return found
+        if moved > self.reach:
+            return self._audited(x, x_hat, moved, jumped, listed, query)
+        cosines = cosines_of(x_hat, listed)
+        found = _selected(cosines, listed, query)
+        if not is_short:
+            self._plan_shortlist(found[1])
+            self._make_shortlist(cosines, query)
+        return self._completed(x_hat, jumped, listed, found, query)
+
+    def _certified(self, x: Tensor, x_hat: Tensor, drift: Tensor, query: Query) -> _Found:
+        """The exact selection: among the candidates and columns that have moved far, or of all pairs."""
+        found = _selected(cosines_of(x_hat, self.candidates), self.candidates, query)
+        moved = drift >= self._certified_drift(found[0], query, x.shape[0])
+        if int(moved.sum()) > _MOST_MOVED * x.shape[1]:
+            return self._refreshed(x, x_hat, query)
+        return self._completed(x_hat, moved, self.candidates, found, query)
+
+    def _refreshed(self, x: Tensor, x_hat: Tensor, query: Query) -> _Found:
+        """Compare all pairs, and keep the first of the order as candidates, whether they pass tau or not."""
+        size = int(self.schedule[_KIND])
+        wanted = Query(size, similarity=query.similarity, precision=query.precision)
+        backend = resolve_backend(self.backend, x.device)
+        selection = Selection(*custom_ops.topk_pairs(x, *wanted, backend, None, self.state, False))
+        self.state.copy_(selection.state)
+        n_listed = int(selection.n_listed)
+        index = selection.rows[:n_listed] * x.shape[1] + selection.cols[:n_listed]
+        cosines = selection.cosines[:n_listed]
+        self.reference = x_hat
+        if n_listed == n_pairs(x.shape[1]):
+            self.cut = x_hat.new_tensor(-math.inf)
+        else:  # if they are fewer than asked for, no others are above 0
+            self.cut = selection.threshold
+        self.schedule[_BETWEEN_REFRESHES] = self.schedule[_SINCE_REFRESH]
+        self.schedule[_SINCE_REFRESH] = 0
+        found = _passing(cosines[: query.k], index[: query.k], query)
+        self.candidates, order = index.sort()
+        if self.refresh == "adaptive":
+            self._make_shortlist(cosines[order], query)
+        return found
+
+    def _audited(self, x: Tensor, x_hat: Tensor, moved: Tensor, jumped: Tensor, listed: Tensor, query: Query) -> _Found:
+        """Refresh, and count how many pairs of the exact selection had been listed, and how many were candidates.
+
+        What was listed would have been found. So would be a pair of which a column has jumped.
+        """
+        candidates = self.candidates
         exact = self._refreshed(x, x_hat, query)
-        self._plan(found[1], exact[1], moved_on_average)
+        index = exact[1]
+        rows = index.div(x.shape[1], rounding_mode="floor")
+        is_compared = jumped[rows] | jumped[index - rows * x.shape[1]]
+        n_found, n_candidates = (int((_is_in(index, known) | is_compared).sum()) for known in (listed, candidates))
+        self._plan(n_candidates, index.numel(), moved)
+        self.audit.copy_(torch.tensor([n_found, index.numel()]))
         return exact
 
-    def _refreshed(self, x: Tensor, x_hat: Tensor, query: Query) -> tuple[Tensor, Tensor]:
-        """Compare all pairs, and keep the first of the order as candidates, whether they pass tau or not."""
-        size = int(self.schedule[2])
-        pairs = topk_pairs(
-            x, k=size, similarity=query.similarity, backend=self.backend, precision=query.precision, state=self.state
-        )
-        self.candidates = (pairs.rows * x.shape[1] + pairs.cols).sort().values
-        self.reference = x_hat
-        cosines = cosines_of(x_hat, self.candidates)
-        if self.candidates.numel() == n_pairs(x.shape[1]):
-            self.cut = x_hat.new_tensor(-math.inf)
-        elif self.candidates.numel() == size:
-            self.cut = similarity_of(cosines, query.similarity).min()
-        else:  # no others are above 0
-            self.cut = x_hat.new_zeros(())
-        self.schedule[1] = self.schedule[0]
-        self.schedule[0] = 0
-        return _selected(cosines, self.candidates, query)
+    def _plan(self, n_found: int, n_exact: int, moved: Tensor) -> None:
+        """Plan the next refresh by what was found of the exact selection when columns had moved so far."""
+        self.reach = (self._longer(n_found, n_exact) * moved).clamp_max(JUMP / 2)  # beyond JUMP none would ever be due
 
-    def _plan(self, found: Tensor, exact: Tensor, moved: Tensor) -> None:
-        """Measure the recall of candidates whose columns have moved so far, and plan the next refresh by it."""
-        n_found, n_exact = int(torch.isin(exact, found).sum()), exact.numel()
-        self.audit.copy_(torch.tensor([n_found, n_exact]))
-        if n_exact:
-            aim = (1 - self.recall_target) / 2
-            missed = (n_exact - n_found + min(0.5, aim * n_exact / 2)) / n_exact  # 0 of few does not mean none
-            factor = max(_LEAST_STEP, _deviations(missed) / _deviations(aim))
-        else:  # there was nothing to miss
-            factor = 2.0
-        self.reach = (factor * moved).clamp_max(JUMP / 2)  # beyond JUMP none would ever be due
+    def _plan_shortlist(self, exact: Tensor) -> None:
+        """Plan for how many calls the next shortlist is used, by what the last one had of the exact selection."""
+        n_found, age = int(_is_in(exact, self.shortlist).sum()), int(self.schedule[_AGE])
+        longer = round(age * self._longer(n_found, exact.numel()))
+        self.schedule[_LIFE] = max(1, longer, age + 1 if n_found == exact.numel() else 0)
+
+    def _make_shortlist(self, cosines: Tensor, query: Query) -> None:
+        """Make a shortlist of the candidates, by their cosines."""
+        size = math.ceil(SHORT * query.k)
+        _, self.shortlist = first_unsorted(cosines, self.candidates, query.similarity, size)
+        self.schedule[_AGE] = 0
+
+    def _longer(self, n_found: int, n_exact: int) -> float:
+        """By which factor columns may move further until the share of pairs is missed that is expected to be."""
+        if not n_exact:  # there was nothing to miss
+            return 2.0
+        aim = (1 - self.recall_target) / 4
+        missed = (n_exact - n_found + min(0.5, aim * n_exact / 2)) / n_exact  # 0 of few does not mean none
+        return max(_LEAST_STEP, _deviations(missed) / _deviations(aim))
 
     def _certified_drift(self, cosines: Tensor, query: Query, n_rows: int) -> float:
         """How far one column of every pair must have moved that was no candidate and is selected now.
@@ -337,41 +401,39 @@ class RefreshedPairs(nn.Module):
         """
         least = floor_of(query)
         if cosines.numel() == query.k:
-            least = similarity_of(cosines, query.similarity)[-1].item()
+            least = similarity_of(cosines, query.similarity).min().item()
         rounding = 4 * (n_rows + 8) * torch.finfo(cosines.dtype).eps  # of sums of so many products
         return math.sqrt(1 + max(0.0, least - self.cut.item() - rounding)) - 1
 
-    def _completed(
-        self, x_hat: Tensor, moved: Tensor, found: tuple[Tensor, Tensor], query: Query
-    ) -> tuple[Tensor, Tensor]:
-        """The selection among the candidates and all pairs of columns that have moved far."""
-        if not moved.numel():
+    def _completed(self, x_hat: Tensor, moved: Tensor, listed: Tensor, found: _Found, query: Query) -> _Found:
+        """The selection among the pairs that were listed and all pairs of columns that have moved far."""
+        columns = moved.nonzero().squeeze(1)
+        if not columns.numel():
             return found
         cosines, index = found
         n_features = x_hat.shape[0]
-        least = similarity_of(cosines, query.similarity)[-1].item() if index.numel() == query.k else floor_of(query)
-        has_moved = torch.zeros(n_features, dtype=torch.bool, device=moved.device).index_fill_(0, moved, True)
-        columns = torch.arange(n_features, device=moved.device)
-        for part in moved.split(max(1, _PRODUCTS // n_features)):
+        least = floor_of(query)
+        if index.numel() == query.k:
+            least = similarity_of(cosines, query.similarity).min().item()
+        others = torch.arange(n_features, device=moved.device)
+        for part in columns.split(max(1, _PRODUCTS // n_features)):
             with matmul_precision(x_hat.device, "highest"):
                 products = (x_hat[part] @ x_hat.T).clamp_(-1, 1)
             similar = similarity_of(products, query.similarity) >= least
-            similar &= ~has_moved | (columns > part[:, None])  # each pair once, and no column with itself
+            similar &= ~moved | (others > part[:, None])  # each pair once, and no column with itself
             row, col = similar.nonzero().unbind(1)
             first, second = part[row], col
-            others = torch.minimum(first, second) * n_features + torch.maximum(first, second)
-            is_new = torch.searchsorted(self.candidates, others) == torch.searchsorted(
-                self.candidates, others, right=True
-            )
+            pairs = torch.minimum(first, second) * n_features + torch.maximum(first, second)
+            is_new = ~_is_in(pairs, listed)
             cosines = torch.cat([cosines, products[row, col][is_new]])
-            index = torch.cat([index, others[is_new]])
+            index = torch.cat([index, pairs[is_new]])
         return _selected(cosines, index, query)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Take buffers of whatever size they were saved in; without any, those before the first call."""
         if not any(name.startswith(prefix) for name in state_dict):
             state_dict.update({prefix + name: buffer for name, buffer in RefreshedPairs().state_dict().items()})
-        for name in ("candidates", "reference", "cut", "reach"):
+        for name in ("candidates", "shortlist", "reference", "cut", "reach"):
             saved = state_dict.get(prefix + name)
             if saved is not None:
                 setattr(self, name, torch.empty_like(saved, device=getattr(self, name).device))
@@ -422,8 +484,20 @@ def _drift(x_hat: Tensor, reference: Tensor) -> Tensor:
     return drift
 
 
-def _selected(cosines: Tensor, index: Tensor, query: Query) -> tuple[Tensor, Tensor]:
-    """The first k pairs of the order that pass the floor."""
-    cosines, index = first_in_order(cosines, index, query.similarity, query.k)
-    n_passed = int((similarity_of(cosines, query.similarity) > floor_of(query)).sum())
-    return cosines[:n_passed], index[:n_passed]
+def _is_in(index: Tensor, ascending: Tensor) -> Tensor:
+    """Which numbers are among others that ascend, and each of which is there once."""
+    return torch.searchsorted(ascending, index) != torch.searchsorted(ascending, index, right=True)
+
+
+def _selected(cosines: Tensor, index: Tensor, query: Query) -> _Found:
+    """The first k pairs of the order that pass the floor, as they came."""
+    return _passing(*first_unsorted(cosines, index, query.similarity, query.k), query)
+
+
+def _passing(cosines: Tensor, index: Tensor, query: Query) -> _Found:
+    """Those of some pairs that pass the floor."""
+    floor = floor_of(query)
+    if floor < 0:
+        return cosines, index
+    passed = (similarity_of(cosines, query.similarity) > floor).nonzero().squeeze(1)
+    return cosines.index_select(0, passed), index.index_select(0, passed)

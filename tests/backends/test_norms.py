@@ -33,9 +33,10 @@ def test_shapes_and_dtypes(shape, dtype):
     assert_norms(normal(*shape, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_layouts(view):
-    assert_norms(view(normal(37, 53)))
+def test_layouts(view, dtype):
+    assert_norms(view(normal(37, 53, dtype=dtype)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -306,6 +306,23 @@ class _LargestTensor(TorchDispatchMode):
         return out
 
 
+def test_gradient_of_a_column_shorter_than_eps():
+    """It is divided by EPS and not by its length, so its length has a gradient."""
+    x = normal(7, 9, dtype=torch.float64)
+    x[:, 3] *= 1e-14
+    rows, cols = torch.tensor([0, 3, 3, 5]), torch.tensor([3, 4, 8, 6])
+    row_weights, col_weights = torch.tensor([[1.0, 2.0, 0.0, -1.0], [3.0, 1.0, 1.5, 2.0]], dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    x_hat = torch.nn.functional.normalize(leaf, dim=0, eps=oracle.EPS)
+    held = x_hat.detach()
+    cosines = (held[:, rows] * held[:, cols]).sum(dim=0)
+    of_rows, of_cols = (x_hat[:, rows] * held[:, cols]).sum(dim=0), (held[:, rows] * x_hat[:, cols]).sum(dim=0)
+    (row_weights * of_rows + col_weights * of_cols).sum().backward()
+    pairs = WeightedPairs(rows, cols, row_weights, col_weights)
+    gradient = SMALL.pair_gradient(x, column_norms(x), cosines, pairs)
+    torch.testing.assert_close(gradient, leaf.grad, rtol=1e-12, atol=1e-12)
+
+
 class TestMemory:
     """Neither N x N nor M x k values exist at any time."""
 

@@ -101,29 +101,33 @@ class TiledBackend:
         removes from column j its own share s_j = sum_p weight_p * cosine_p over its pairs, so that
         d x = (x_hat @ S - x_hat * s) / norm.
         """
-        n_features = x.shape[1]
-        targets, sources = torch.cat([pairs.rows, pairs.cols]), torch.cat([pairs.cols, pairs.rows])
-        weights, products = torch.cat([pairs.row_weights, pairs.col_weights]), torch.cat([cosines, cosines])
+        n_features, n_pairs = x.shape[1], cosines.numel()
+        targets = torch.cat([pairs.rows, pairs.cols])
+        weights = torch.cat([pairs.row_weights, pairs.col_weights])
         if x.device.type == "cpu":
             used = weights.nonzero().squeeze(1)
-            targets, sources, weights, products = (each[used] for each in (targets, sources, weights, products))
-        targets, order = targets.sort(stable=True)
-        sources, weights, products = sources[order], weights[order], products[order]
+            targets, order = targets.index_select(0, used).sort(stable=True)
+            order = used.index_select(0, order)
+        else:
+            targets, order = targets.sort(stable=True)
+        sources = torch.cat([pairs.cols, pairs.rows]).index_select(0, order)
+        weights = weights.index_select(0, order)
+        products = weights * cosines.index_select(0, order.remainder_(n_pairs))
         offsets = torch.searchsorted(targets, torch.arange(n_features, device=x.device))
-        products = weights * products
         own = embedding_bag(
             torch.zeros_like(sources), weights.new_ones(1, 1), offsets, mode="sum", per_sample_weights=products
         )
-        own *= (norms > EPS).unsqueeze(1)
         grad = torch.empty_like(x)
+        is_long = norms > EPS
         x, norms, factor = in_range(x, norms)
-        inverse = inverse_norms(norms).unsqueeze(1)
+        inverse = inverse_norms(norms)
+        own *= (inverse * is_long).unsqueeze(1)
+        weights *= inverse.index_select(0, targets)
         slab_rows = max(self.least_slab_rows, self.slab_bytes // (n_features * weights.element_size()))
         for x_slab, grad_slab in zip(x.split(slab_rows), grad.split(slab_rows), strict=True):
-            x_hat = x_slab.T.to(weights.dtype) * inverse  # [N, slab]
-            x_hat = x_hat.contiguous()
+            x_hat = (x_slab.T.to(weights.dtype) * inverse.unsqueeze(1)).contiguous()  # [N, slab]
             gathered = embedding_bag(sources, x_hat, offsets, mode="sum", per_sample_weights=weights)
-            grad_slab.copy_(gathered.sub_(x_hat.mul_(own)).mul_(inverse).T)
+            grad_slab.copy_(gathered.addcmul_(x_hat, own, value=-1).T)
         return grad if factor is None else grad.mul_(factor)
 
     def _guess(self, x: Tensor, norms: Tensor, query: Query, state: Tensor | None) -> float:
