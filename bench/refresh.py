@@ -1,15 +1,17 @@
 """What a decoder's penalty adds to a step of training, by how often all pairs of directions are compared.
 
-python -m bench.refresh [--device cuda] [--size N D BATCH L0] [--steps 60] [--lr 3e-4] [--report]
+python -m bench.refresh [--device cuda] [--size N D BATCH L0] [--steps 60] [--lr 3e-4] [--ways WAY ...] [--report]
 
 Dictionaries are trained one after the other on the same synthetic mixtures, each with one way to choose the pairs:
-the most similar pairs of all, selected anew at every step or at every fifth; the same kept from step to step, refreshed
-as often as the measured recall asks for ("adaptive") or certified never to miss one ("certified"); and, for comparison,
-OrtSAE's and C2R's nearest columns within random chunks of 8,192 features. Times are means over the steps of the second
-half, since a policy that seldom compares all pairs has two kinds of steps. On a GPU each step is waited for.
+the most similar pairs of all, selected anew at every step or at every so many; the same kept from step to step,
+refreshed as often as the measured recall asks for ("adaptive") or certified never to miss one ("certified"); and, for
+comparison, OrtSAE's and C2R's nearest columns within random chunks of 8,192 features. Times are means over the steps of
+the second half, since a policy that seldom compares all pairs has two kinds of steps, and needs enough of them.
+On a GPU each step is waited for.
 
 Recall is measured here, not reported by the policy: after the last step the kept selection is compared with an exact
-one of the same decoder. A line of JSON for each way goes into bench/results/refresh-DEVICE.jsonl.
+one of the same decoder. A line of JSON for each way goes into bench/results/refresh-DEVICE.jsonl. Lines of other ways
+stay there if they were measured with the same size and learning rate.
 """
 
 import argparse
@@ -37,8 +39,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "no penalty": {"target": "none"},
     "all pairs, every step": {},
     "all pairs, every 5th step": {"every": 5},
+    "all pairs, every 20th step": {"every": 20},
     "adaptive, every step": {"refresh": "adaptive"},
     "adaptive, every 5th step": {"refresh": "adaptive", "every": 5},
+    "adaptive, every 10th step": {"refresh": "adaptive", "every": 10},
+    "adaptive, every 20th step": {"refresh": "adaptive", "every": 20},
     "certified, every step": {"refresh": "certified"},
     "OrtSAE, every step": {"op": "max_cosine"},
     "OrtSAE, every 5th step": {"op": "max_cosine", "every": 5},
@@ -64,19 +69,23 @@ def main(arguments: list[str] | None = None) -> None:
     out = options.out or _RESULTS / f"refresh-{options.device}.jsonl"
     if not options.report:
         size, device = Size(*options.size), torch.device(options.device)
-        x = mixtures(size, _N_BATCHES)
+        x, setting = mixtures(size, _N_BATCHES), {**size._asdict(), "lr": options.lr}
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.unlink(missing_ok=True)
+        lines = {line["way"]: line for line in _lines(out) if line.items() >= setting.items()}
         for way in options.ways:
             measured = _measure(way, x, size, options.steps, options.lr, device)
-            line = {
-                "way": way, **size._asdict(), "lr": options.lr, "steps": options.steps, **measured,
+            lines[way] = {
+                "way": way, **setting, "steps": options.steps, **measured,
                 "environment": environment_of(device), "utc": datetime.now(UTC).isoformat(timespec="seconds"),
             }  # fmt: skip
-            with out.open("a") as file:
-                print(json.dumps(line), file=file)
-            print(f"{way}: {1e3 * line['step_s']:.1f} ms a step", file=sys.stderr, flush=True)
-    print(table([json.loads(line) for line in out.read_text().splitlines()]))
+            out.write_text("".join(json.dumps(lines[way]) + "\n" for way in WAYS if way in lines))
+            print(f"{way}: {1e3 * measured['step_s']:.1f} ms a step", file=sys.stderr, flush=True)
+    print(table(_lines(out)))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The results in a file, none if it does not exist."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -85,13 +94,13 @@ def table(lines: list[dict[str, Any]]) -> str:
     What the penalty adds is taken over the rest of the same steps. Ways are measured one after the other, and by then a
     machine may have become faster or slower.
     """
-    rows = ["| pairs | step | penalty | added | refresh | recall |", "|---|---|---|---|---|---|"]
+    rows = ["| pairs | steps | step | penalty | added | refresh | recall |", "|---|---|---|---|---|---|---|"]
     for line in lines:
         added = f"{100 * line['penalty_s'] / (line['step_s'] - line['penalty_s']):.0f}%"
         interval = "" if line["interval"] is None else f"every {line['interval']} uses"
         recall = "" if line["recall"] is None else f"{100 * line['recall']:.2f}%"
         times = (f"{1e3 * line[name]:.1f} ms" for name in ("step_s", "penalty_s"))
-        rows.append(f"| {' | '.join((line['way'], *times, added, interval, recall))} |")
+        rows.append(f"| {' | '.join((line['way'], str(line['steps'] // 2), *times, added, interval, recall))} |")
     return "\n".join(rows)
 
 

@@ -158,14 +158,14 @@ class TestWhere:
             (True, (8, 1024), 1), (True, (4096, 1024), 1), (True, (8, 1023), 0), (True, (4097, 1024), 0),
             (False, (8, 1024), 0),
         ):  # fmt: skip
-            monkeypatch.setattr(tiled, "multiplies_bfloat16", lambda device, is_fast=is_fast: is_fast)
+            monkeypatch.setattr(screen, "multiplies_bfloat16", lambda device, is_fast=is_fast: is_fast)
             calls.clear()
             TiledBackend().topk_pairs(normal(*shape), Query(k=10), None)
             assert bool(calls) == bool(n_calls), shape
 
     def test_adaptive_tau_needs_all_cosines(self, monkeypatch):
         monkeypatch.setattr(tiled, "pairs_that_may_reach", None)
-        monkeypatch.setattr(tiled, "multiplies_bfloat16", lambda device: True)
+        monkeypatch.setattr(screen, "multiplies_bfloat16", lambda device: True)
         for backend in (SCREENED, TiledBackend()):
             backend.topk_pairs(normal(8, 1100), Query(k=10, n_std=1.0), None)
 

@@ -19,7 +19,7 @@ def test_a_line_for_every_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["way"] for line in lines] == list(WAYS)
     assert lines[0]["penalty_s"] == 0
-    assert all(0 < line["penalty_s"] < line["step_s"] for line in lines[1:] if "5th" not in line["way"])
+    assert all(0 < line["penalty_s"] < line["step_s"] for line in lines[1:] if "th step" not in line["way"])
     for line in lines:
         is_kept = line["way"].startswith(("adaptive", "certified"))
         assert (line["recall"] is not None) == is_kept
@@ -27,6 +27,21 @@ def test_a_line_for_every_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     recall = {line["way"]: line["recall"] for line in lines}
     assert recall["certified, every step"] == 1
     assert capsys.readouterr().out.count("\n| ") == len(WAYS)
+
+
+def test_other_ways_stay(tmp_path: Path):
+    """Those of the same setting, in the order of the table, while a way that is measured again replaces its line."""
+    out = tmp_path / "refresh.jsonl"
+    setting = {"n_features": 128, "d_in": 16, "batch_size": 64, "l0": 4, "lr": 3e-4}
+    others = [{"way": "OrtSAE, every step"}, {"way": "no penalty"}, {"way": "C2R, every step", "lr": 1.0}]
+    measured = {"steps": 2, "step_s": 1.0, "penalty_s": 0.0, "interval": None, "recall": None}
+    out.write_text("".join(json.dumps({**setting, **measured, **line}) + "\n" for line in others))
+    arguments = ["--size", "128", "16", "64", "4", "--out", str(out), "--ways"]
+    refresh.main([*arguments, "no penalty", "all pairs, every step", "--steps", "4"])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["way"], line["steps"]) for line in lines] == [
+        ("no penalty", 4), ("all pairs, every step", 4), ("OrtSAE, every step", 2),
+    ]  # fmt: skip
 
 
 def test_recall_is_measured_on_the_decoder_as_it_is():
@@ -50,8 +65,8 @@ def test_recall_is_measured_on_the_decoder_as_it_is():
 
 
 def test_the_table_compares_the_penalty_with_the_rest_of_the_step():
-    line = {"step_s": 0.02, "penalty_s": 0.0, "interval": None, "recall": None}
-    kept = {"step_s": 0.025, "penalty_s": 0.004, "interval": 7, "recall": 0.9876}
+    line = {"steps": 61, "step_s": 0.02, "penalty_s": 0.0, "interval": None, "recall": None}
+    kept = {"steps": 60, "step_s": 0.025, "penalty_s": 0.004, "interval": 7, "recall": 0.9876}
     text = table([{"way": "no penalty", **line}, {"way": "adaptive, every step", **kept}])
-    assert "| no penalty | 20.0 ms | 0.0 ms | 0% |  |  |" in text
-    assert text.endswith("| adaptive, every step | 25.0 ms | 4.0 ms | 19% | every 7 uses | 98.76% |")
+    assert "| no penalty | 30 | 20.0 ms | 0.0 ms | 0% |  |  |" in text
+    assert text.endswith("| adaptive, every step | 30 | 25.0 ms | 4.0 ms | 19% | every 7 uses | 98.76% |")

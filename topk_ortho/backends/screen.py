@@ -16,6 +16,10 @@ from torch import Tensor
 from topk_ortho.backends.tile_stream import LowerTriangle, Scan, TileShape, tiles
 from topk_ortho.definitions import Similarity
 
+_LEAST_FEATURES = 1024
+"""With fewer features a screen saves nothing, measured for M = 384 (2 cores, AVX-512)"""
+_MOST_ROWS = 4096
+"""With more rows a screen finds too many pairs: cosines lie closer together, and sums are off by more."""
 _SLAB_ELEMENTS = 2**18
 """Elements of x_hat that are rounded at a time, so that they stay in a core's cache"""
 
@@ -24,10 +28,15 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether a device is a CPU that has instructions for products in bfloat16, which torch uses."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
-    if not hasattr(torch.cpu, "get_capabilities"):  # before torch 2.12
+    if not hasattr(torch.cpu, "get_capabilities"):  # older versions of torch do not tell
         return False
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def is_faster(n_rows: int, n_features: int, device: torch.device) -> bool:
+    """Whether a selection among the columns of a matrix is expected to take less time with a screen."""
+    return n_features >= _LEAST_FEATURES and n_rows <= _MOST_ROWS and multiplies_bfloat16(device)
 
 
 def pairs_that_may_reach(

@@ -1,7 +1,8 @@
 """Plain torch, on any device: stream the upper triangle of the gram in tiles, keep what survives, certify.
 
-Extra memory: one tile with its magnitudes, O(k) survivors, and a copy of x only if its dtype or layout cannot be
-multiplied as it is. Exactness is the business of `topk_ortho.selection`.
+Extra memory: one tile with its magnitudes, O(k) survivors, and a copy of x if its dtype or layout cannot be multiplied
+as it is. Where pairs are screened (`topk_ortho.backends.screen`) there are also the columns divided by their lengths,
+once as they are and once in bfloat16. Exactness is the business of `topk_ortho.selection`.
 """
 
 from dataclasses import dataclass, field, replace
@@ -15,17 +16,12 @@ from topk_ortho.backends.listed_pairs import cosines_of
 from topk_ortho.backends.moments import Moments
 from topk_ortho.backends.norms import column_norms, in_range, inverse_norms
 from topk_ortho.backends.precision import matmul_precision
-from topk_ortho.backends.screen import multiplies_bfloat16, pairs_that_may_reach
+from topk_ortho.backends.screen import is_faster, pairs_that_may_reach
 from topk_ortho.backends.survivors import Survivors
 from topk_ortho.backends.tile_stream import LowerTriangle, TileShape, TileStream, multipliable, tile_shape, tiles
 from topk_ortho.definitions import EPS, Precision, Query, first_in_order, floor_of, n_pairs, similarity_of
 from topk_ortho.selection import Selection, finish
 from topk_ortho.warm_start import GUESS, SampleSizes, guess_from_sample, next_state
-
-_LEAST_SCREENED_FEATURES = 1024
-"""With fewer features a screen in bfloat16 saves nothing, measured for M = 384 (2 cores, AVX-512)"""
-_MOST_SCREENED_ROWS = 4096
-"""With more rows a screen finds too many pairs: cosines lie closer together, and sums are off by more."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +145,7 @@ class TiledBackend:
             return False
         if self.screen is not None:
             return self.screen
-        is_worth_it = x.shape[1] >= _LEAST_SCREENED_FEATURES and x.shape[0] <= _MOST_SCREENED_ROWS
-        return is_worth_it and multiplies_bfloat16(x.device)
+        return is_faster(x.shape[0], x.shape[1], x.device)
 
     def _screened(self, x: Tensor, norms: Tensor, query: Query, guess: float) -> _Found:
         """One pass in bfloat16 from a guess; if it cannot be certified, one more from what passes in x's dtype find.

@@ -34,6 +34,16 @@ class TestCost:
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         assert is_cheaper(x) == (threads == 1)
 
+    def test_a_screen_favours_products_of_matrices(self, monkeypatch):
+        x = torch.zeros(256, 16384)
+        x[:, :100] = 1
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+        for is_fast in (False, True):
+            monkeypatch.setattr(
+                "topk_ortho.backends.screen.multiplies_bfloat16", lambda device, is_fast=is_fast: is_fast
+            )
+            assert is_cheaper(x) == (not is_fast)
+
     def test_rows_are_sampled_from_all_of_x(self):
         x = torch.zeros(4096, 4096)
         x[2048:] = 1

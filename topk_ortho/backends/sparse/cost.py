@@ -3,9 +3,13 @@
 import torch
 from torch import Tensor
 
+from topk_ortho.backends.screen import is_faster
+
 # The unit is a multiply-add of the dense route on one thread. Threads share the work of the dense route, not of this
 # one. Measured by `python -m bench sparse`, see bench/results/cpu.jsonl.
 _PER_PRODUCT, _PER_CELL, _PER_CALL = 1500, 1, 1e8
+_SCREENED = 0.55
+"""Time of the dense route where it is screened, as a share of what it takes without."""
 _SAMPLED_ROWS = 64
 
 
@@ -14,13 +18,15 @@ def is_cheaper(x: Tensor) -> bool:
 
     ::
 
-        tiled    M N**2 / 2 / threads
+        tiled    M N**2 / 2 / threads, times 0.55 where pairs are screened in bfloat16
         sparse   a * products + b * M N (to find the non-zeros) + c (a call's overhead)
 
     Products are counted in a sample of the rows, and, if it says that they are few, in all.
     """
     n_rows, n_features = x.shape
     affordable = n_rows * n_features**2 / 2 / torch.get_num_threads()
+    if is_faster(n_rows, n_features, x.device):
+        affordable *= _SCREENED
     affordable -= _PER_CALL + _PER_CELL * n_rows * n_features
     if affordable <= 0:
         return False
