@@ -100,7 +100,9 @@ def table(lines: list[dict[str, Any]]) -> str:
         interval = "" if line["interval"] is None else f"every {line['interval']} uses"
         recall = "" if line["recall"] is None else f"{100 * line['recall']:.2f}%"
         times = (f"{1e3 * line[name]:.1f} ms" for name in ("step_s", "penalty_s"))
-        rows.append(f"| {' | '.join((line['way'], str(line['steps'] // 2), *times, added, interval, recall))} |")
+        rows.append(
+            f"| {' | '.join((line['way'], str(line['steps'] - line['steps'] // 2), *times, added, interval, recall))} |"
+        )
     return "\n".join(rows)
 
 

@@ -39,7 +39,8 @@ def topk_pairs(x: Tensor, *arguments: Any) -> Selection:
     synchronizes = may_synchronize(x.device, state)
     if synchronizes:
         refuse_nan(priority)
-    selection = backend_for(backend, x).topk_pairs(x, Query(*query), state)
+    asked = Query(*query)
+    selection = backend_for(backend, x, is_selection=asked.n_std is None).topk_pairs(x, asked, state)
     if not synchronizes and priority is not None and priority.is_floating_point():
         selection = selection._replace(cosines=torch.where(priority.isnan().any(), torch.nan, selection.cosines))
     return selection

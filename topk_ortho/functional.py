@@ -106,14 +106,15 @@ def topk_pairs(
     Exact means: against float64, every selected pair has |cosine| >= t_k - e and every other one |cosine| <= t_k +
     e, where t_k is the k-th value and e the rounding of the precision asked for; the count is exact but for pairs
     within e of a limit. A call takes N**2 M / 2 multiply-adds, twice as many if the first guess was wrong
-    ("triton": three to seven times). Extra memory is O(k) and a bounded number of tiles. "tiled" also copies x to
-    float32 if it is bfloat16, float16 or has no unit stride, and keeps x_hat and a copy of it in bfloat16 where it
-    screens; "triton" copies a float32 x to float16 where it screens it, and for `precision` "medium".
+    ("triton": three to seven times; "tiled" where it screens: up to four). Extra memory is O(k) and a bounded number of
+    tiles. "tiled" also copies x to float32 if it is bfloat16, float16 or has no unit stride, and keeps x_hat and a copy
+    of it in bfloat16 where it screens; "triton" copies a float32 x to float16 where it screens it, and for `precision`
+    "medium".
 
     "triton" screens large float32 matrices of "highest" precision in float16: by a bound on its error it knows what may
     be selected, and computes only those products in float32. After a wrong guess all products are float32, and summed
-    in another order. In the same way "tiled" screens in bfloat16 from N = 1024 and up to M = 4096, on CPUs that have
-    instructions for it.
+    in another order. "tiled" screens in bfloat16 from N = 1024 and up to M = 4096, on CPUs that have instructions for
+    it, at whatever precision.
 
     "sparse" computes the pairs of features that are active in the same row of x, and no others: L0 features in each row
     make M L0 (L0 - 1) / 2 products, whatever N is. Products are rounded to float32 (float64 for float64 input) and

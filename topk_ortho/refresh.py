@@ -7,12 +7,11 @@ to be expected. With x_hat the columns divided by their lengths, and r those at 
 d_i = ||x_hat_i - r_i||.
 
 **Adaptive.** A refresh is due when columns have moved by more than `reach` on average, of those that have moved by less
-than `JUMP`. Then it is counted how many of the exact pairs the old candidates give. This is the recall of candidates
-that are a call older than any that were used. A pair is missed that was behind the candidates by a gap and has come
-closer by more than that. If cosines have changed by normally distributed amounts, in proportion to how far columns have
-moved, then the share of pairs that are missed tells how many standard deviations the gap is, and from this follows the
-`reach` at which the share that may be missed is expected. Columns that have moved by more than `JUMP`, such as one that
-was resampled, are compared with all others at once.
+than `JUMP`. Then it is counted how many of the exact pairs are among the old candidates. A pair is missed that was
+behind the candidates by a gap and has come closer by more than that. If cosines have changed by normally distributed
+amounts, in proportion to how far columns have moved, then the share of pairs that are missed tells how many standard
+deviations the gap is, and from this follows the `reach` at which the share that may be missed is expected. Columns that
+have moved by more than `JUMP`, such as one that was resampled, are compared with all others at once.
 
 Most calls do not even compare all candidates, but a *shortlist* of those that were the most similar when all of them
 were last compared. How many calls a shortlist lasts follows in the same way from the pairs that it had missed in the
@@ -36,7 +35,7 @@ from torch import Tensor, nn
 
 from topk_ortho import custom_ops
 from topk_ortho.backends.listed_pairs import cosines_of
-from topk_ortho.backends.norms import column_norms, in_range, inverse_norms
+from topk_ortho.backends.norms import column_norms, directions, in_range
 from topk_ortho.backends.precision import matmul_precision
 from topk_ortho.backends.registry import resolve_backend
 from topk_ortho.definitions import (
@@ -129,7 +128,8 @@ class RefreshedPairs(nn.Module):
     Attributes
     ----------
     recall : float
-        Measured recall at the last refresh.
+        Share of the exact selection that was found, at the last refresh that was due, by what would have been compared
+        in its place: the shortlist, or all candidates.
     recall_interval : (float, float)
         Its 95% interval.
     interval : int
@@ -157,7 +157,7 @@ class RefreshedPairs(nn.Module):
     -----
     A refresh takes the time of `topk_pairs` for ``margin * k`` pairs. Every other call takes ``margin * k * M``
     multiply-adds, with a shortlist ``1.5 * k * M``, a few passes over x, and the products with all others of the
-    columns that have moved far. Memory is up to four copies of x, in the dtype of its products, one of them between the
+    columns that have moved far. Memory is up to five copies of x, in the dtype of its products, one of them between the
     calls, beside some twenty bytes for every candidate.
 
     Examples
@@ -226,7 +226,7 @@ class RefreshedPairs(nn.Module):
 
     @property
     def recall(self) -> float:
-        """Share of the exact selection that the oldest candidates would have given; NaN before it was measured."""
+        """Share of the exact selection that would have been found without the last refresh; NaN before the second."""
         if self.refresh == "certified":
             return 1.0
         found, of = self.audit.tolist()
@@ -276,7 +276,7 @@ class RefreshedPairs(nn.Module):
         with torch.no_grad():
             norms = column_norms(x)
             scaled, scaled_norms, _ = in_range(x, norms)
-            x_hat = (scaled.T.to(norms.dtype) * inverse_norms(scaled_norms)[:, None]).contiguous()
+            x_hat = directions(scaled, scaled_norms)
             cosines, index = self._select(x.detach(), x_hat, query)
         if in_order:
             cosines, index = first_in_order(cosines, index, query.similarity, query.k)
@@ -309,7 +309,7 @@ class RefreshedPairs(nn.Module):
         drift = _drift(x_hat, self.reference)
         if self.refresh == "certified":
             return self._certified(x, x_hat, drift, query)
-        is_short = bool(self.schedule[_AGE] < self.schedule[_LIFE])
+        is_short = self._has_shortlist(query) and bool(self.schedule[_AGE] < self.schedule[_LIFE])
         listed = self.shortlist if is_short else self.candidates
         jumped = drift >= JUMP
         moved = drift[~jumped].mean()  # NaN if all have jumped
@@ -320,7 +320,9 @@ class RefreshedPairs(nn.Module):
         cosines = cosines_of(x_hat, listed)
         found = _selected(cosines, listed, query)
         if not is_short:
-            self._plan_shortlist(found[1])
+            if self._has_shortlist(query):
+                n_found, n_exact = int(_is_in(found[1], self.shortlist).sum()), found[1].numel()
+                self.schedule[_LIFE] = self._life(int(self.schedule[_AGE]), n_found, n_exact)
             self._make_shortlist(cosines, query)
         return self._completed(x_hat, jumped, listed, found, query)
 
@@ -351,8 +353,7 @@ class RefreshedPairs(nn.Module):
         self.schedule[_SINCE_REFRESH] = 0
         found = _passing(cosines[: query.k], index[: query.k], query)
         self.candidates, order = index.sort()
-        if self.refresh == "adaptive":
-            self._make_shortlist(cosines[order], query)
+        self._make_shortlist(cosines[order], query)
         return found
 
     def _audited(self, x: Tensor, x_hat: Tensor, moved: Tensor, jumped: Tensor, listed: Tensor, query: Query) -> _Found:
@@ -360,13 +361,15 @@ class RefreshedPairs(nn.Module):
 
         What was listed would have been found. So would be a pair of which a column has jumped.
         """
-        candidates = self.candidates
+        candidates, age = self.candidates, int(self.schedule[_AGE])
         exact = self._refreshed(x, x_hat, query)
         index = exact[1]
         rows = index.div(x.shape[1], rounding_mode="floor")
         is_compared = jumped[rows] | jumped[index - rows * x.shape[1]]
         n_found, n_candidates = (int((_is_in(index, known) | is_compared).sum()) for known in (listed, candidates))
         self._plan(n_candidates, index.numel(), moved)
+        if listed is not candidates:
+            self.schedule[_LIFE] = min(int(self.schedule[_LIFE]), self._life(age, n_found, n_candidates))
         self.audit.copy_(torch.tensor([n_found, index.numel()]))
         return exact
 
@@ -374,16 +377,22 @@ class RefreshedPairs(nn.Module):
         """Plan the next refresh by what was found of the exact selection when columns had moved so far."""
         self.reach = (self._longer(n_found, n_exact) * moved).clamp_max(JUMP / 2)  # beyond JUMP none would ever be due
 
-    def _plan_shortlist(self, exact: Tensor) -> None:
-        """Plan for how many calls the next shortlist is used, by what the last one had of the exact selection."""
-        n_found, age = int(_is_in(exact, self.shortlist).sum()), int(self.schedule[_AGE])
-        longer = round(age * self._longer(n_found, exact.numel()))
-        self.schedule[_LIFE] = max(1, longer, age + 1 if n_found == exact.numel() else 0)
+    def _life(self, age: int, n_found: int, n_exact: int) -> int:
+        """Calls that a shortlist should last, by what one of that age had of the selection among all candidates."""
+        longer = round(age * self._longer(n_found, n_exact))
+        return max(1, longer, age + 1 if n_found == n_exact else 0)
+
+    def _has_shortlist(self, query: Query) -> bool:
+        """Whether there is a shortlist; one for a smaller k is none."""
+        return self.shortlist.numel() >= math.ceil(SHORT * query.k)
 
     def _make_shortlist(self, cosines: Tensor, query: Query) -> None:
-        """Make a shortlist of the candidates, by their cosines."""
+        """Make a shortlist of the candidates by their cosines, an empty one where it is not used or would be all."""
         size = math.ceil(SHORT * query.k)
-        _, self.shortlist = first_unsorted(cosines, self.candidates, query.similarity, size)
+        if self.refresh == "adaptive" and size < self.candidates.numel():
+            _, self.shortlist = first_unsorted(cosines, self.candidates, query.similarity, size)
+        else:
+            self.shortlist = self.shortlist.new_empty(0)
         self.schedule[_AGE] = 0
 
     def _longer(self, n_found: int, n_exact: int) -> float:

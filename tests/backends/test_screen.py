@@ -1,5 +1,7 @@
 """Screening in bfloat16: no pair is lost, and what is found does not depend on the guess."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -116,13 +118,41 @@ class TestSelection:
             (least, 1, []),
             (least - 1e-3, 1, []),
             (0.9, 2, [-1.0]),
-            (1e-3, 2, [pytest.approx(1e-3)]),
+            (1e-3, 1, [pytest.approx(1e-3)]),
         ):
             streamed.clear()
             state = initial_state()
             state[0] = guess
             assert SCREENED.topk_pairs(x, query, state).state[2] == passes
             assert streamed == bounds
+
+    def test_a_guess_that_is_far_too_low_is_mended(self, monkeypatch):
+        """After a call that gave up the screen, and found the pairs by other passes, the next screens in one."""
+        x, query = normal(24, 130), Query(k=200)
+        backend = TiledBackend(tile=TILE, screen=True, capacity=600)
+        state = torch.tensor([0.1, 1.0, 2.0])
+        for _ in range(3):
+            state = backend.topk_pairs(x, query, state).state
+        monkeypatch.setattr(TiledBackend, "_stream", None)
+        backend.topk_pairs(x, query, state)
+
+    @pytest.mark.parametrize("screened", [False, True])
+    def test_precision(self, screened, monkeypatch):
+        """Passes that decide what a screen finds are made at full precision, whatever is asked for."""
+        asked = []
+        monkeypatch.setattr(tiled, "matmul_precision", lambda device, word: asked.append(word) or nullcontext())
+        TiledBackend(tile=TILE, screen=screened).topk_pairs(normal(24, 130), Query(k=200, precision="medium"), None)
+        assert asked == ["highest" if screened else "medium"]
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_another_default_dtype(self, dtype):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            selection = SCREENED.topk_pairs(normal(24, 130), Query(k=200), None)
+        finally:
+            torch.set_default_dtype(before)
+        assert torch.equal(selection.rows, SCREENED.topk_pairs(normal(24, 130), Query(k=200), None).rows)
 
     def test_what_a_screen_does_not_find(self):
         """More equal pairs than it holds, and pairs of cosine 0."""

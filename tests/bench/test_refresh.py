@@ -68,5 +68,5 @@ def test_the_table_compares_the_penalty_with_the_rest_of_the_step():
     line = {"steps": 61, "step_s": 0.02, "penalty_s": 0.0, "interval": None, "recall": None}
     kept = {"steps": 60, "step_s": 0.025, "penalty_s": 0.004, "interval": 7, "recall": 0.9876}
     text = table([{"way": "no penalty", **line}, {"way": "adaptive, every step", **kept}])
-    assert "| no penalty | 30 | 20.0 ms | 0.0 ms | 0% |  |  |" in text
+    assert "| no penalty | 31 | 20.0 ms | 0.0 ms | 0% |  |  |" in text
     assert text.endswith("| adaptive, every step | 30 | 25.0 ms | 4.0 ms | 19% | every 7 uses | 98.76% |")

@@ -30,7 +30,7 @@ def cosines_of(x_hat: Tensor, index: Tensor) -> Tensor:
                 starts, cols, x_hat.new_zeros(index.numel()), size, check_invariants=False
             )
         sampled: Tensor = torch.sparse.sampled_addmm(pattern, x_hat, x_hat.T, beta=0.0)
-        return sampled.values().clamp_(-1, 1)
+        return sampled.values().clamp(-1, 1)  # torch.compile fails at what clamp_ leaves, a view of a sparse tensor
     cosines = x_hat.new_empty(index.numel())
     n_gathered = max(1, _GATHERED_ELEMENTS // n_rows)
     parts = (rows.split(n_gathered), cols.split(n_gathered), cosines.split(n_gathered))

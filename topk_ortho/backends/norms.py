@@ -38,6 +38,12 @@ def inverse_norms(norms: Tensor) -> Tensor:
     return torch.where(norms > 0, 1.0 / norms.clamp_min(EPS), 0.0)
 
 
+def directions(x: Tensor, norms: Tensor) -> Tensor:
+    """The columns of x [M, N] divided by their norms, as rows [N, M], contiguous, in the dtype of the norms."""
+    x_hat = torch.empty(x.shape[1], x.shape[0], dtype=norms.dtype, device=x.device)
+    return torch.mul(x.T, inverse_norms(norms)[:, None], out=x_hat)
+
+
 class InRange(NamedTuple):
     """x and its norms with columns scaled down whose inverse norm would be a subnormal number."""
 

@@ -88,8 +88,11 @@ def _warn_without_kernels(reason: str) -> None:
     _warned_of.add(reason)
 
 
-def backend_for(name: str, x: Tensor) -> Backend:
-    """The backend of a name from `resolve_backend`; "auto" looks at how many entries of x are 0."""
+def backend_for(name: str, x: Tensor, *, is_selection: bool = False) -> Backend:
+    """The backend of a name from `resolve_backend`; "auto" looks at how many entries of x are 0.
+
+    `is_selection` says that it is for `topk_pairs` without an adaptive tau, which may be screened.
+    """
     if name == "auto":
-        name = "sparse" if is_cheaper(x) else "tiled"
+        name = "sparse" if is_cheaper(x, is_selection=is_selection) else "tiled"
     return BACKENDS[name]

@@ -65,7 +65,8 @@ def pairs_that_may_reach(
     """
     n_features, n_rows = x_hat.shape
     rounded, distance = _rounded(x_hat)
-    sums = (n_rows + 8) * 3 * 2**-24  # two roundings a product there, one where the pair is computed again
+    # two roundings a product there, one where the pair is computed again; 8 for those of `least` and of norms
+    sums = (n_rows + 8) * 3 * 2**-24
     bits = _bits_below(least - distance * (2 + distance) - sums)
     if bits <= 0:
         return None
@@ -99,9 +100,9 @@ def _rounded(x_hat: Tensor) -> tuple[Tensor, float]:
     for rows, out in zip(x_hat.split(size), rounded[:n_features].split(size), strict=True):
         out.copy_(rows)
         furthest = max(furthest, torch.linalg.vector_norm(rows - out, dim=1).max().item())
-    return rounded, furthest * (1 + 2**-10)
+    return rounded, furthest * (1 + 2**-10)  # rows are longer than 1 by some roundings, and distances are rounded
 
 
 def _bits_below(number: float) -> int:
-    """Bits of the largest bfloat16 that is not above a number, 0 if that is not positive."""
-    return int(torch.tensor(max(0.0, number)).view(torch.int32)) >> 16
+    """Bits of the largest bfloat16 that is below a number or hardly above it, 0 if that is not positive."""
+    return int(torch.tensor(max(0.0, number), dtype=torch.float32, device="cpu").view(torch.int32)) >> 16

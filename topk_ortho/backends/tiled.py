@@ -14,7 +14,7 @@ from torch.nn.functional import embedding_bag
 from topk_ortho.backends.base import MaxCosine, WeightedPairs
 from topk_ortho.backends.listed_pairs import cosines_of
 from topk_ortho.backends.moments import Moments
-from topk_ortho.backends.norms import column_norms, in_range, inverse_norms
+from topk_ortho.backends.norms import column_norms, directions, in_range, inverse_norms
 from topk_ortho.backends.precision import matmul_precision
 from topk_ortho.backends.screen import is_faster, pairs_that_may_reach
 from topk_ortho.backends.survivors import Survivors
@@ -62,9 +62,10 @@ class TiledBackend:
         norms = column_norms(x)
         x, scaled_norms, _ = in_range(x, norms)
         x = multipliable(x)
-        with matmul_precision(x.device, query.precision):
+        is_screened = self._is_screened(x, query)
+        with matmul_precision(x.device, "highest" if is_screened else query.precision):
             guess = self._guess(x, scaled_norms, query, state)
-            if self._is_screened(x, query):
+            if is_screened:
                 found = self._screened(x, scaled_norms, query, guess)
             else:
                 found = self._passes(x, scaled_norms, query, guess)
@@ -153,7 +154,7 @@ class TiledBackend:
         Whatever the guess is, a pair that a screen can find gets the bits that `cosines_of` computes.
         """
         floor = floor_of(query)
-        x_hat = (x.T * inverse_norms(norms)[:, None]).contiguous()
+        x_hat = directions(x, norms)
         found = self._screen(x_hat, query, max(guess, floor))
         if found is not None and (found.index.numel() >= query.k or guess <= floor):
             return found
@@ -162,8 +163,14 @@ class TiledBackend:
         if streamed.index.numel() >= query.k:
             rounding = 4 * (x.shape[0] + 8) * torch.finfo(x.dtype).eps
             least = similarity_of(streamed.cosines[query.k - 1], query.similarity).item() - rounding
+        n_passes = streamed.n_passes if found is None else 2  # a guess that was too low is no second pass
         found = self._screen(x_hat, query, least)
-        return streamed if found is None else replace(found, n_passes=2)
+        if found is None:
+            return replace(streamed, n_passes=n_passes)
+        n_found = found.index.numel()  # hardly more than k; the next guess is made of those that follow
+        cosines = torch.cat([found.cosines, streamed.cosines[n_found:]])
+        index = torch.cat([found.index, streamed.index[n_found:]])
+        return replace(found, cosines=cosines, index=index, n_passes=n_passes)
 
     def _screen(self, x_hat: Tensor, query: Query, least: float) -> _Found | None:
         """The first pairs of the order among those that are not below `least`; None if a screen does not find them."""

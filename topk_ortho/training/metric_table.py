@@ -106,8 +106,8 @@ METRICS = [
     ),
     _share(
         "refresh_recall",
-        "Share of the exact selection that was found at the last comparison of all pairs, by those that had been "
-        "compared until then, which were a use older than any that were penalised; 1 if it is certified.",
+        "Share of the exact selection that was found, at the last comparison of all pairs that was due, by the pairs "
+        "that would have been compared in its place; 1 if it is certified.",
     ),
     Metric("refresh_recall_low", "Lower end of Wilson's 95% interval of this share."),
     Metric("refresh_recall_high", "Its upper end."),

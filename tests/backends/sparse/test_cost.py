@@ -42,7 +42,8 @@ class TestCost:
             monkeypatch.setattr(
                 "topk_ortho.backends.screen.multiplies_bfloat16", lambda device, is_fast=is_fast: is_fast
             )
-            assert is_cheaper(x) == (not is_fast)
+            assert is_cheaper(x, is_selection=True) == (not is_fast)
+            assert is_cheaper(x)  # largest cosines and an adaptive tau are not screened
 
     def test_rows_are_sampled_from_all_of_x(self):
         x = torch.zeros(4096, 4096)

@@ -13,19 +13,19 @@ _SCREENED = 0.55
 _SAMPLED_ROWS = 64
 
 
-def is_cheaper(x: Tensor) -> bool:
+def is_cheaper(x: Tensor, *, is_selection: bool = False) -> bool:
     """Whether the sparse backend is expected to take less time for a dense x [M, N] on a CPU than "tiled".
 
     ::
 
-        tiled    M N**2 / 2 / threads, times 0.55 where pairs are screened in bfloat16
+        tiled    M N**2 / 2 / threads, times 0.55 for a selection that is screened in bfloat16
         sparse   a * products + b * M N (to find the non-zeros) + c (a call's overhead)
 
     Products are counted in a sample of the rows, and, if it says that they are few, in all.
     """
     n_rows, n_features = x.shape
     affordable = n_rows * n_features**2 / 2 / torch.get_num_threads()
-    if is_faster(n_rows, n_features, x.device):
+    if is_selection and is_faster(n_rows, n_features, x.device):
         affordable *= _SCREENED
     affordable -= _PER_CALL + _PER_CELL * n_rows * n_features
     if affordable <= 0:
