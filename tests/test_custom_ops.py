@@ -140,6 +140,17 @@ def test_zeros_are_counted_once(structural_zeros, monkeypatch):
     assert len(counted) == 1 + structural_zeros
 
 
+def test_what_zeros_are_counted_for(monkeypatch):
+    """A selection without an adaptive tau may be screened, so that products of matrices cost less."""
+    counted = []
+    monkeypatch.setattr("topk_ortho.backends.registry.is_cheaper", lambda x, **options: counted.append(options))
+    x = activations(8, 40)
+    topk_pairs(x, k=9)
+    topk_pairs(x, k=9, tau="adaptive")
+    max_cosine_loss(x)
+    assert [options["is_selection"] for options in counted] == [True, False, False]
+
+
 @pytest.mark.quick
 def test_outputs_are_fresh(small_backend):
     """No output shares memory with an input or with another output."""

@@ -387,6 +387,24 @@ def test_a_shortlist_that_misses_much_lasts_shorter_from_the_next_refresh_on():
     assert np.mean(recalls) >= target
 
 
+@pytest.mark.parametrize("n_missed", [0, 1, 6, 30])
+def test_an_audit_shortens_the_life_of_shortlists_that_have_missed_too_much(n_missed):
+    """Of 60 pairs, of which 10% may be missed by a shortlist; fewer say nothing about how long it might have lasted."""
+    select = RefreshedPairs(k=K, recall=0.6)
+    x = normal(M, N)
+    for _ in range(12):
+        pairs = select(x)
+    missed = pairs.rows[:n_missed] * N + pairs.cols[:n_missed]
+    rest = select.candidates[~torch.isin(select.candidates, select.shortlist)][:n_missed]
+    select.shortlist = torch.cat([select.shortlist[~torch.isin(select.shortlist, missed)], rest]).sort().values
+    select.schedule[2:4] = torch.tensor([5, 9])
+    select.reach.fill_(0)
+    select(x + 1e-6 * normal(M, N, seed=1))
+    assert is_refresh(select)
+    assert select.recall == 1 - n_missed / K
+    assert select.schedule[2:4].tolist() == [0, {0: 9, 1: 9, 6: 6, 30: 2}[n_missed]]
+
+
 def test_another_k_has_no_shortlist():
     """Though the candidates are as many, because there are no more pairs or because the margin is another."""
     x = normal(M, 40)
@@ -404,12 +422,15 @@ def test_certified_in_between_leaves_no_shortlist():
     for _ in range(12):
         select(normal(M, N))
     select.refresh = "certified"
+    life = int(select.schedule[3])
+    assert life > 1
     x = normal(M, N, seed=1)
     select(x)
     assert select.shortlist.numel() == 0
     select.refresh = "adaptive"
-    for _ in range(4):
+    for _ in range(life):
         assert_selection(select(x), x, k=K)
+        assert select.schedule[3] == life
     assert select.shortlist.numel() == 90
 
 
@@ -420,7 +441,11 @@ def test_no_two_buffers_share_memory(refresh, margin):
     select = RefreshedPairs(k=K, refresh=refresh, margin=margin)
     for x in walk(5, 1e-3):
         select(x)
-    storages = [buffer.untyped_storage().data_ptr() for _, buffer in select.named_buffers() if buffer.numel()]
+    storages = [
+        buffer.untyped_storage().data_ptr()
+        for _, buffer in select.named_buffers(remove_duplicate=False)
+        if buffer.numel()
+    ]
     assert len(set(storages)) == len(storages)
 
 

@@ -368,8 +368,11 @@ class RefreshedPairs(nn.Module):
         is_compared = jumped[rows] | jumped[index - rows * x.shape[1]]
         n_found, n_candidates = (int((_is_in(index, known) | is_compared).sum()) for known in (listed, candidates))
         self._plan(n_candidates, index.numel(), moved)
-        if listed is not candidates:
-            self.schedule[_LIFE] = min(int(self.schedule[_LIFE]), self._life(age, n_found, n_candidates))
+        life = self._life(age, n_found, n_candidates)
+        if (
+            listed is not candidates and life <= age
+        ):  # more was missed than may be
+            self.schedule[_LIFE] = life
         self.audit.copy_(torch.tensor([n_found, index.numel()]))
         return exact
 
