@@ -6,8 +6,8 @@ Dictionaries are trained one after the other on the same synthetic mixtures, eac
 the most similar pairs of all, selected anew at every step or at every so many; the same kept from step to step,
 refreshed as often as the measured recall asks for ("adaptive") or certified never to miss one ("certified"); and, for
 comparison, OrtSAE's and C2R's nearest columns within random chunks of 8,192 features. Times are means over the steps of
-the second half, since a policy that seldom compares all pairs has two kinds of steps, and needs enough of them.
-On a GPU each step is waited for.
+the second half. Of a policy that seldom compares all pairs they are means over the steps from the first such comparison
+in that half to before the last: give it so many steps that there are two at least. On a GPU each step is waited for.
 
 Recall is measured here, not reported by the policy: after the last step the kept selection is compared with an exact
 one of the same decoder. A line of JSON for each way goes into bench/results/refresh-DEVICE.jsonl. Lines of other ways
@@ -100,9 +100,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         interval = "" if line["interval"] is None else f"every {line['interval']} uses"
         recall = "" if line["recall"] is None else f"{100 * line['recall']:.2f}%"
         times = (f"{1e3 * line[name]:.1f} ms" for name in ("step_s", "penalty_s"))
-        rows.append(
-            f"| {' | '.join((line['way'], str(line['steps'] - line['steps'] // 2), *times, added, interval, recall))} |"
-        )
+        rows.append(f"| {' | '.join((line['way'], str(line['timed_steps']), *times, added, interval, recall))} |")
     return "\n".join(rows)
 
 
@@ -112,8 +110,9 @@ def _measure(way: str, x: Tensor, size: Size, steps: int, lr: float, device: tor
     if settings.get("op") in ("max_cosine", "c2r"):
         settings["n_chunks"] = max(1, size.n_features // _CHUNK)
     trainer = make_trainer(x, size, PenaltyConfig(**settings), lr=lr, device=device.type)
-    times, penalties = [], []
-    for _ in range(steps):
+    kept = trainer.penalty.topk_pairs.pairs
+    times, penalties, refreshes = [], [], []
+    for step in range(steps):
         batch = trainer.next_batch()
         trainer.stopwatch.read()
         if device.type == "cuda":
@@ -122,16 +121,24 @@ def _measure(way: str, x: Tensor, size: Size, steps: int, lr: float, device: tor
         trainer.train_step(batch)
         penalties.append(trainer.stopwatch.read().get("penalty", 0.0))  # waits for the device
         times.append(time.perf_counter() - started)
+        if kept is not None and penalties[-1] and not kept.schedule[0]:
+            refreshes.append(step)
     trainer.batches.close()
-    timed = times[steps // 2 :]
-    pairs = trainer.penalty.topk_pairs.pairs
+    timed = timed_steps(steps, refreshes)
     return {
-        "step_s": statistics.fmean(timed),
-        "step_median_s": statistics.median(timed),
-        "penalty_s": statistics.fmean(penalties[steps // 2 :]),
-        "interval": None if pairs is None or settings["refresh"] == "certified" else pairs.interval,
-        "recall": None if pairs is None else _recall(trainer),
+        "timed_steps": len(timed),
+        "step_s": statistics.fmean(times[timed.start : timed.stop]),
+        "step_median_s": statistics.median(times[timed.start : timed.stop]),
+        "penalty_s": statistics.fmean(penalties[timed.start : timed.stop]),
+        "interval": None if kept is None or settings["refresh"] == "certified" else kept.interval,
+        "recall": None if kept is None else _recall(trainer),
     }
+
+
+def timed_steps(steps: int, refreshes: list[int]) -> range:
+    """Those of the second half, or as many whole intervals between refreshes as these have."""
+    late = [step for step in refreshes if step >= steps // 2]
+    return range(late[0], late[-1]) if len(late) > 1 else range(steps // 2, steps)
 
 
 @torch.no_grad()

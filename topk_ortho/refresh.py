@@ -369,9 +369,7 @@ class RefreshedPairs(nn.Module):
         n_found, n_candidates = (int((_is_in(index, known) | is_compared).sum()) for known in (listed, candidates))
         self._plan(n_candidates, index.numel(), moved)
         life = self._life(age, n_found, n_candidates)
-        if (
-            listed is not candidates and life <= age
-        ):  # more was missed than may be
+        if listed is not candidates and life <= age:  # the shortlist has missed more than it may
             self.schedule[_LIFE] = life
         self.audit.copy_(torch.tensor([n_found, index.numel()]))
         return exact

@@ -8,7 +8,7 @@ import torch
 
 from bench import refresh
 from bench.mixtures import Size, make_trainer, mixtures
-from bench.refresh import WAYS, table
+from bench.refresh import WAYS, table, timed_steps
 from topk_ortho import topk_pairs
 from topk_ortho.training.config import PenaltyConfig
 
@@ -34,7 +34,7 @@ def test_other_ways_stay(tmp_path: Path):
     out = tmp_path / "refresh.jsonl"
     setting = {"n_features": 128, "d_in": 16, "batch_size": 64, "l0": 4, "lr": 3e-4}
     others = [{"way": "OrtSAE, every step"}, {"way": "no penalty"}, {"way": "C2R, every step", "lr": 1.0}]
-    measured = {"steps": 2, "step_s": 1.0, "penalty_s": 0.0, "interval": None, "recall": None}
+    measured = {"steps": 2, "timed_steps": 1, "step_s": 1.0, "penalty_s": 0.0, "interval": None, "recall": None}
     out.write_text("".join(json.dumps({**setting, **measured, **line}) + "\n" for line in others))
     arguments = ["--size", "128", "16", "64", "4", "--out", str(out), "--ways"]
     refresh.main([*arguments, "no penalty", "all pairs, every step", "--steps", "4"])
@@ -64,9 +64,16 @@ def test_recall_is_measured_on_the_decoder_as_it_is():
     assert refresh._recall(trainer) == pytest.approx(len(common) / exact.rows.numel())
 
 
+def test_whole_intervals_between_refreshes_are_timed():
+    assert timed_steps(60, []) == range(30, 60)
+    assert timed_steps(60, [0, 29, 41]) == range(30, 60)
+    assert timed_steps(60, [0, 29, 30, 47]) == range(30, 47)
+    assert timed_steps(60, [10, 33, 40, 59]) == range(33, 59)
+
+
 def test_the_table_compares_the_penalty_with_the_rest_of_the_step():
-    line = {"steps": 61, "step_s": 0.02, "penalty_s": 0.0, "interval": None, "recall": None}
-    kept = {"steps": 60, "step_s": 0.025, "penalty_s": 0.004, "interval": 7, "recall": 0.9876}
+    line = {"timed_steps": 31, "step_s": 0.02, "penalty_s": 0.0, "interval": None, "recall": None}
+    kept = {"timed_steps": 30, "step_s": 0.025, "penalty_s": 0.004, "interval": 7, "recall": 0.9876}
     text = table([{"way": "no penalty", **line}, {"way": "adaptive, every step", **kept}])
     assert "| no penalty | 31 | 20.0 ms | 0.0 ms | 0% |  |  |" in text
     assert text.endswith("| adaptive, every step | 30 | 25.0 ms | 4.0 ms | 19% | every 7 uses | 98.76% |")
