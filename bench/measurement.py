@@ -24,7 +24,8 @@ from bench.cases import Benchmark, Call, Case
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LONG_S = 10.0  # a call that takes longer is timed once: neither noise nor the first call's overhead matters
-_OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "ALLOC_FAILED")  # Python and CUDA; torch on a CPU; cuBLAS
+# Python and CUDA; torch on a CPU; C++, as in torch.topk; cuBLAS
+_OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "std::bad_alloc", "ALLOC_FAILED")
 
 
 class Measurement(NamedTuple):

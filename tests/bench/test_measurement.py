@@ -48,6 +48,7 @@ def test_a_case_that_fails_does_not_stop_the_others():
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "out of memory"),
         (MemoryError(), "out of memory"),
+        (RuntimeError('File "a.py"\nRuntimeError: std::bad_alloc'), "out of memory"),
         # as the process of a case on the CPU ends
         (RuntimeError('File "a.py"\nRuntimeError: DefaultCPUAllocator: can\'t allocate memory'), "out of memory"),
         (RuntimeError("Traceback\nnumpy._core._exceptions._ArrayMemoryError: Unable to allocate"), "out of memory"),
