@@ -389,7 +389,7 @@ def test_a_shortlist_that_misses_much_lasts_shorter_from_the_next_refresh_on():
 
 @pytest.mark.parametrize("n_missed", [0, 1, 6, 30])
 def test_an_audit_shortens_the_life_of_shortlists_that_have_missed_too_much(n_missed):
-    """Of 60 pairs, of which 10% may be missed by a shortlist; fewer say nothing about how long it might have lasted."""
+    """A shortlist may miss 6 of 60 pairs here. If it has missed fewer, it might have lasted longer: nothing changes."""
     select = RefreshedPairs(k=K, recall=0.6)
     x = normal(M, N)
     for _ in range(12):

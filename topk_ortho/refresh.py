@@ -384,7 +384,7 @@ class RefreshedPairs(nn.Module):
         return max(1, longer, age + 1 if n_found == n_exact else 0)
 
     def _has_shortlist(self, query: Query) -> bool:
-        """Whether there is a shortlist; one for a smaller k is none."""
+        """Whether the shortlist has enough pairs for this k: it may be empty, or made for a smaller k."""
         return self.shortlist.numel() >= math.ceil(SHORT * query.k)
 
     def _make_shortlist(self, cosines: Tensor, query: Query) -> None:

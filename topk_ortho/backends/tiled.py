@@ -45,7 +45,7 @@ class TiledBackend:
     capacity: int | None = None
     """Records that a pass holds, at least k; None is 2 k + 2**14, and 4 k + 2**14 in a screen."""
     screen: bool | None = None
-    """Whether pairs are screened in bfloat16; None where this is expected to be faster."""
+    """Whether all pairs are multiplied in bfloat16 first, see `topk_ortho.backends.screen`; None: if that is faster."""
     sample: SampleSizes = field(default_factory=SampleSizes)
     """Pairs that a first guess is made from."""
     slab_bytes: int = 2**21
@@ -141,7 +141,7 @@ class TiledBackend:
         return guess_from_sample(similarity_of(cosines, query.similarity), query.k, n_pairs(n_features))
 
     def _is_screened(self, x: Tensor, query: Query) -> bool:
-        """Whether pairs are screened in bfloat16: where this is wanted, and no tau needs the cosines of all pairs."""
+        """Whether this call multiplies all pairs in bfloat16 first; never for an adaptive tau, which needs all cosines."""
         if query.n_std is not None:
             return False
         if self.screen is not None:

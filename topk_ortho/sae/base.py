@@ -100,7 +100,7 @@ class SparseAutoencoder(nn.Module, ABC):
         self.W_enc.copy_(self.W_dec * self._encoder_scale)
 
     def is_of_features(self, name: str) -> bool:
-        """Whether the rows of a parameter or buffer stand for features: those of W_dec do, the numbers of b_dec do not.
+        """Whether a parameter or buffer has a row for each feature: W_dec has, while b_dec has a number for each input.
 
         Where several processes hold the SAE, each has the rows of its own features, and a copy of everything else.
         """
