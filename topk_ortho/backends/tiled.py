@@ -141,7 +141,7 @@ class TiledBackend:
         return guess_from_sample(similarity_of(cosines, query.similarity), query.k, n_pairs(n_features))
 
     def _is_screened(self, x: Tensor, query: Query) -> bool:
-        """Whether this call multiplies all pairs in bfloat16 first; never for an adaptive tau, which needs all cosines."""
+        """Whether all pairs are multiplied in bfloat16 first; never for an adaptive tau, which needs all cosines."""
         if query.n_std is not None:
             return False
         if self.screen is not None:
