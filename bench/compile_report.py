@@ -9,9 +9,10 @@ about 10 minutes of processor time, which two processes share, and 2 if Triton h
 
 x is [4096, 65536], row-major unless said otherwise. Kernels over gram tiles are compiled for each kind of operand
 (bf16, float32 as tf32, float32 as it is) as the backend launches them: the first pass not scaled, the passes of a
-repair scaled, both with moments. Only the first pass is also compiled for fp16, for feature-major x and for a ragged N
-of 65,535 (and `max_cosine` for the last), and the passes of a screen for fp16. Similarities are absolute, tensors are
-aligned to 16 bytes, and, for AMD, below 2 GB.
+repair scaled where flags ask for it, both with moments. Only the first pass is also compiled for fp16, for
+feature-major x and for a ragged N of 65,535 (and `max_cosine` for the last). The passes of a screen are compiled for
+fp16 too, and where sums begin anew. Similarities are absolute, tensors are aligned to 16 bytes, and, for AMD, below
+2 GB.
 """
 
 import argparse
@@ -254,7 +255,7 @@ def _gram_variants() -> Iterator[Variant]:
     kinds: list[tuple[Kind, torch.dtype]] = [("half", torch.bfloat16), ("tf32", torch.float32), ("ieee", torch.float32)]
     for kind, dtype in kinds:
         plain = Operand(x=_empty(_M, _N, dtype=dtype), factor=_empty(_N), scale=None, kind=kind)
-        scaled = replace(plain, scale=_empty(_N))
+        scaled = replace(plain, scale=_empty(_N), flags=flags)
         for label, launch in (
             ("", partial(survivors, plain)),
             (", feature-major", partial(survivors, replace(plain, x=_empty(_N, _M, dtype=dtype).T))),
@@ -263,17 +264,20 @@ def _gram_variants() -> Iterator[Variant]:
             (", scaled, digit", partial(histogram, scaled, None)),
             (", scaled, digit, moments", partial(histogram, scaled, moments)),
             (", scaled", partial(gram_row_ties, scaled, radix, is_abs=True)),
-            ("", partial(max_cosine, plain, flags, best, 1, _N, _N, 1)),
-            (", scaled", partial(max_cosine, scaled, flags, best, 1, _N, _N, 1)),
+            ("", partial(max_cosine, plain, best, 1, _N, _N, 1)),
+            (", scaled", partial(max_cosine, scaled, best, 1, _N, _N, 1)),
         ):
             yield Variant(kind + label, launch, kind)
         x = _empty(_M, _N - 1, dtype=dtype)
         ragged = replace(plain, x=x if kind == "ieee" else aligned(x))
         yield Variant(f"{kind}, ragged", partial(survivors, ragged), kind)
-        yield Variant(f"{kind}, ragged", partial(max_cosine, ragged, flags, best, 1, _N - 1, _N - 1, 1), kind)
+        yield Variant(f"{kind}, ragged", partial(max_cosine, ragged, best, 1, _N - 1, _N - 1, 1), kind)
     fp16 = replace(plain, x=_empty(_M, _N, dtype=torch.float16), kind="half")
     yield Variant("half, fp16", partial(survivors, fp16), "half")
     yield Variant("half, fp16, digit", partial(histogram, fp16, None, is_screen=True), "half")
+    restarted = replace(fp16, restarts=True)
+    yield Variant("half, restarted", partial(survivors, restarted), "half")
+    yield Variant("half, restarted, digit", partial(histogram, restarted, None, is_screen=True), "half")
 
 
 def _other_variants() -> Iterator[Variant]:
@@ -297,8 +301,8 @@ def _other_variants() -> Iterator[Variant]:
     yield from (
         Variant("fp32", partial(round_columns, _empty(_M, _N), per_feature)),
         Variant("fp32", partial(rescore, *arguments, is_first=False, is_last=True, is_abs=True)),
-        Variant("cold", partial(radix_select.begin, radix, flags, None, None, 262, _M, True)),
-        Variant("warm, rounded", partial(radix_select.begin, radix, flags, state, one, 262, _M, True)),
+        Variant("cold", partial(radix_select.begin, radix, flags, None, None, 262, _M, 0.0, True)),
+        Variant("warm, rounded", partial(radix_select.begin, radix, flags, state, one, 262, _M, 1e-4, True)),
         Variant("", partial(radix_select.certify, radix, k, _CAPACITY, 0.0, None, is_rounded=True)),
         Variant("adaptive tau", partial(radix_select.certify, radix, k, _CAPACITY, 0.0, one, is_rounded=False)),
         Variant("", partial(radix_select.next_guess, radix, k, _CAPACITY, 0.0)),

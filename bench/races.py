@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 
 _ARGUMENT = re.compile(r"(%[\w.$-]+): !tt\.(?:ptr|tensordesc)")
-_VALUE = re.compile(r"%[\w.$-]+")
+_VALUE = re.compile(r"%[\w.$-]+(?:#\d+)?")
 _DEFINITION = re.compile(r"(%[\w.$-]+)(?::\d+)? = (.*)")
 _CARRIED = re.compile(r"(%[\w.$-]+) = (%[\w.$-]+)")
 _BARRIER = re.compile(r"(gpu\.barrier|ttg\.barrier all)\b")
@@ -95,7 +95,9 @@ class _Reading:
     def _hand_over(self, values: list[str]) -> None:
         """From the end of a region to its operation and, if it is a loop, to its next step."""
         operation = self.operations[-1]
-        self.origins[operation.result] = self._origins([operation.result, *values])
+        for number, value in enumerate(values):
+            result = operation.result if len(values) == 1 else f"{operation.result}#{number}"
+            self.origins[result] = self._origins([result, value])
         assert not operation.is_loop or operation.carried or not self._origins(values), "a while loop carries pointers"
         for argument, value in zip(operation.carried, values, strict=False):
             assert self._origins([value]) <= self._origins([argument]), f"{argument} points elsewhere at the next step"

@@ -28,12 +28,12 @@ from topk_ortho.kernels.tiles import cosines, n_tiles_of, quartered_tile
 
 @triton.jit
 def _gram_histogram_kernel(
-    x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr,  # [M, N], [N] float32 x 2
-    plan_ptr, histogram_ptr,                             # [7] int64, [BINS] int64
-    moments_ptr,                                         # [n_programs, 3] float64
+    x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr, flags_ptr,  # [M, N], [N] float32 x 2, [1] int32
+    plan_ptr, histogram_ptr,                                        # [7] int64, [BINS] int64
+    moments_ptr,                                                    # [n_programs, 3] float64
     M, N, n_loaded, floor,
     STAGE: tl.constexpr, IS_ABS: tl.constexpr, HAS_MOMENTS: tl.constexpr, BINS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, RESTART: tl.constexpr,
     PRECISION: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     if stage_of(plan_ptr) != STAGE:
@@ -47,8 +47,8 @@ def _gram_histogram_kernel(
     n_tile_rows = tl.cdiv(N, BLOCK)
     for tile in range(tl.program_id(0), n_tiles_of(n_tile_rows), tl.num_programs(0)):
         parts, offs_row, first_col = quartered_tile(
-            tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, M, N, n_loaded,
-            BLOCK, BLOCK_M, GROUP, PRECISION, SCALED, TRANSPOSED,
+            tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, flags_ptr, M, N, n_loaded,
+            BLOCK, BLOCK_M, GROUP, RESTART, PRECISION, SCALED, TRANSPOSED,
         )  # fmt: skip
         for part in tl.static_range(4):
             offs_col = first_col + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
@@ -70,11 +70,11 @@ def _gram_histogram_kernel(
 
 @triton.jit
 def _gram_row_ties_kernel(
-    x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr,  # [M, N], [N] float32 x 2
-    plan_ptr, row_ties_ptr,                              # [7] int64, [N] int32
+    x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr, flags_ptr,  # [M, N], [N] float32 x 2, [1] int32
+    plan_ptr, row_ties_ptr,                                         # [7] int64, [N] int32
     M, N, n_loaded,
     IS_ABS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, RESTART: tl.constexpr,
     PRECISION: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     if stage_of(plan_ptr) != TIES:
@@ -83,8 +83,8 @@ def _gram_row_ties_kernel(
     n_tile_rows = tl.cdiv(N, BLOCK)
     for tile in range(tl.program_id(0), n_tiles_of(n_tile_rows), tl.num_programs(0)):
         parts, offs_row, first_col = quartered_tile(
-            tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, M, N, n_loaded,
-            BLOCK, BLOCK_M, GROUP, PRECISION, SCALED, TRANSPOSED,
+            tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, flags_ptr, M, N, n_loaded,
+            BLOCK, BLOCK_M, GROUP, RESTART, PRECISION, SCALED, TRANSPOSED,
         )  # fmt: skip
         ties = tl.zeros((BLOCK,), tl.int32)
         for part in tl.static_range(4):

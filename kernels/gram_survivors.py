@@ -80,13 +80,13 @@ def _record(
 
 @triton.jit
 def _gram_survivors_kernel(
-    x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr,  # [M, N], [N] float32 x 2
-    plan_ptr, bounds_ptr,                                # [7] int64, [3] float32
-    values_ptr, rows_ptr, cols_ptr, n_survivors_ptr,     # [capacity] float32, int32, int32, [1] int64
-    moments_ptr,                                         # [n_programs, 3] float64
+    x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr, flags_ptr,  # [M, N], [N] float32 x 2, [1] int32
+    plan_ptr, bounds_ptr,                                           # [7] int64, [3] float32
+    values_ptr, rows_ptr, cols_ptr, n_survivors_ptr,                # [capacity] float32, int32, int32, [1] int64
+    moments_ptr,                                                    # [n_programs, 3] float64
     M, N, n_loaded, capacity, floor,
     STAGE: tl.constexpr, IS_ABS: tl.constexpr, HAS_MOMENTS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, RESTART: tl.constexpr,
     PRECISION: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     if stage_of(plan_ptr) != STAGE:
@@ -97,8 +97,8 @@ def _gram_survivors_kernel(
     n_tile_rows = tl.cdiv(N, BLOCK)
     for tile in range(tl.program_id(0), n_tiles_of(n_tile_rows), tl.num_programs(0)):
         parts, offs_row, first_col = quartered_tile(
-            tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, M, N, n_loaded,
-            BLOCK, BLOCK_M, GROUP, PRECISION, SCALED, TRANSPOSED,
+            tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, flags_ptr, M, N, n_loaded,
+            BLOCK, BLOCK_M, GROUP, RESTART, PRECISION, SCALED, TRANSPOSED,
         )  # fmt: skip
         bound = row_bounds(bounds_ptr, plan_ptr, floor, offs_row)
         for part in tl.static_range(4):
@@ -114,6 +114,25 @@ def _gram_survivors_kernel(
 
 
 @triton.jit
+def _sum_of_boxes(
+    row_boxes, col_boxes, first_row, first_col, first_m, end_m,
+    IS_FEATURE_MAJOR: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """What some rows of x add to a tile [BLOCK_ROW, BLOCK_COL] of the gram."""
+    gram = tl.zeros((BLOCK_ROW, BLOCK_COL), tl.float32)
+    for m in range(first_m, end_m, BLOCK_M):  # the boxes are 0 beyond the last row and column
+        # what is transposed is loaded last: a transpose between the loads costs a barrier
+        if IS_FEATURE_MAJOR:
+            a = row_boxes.load([first_row, m])
+            b = tl.trans(col_boxes.load([first_col, m]))
+        else:
+            b = col_boxes.load([m, first_col])
+            a = tl.trans(row_boxes.load([m, first_row]))
+        gram = product(a, b, gram, "ieee")
+    return gram
+
+
+@triton.jit
 def _described_survivors_kernel(
     row_boxes, col_boxes, factor_ptr,                 # descriptors of [M, N] or its transpose, [N] float32
     plan_ptr, bounds_ptr,                             # [7] int64, [3] float32
@@ -121,6 +140,7 @@ def _described_survivors_kernel(
     M, N, capacity, floor,
     IS_ABS: tl.constexpr, IS_FEATURE_MAJOR: tl.constexpr,
     BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    RESTART: tl.constexpr,
 ):  # fmt: skip
     if stage_of(plan_ptr) != PASS:
         return
@@ -133,16 +153,17 @@ def _described_survivors_kernel(
         place = tl.cast(tile % n_in_square, tl.int32)
         first_row = square_row * SIDE + place // n_across * BLOCK_ROW
         first_col = square_col * SIDE + place % n_across * BLOCK_COL
-        gram = tl.zeros((BLOCK_ROW, BLOCK_COL), tl.float32)
-        for m in range(0, M, BLOCK_M):  # the boxes are 0 beyond the last row and column
-            # what is transposed is loaded last: a transpose between the loads costs a barrier
-            if IS_FEATURE_MAJOR:
-                a = row_boxes.load([first_row, m])
-                b = tl.trans(col_boxes.load([first_col, m]))
-            else:
-                b = col_boxes.load([m, first_col])
-                a = tl.trans(row_boxes.load([m, first_row]))
-            gram = product(a, b, gram, "ieee")
+        if RESTART == 0:
+            gram = _sum_of_boxes(
+                row_boxes, col_boxes, first_row, first_col, 0, M, IS_FEATURE_MAJOR, BLOCK_ROW, BLOCK_COL, BLOCK_M
+            )
+        else:
+            gram = tl.zeros((BLOCK_ROW, BLOCK_COL), tl.float32)
+            for first in range(0, M, RESTART):
+                gram += _sum_of_boxes(
+                    row_boxes, col_boxes, first_row, first_col, first, tl.minimum(first + RESTART, M),
+                    IS_FEATURE_MAJOR, BLOCK_ROW, BLOCK_COL, BLOCK_M,
+                )  # fmt: skip
         offs_row = first_row + tl.arange(0, BLOCK_ROW)
         bound = row_bounds(bounds_ptr, plan_ptr, floor, offs_row)
         parts = parts_of(gram, PARTS)
@@ -164,10 +185,10 @@ def gram_survivors(
     the sum of squared deviations of the |cosine| that each program saw.
     """
     # COLLECT must repeat the very products that were counted, so it takes the same block sizes as they did
-    if is_first and moments is None and operand.scale is None:
-        operand = replace(operand, is_lean=True)
+    is_lean = is_first and moments is None and operand.scale is None
+    operand = replace(operand, is_lean=is_lean)
     assert values.numel() <= 2**31 - 2**16, "slots are int32"
-    if operand.is_lean and operand.is_described:
+    if is_lean and operand.is_described:
         _described_survivors_kernel[(operand.n_programs,)](
             plan_ptr=radix.plan, bounds_ptr=radix.bounds,
             values_ptr=values, rows_ptr=rows, cols_ptr=cols, n_survivors_ptr=radix.n_survivors,

@@ -25,6 +25,12 @@ LINE_STEP = 16
 """Through pointers, kernels load several entries at once if lines begin and masks end at multiples of so many: Triton
 knows of an integer argument whether 16 divides it."""
 
+NEVER, ALWAYS, IF_FLAGGED = (tl.constexpr(choice) for choice in range(3))
+"""Whether a kernel multiplies x by the scale of its operand, see `Operand.scaled`."""
+
+RESTART_ROWS = 2048
+"""Rows of x after which sums begin anew in an operand that `restarts`."""
+
 Kind = Literal["half", "tf32", "ieee"]
 """What is multiplied: bf16 or fp16 numbers; float32 numbers truncated to tf32; float32 numbers as they are."""
 
@@ -145,18 +151,19 @@ DESCRIBED_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
     ),
 }
 
-# A product of two tiles needs the first one transposed. For a row-major x this is done by the order in which addresses
-# are loaded; for the entries below, (architecture, kind, whether it is scaled), it is done after loading. The first way
-# lets half operands of sm_80 be copied into shared memory without registers, and saves instructions on sm_90 and
-# gfx942. But tf32 would spill on sm_80, and scaled half operands would take more instructions there and on sm_100,
-# where each warp would scale all that it multiplies. That is what the compiled code says (`python -m
-# bench.compile_report`); none of it was timed.
-TRANSPOSED_AFTER_LOADING: set[tuple[str, Kind, bool]] = {
-    ("sm_80", "half", True),
-    ("sm_80", "tf32", False),
-    ("sm_80", "tf32", True),
-    ("sm_100", "half", True),
+# For that pass where sums begin anew: a program holds the sums of all rows so far beside those of the last ones, so
+# that its tile is half as large.
+RESTARTED_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
+    ("sm_90", "half"): TileConfig(
+        block=128, block_col=128, block_m=64, group=8, num_warps=8, num_stages=4, programs_per_sm=1, max_registers=255
+    ),
 }
+
+# A product of two tiles needs the first one transposed. For a row-major x this is done by the order in which addresses
+# are loaded; for the entries below it is done after loading. The first way lets half operands of sm_80 be copied into
+# shared memory without registers, and saves instructions on sm_90 and gfx942. But tf32 would spill on sm_80. That is
+# what the compiled code says (`python -m bench.compile_report`); none of it was timed.
+TRANSPOSED_AFTER_LOADING: set[tuple[str, Kind]] = {("sm_80", "tf32")}
 
 
 def _sum_error(n_products: int, fraction_bits: int) -> float:
@@ -197,6 +204,17 @@ class Device(NamedTuple):
     """Bound on the rounding error of its sums of fp16 products, see `_sum_error`; None where no bound is known"""
 
 
+def sum_error(n_rows: int, *, restarts: bool) -> float | None:
+    """Bound on the rounding of the gram of unit columns in fp16 with so many rows, None where no bound is known.
+
+    By Cauchy-Schwarz no partial sum exceeds 1. Where sums begin anew, those of RESTART_ROWS rows are added in float32.
+    """
+    of_a_product = current_device().sum_error
+    if of_a_product is None or not restarts:
+        return None if of_a_product is None else n_rows * of_a_product
+    return min(n_rows, RESTART_ROWS) * of_a_product + -(-n_rows // RESTART_ROWS) * 2.0**-24
+
+
 def current_device() -> Device:
     """The device that Triton launches on, which the caller has made the current one."""
     if INTERPRETED.value:
@@ -226,8 +244,13 @@ class Operand:
     factor: Tensor
     """float32 [N]"""
     scale: Tensor | None
-    """float32 [N], powers of two; None multiplies x as it is"""
+    """float32 [N], powers of two, all 1 unless `flags` are set; None multiplies x as it is"""
     kind: Kind
+    flags: Tensor | None = None
+    """int32 [1], not 0 if x must be multiplied by `scale`, with which it comes"""
+    restarts: bool = False
+    """Whether sums begin anew every RESTART_ROWS rows of x, which bounds the rounding of long ones, see `sum_error`;
+    only for operands without a scale"""
     is_lean: bool = False
     """Whether these operands are for a first pass over the gram in which x is not scaled and no moments are taken. The
     kernel of such a pass needs fewer registers, so its block sizes are others: `DESCRIBED_CONFIGS`, `LEAN_CONFIGS`"""
@@ -236,11 +259,11 @@ class Operand:
     def config(self) -> TileConfig:
         """Its entry of the tables for the current device."""
         key = current_device().architecture, self.kind
-        if not self.is_lean:
-            return TILE_CONFIGS[key]
-        if self.is_described:
-            return DESCRIBED_CONFIGS[key]
-        return LEAN_CONFIGS.get(key) or TILE_CONFIGS[key]
+        if self.is_lean and self.is_described:
+            return (RESTARTED_CONFIGS if self.restarts else DESCRIBED_CONFIGS)[key]
+        if self.is_lean and not self.restarts and key in LEAN_CONFIGS:
+            return LEAN_CONFIGS[key]
+        return TILE_CONFIGS[key]
 
     @property
     def is_described(self) -> bool:
@@ -276,8 +299,21 @@ class Operand:
         Otherwise it reads the tile of x as it lies in memory, and transposes it in registers.
         `TRANSPOSED_AFTER_LOADING` lists the devices and kinds for which that is faster, if x is row-major.
         """
-        key = current_device().architecture, self.kind, self.scale is not None
-        return self.x.stride(1) == 1 and key not in TRANSPOSED_AFTER_LOADING
+        return self.x.stride(1) == 1 and (current_device().architecture, self.kind) not in TRANSPOSED_AFTER_LOADING
+
+    @property
+    def scaled(self) -> tl.constexpr:
+        """Whether kernels multiply x by `scale`.
+
+        Matrix units of NVIDIA read operands from shared memory, into which they are copied without registers if they
+        need not be scaled. So there the kernels have two loops, and `flags` choose. A compute unit of gfx942 has no
+        room for the buffers of both, and without a matrix unit scaling costs little: there x is always multiplied,
+        mostly by 1.
+        """
+        if self.scale is None:
+            return NEVER
+        has_two_loops = self.kind != "ieee" and not current_device().architecture.startswith("gfx")
+        return IF_FLAGGED if has_two_loops else ALWAYS
 
     def arguments(self) -> dict[str, Any]:
         """Arguments and options that every kernel over gram tiles takes."""
@@ -287,15 +323,17 @@ class Operand:
             "stride_xm": self.x.stride(0),
             "stride_xn": self.x.stride(1),
             "factor_ptr": self.factor,
-            "scale_ptr": self.scale if self.scale is not None else self.factor,
+            "scale_ptr": self.factor if self.scale is None else self.scale,
+            "flags_ptr": self.factor if self.flags is None else self.flags,
             "M": self.x.shape[0],
             "N": self.x.shape[1],
             "n_loaded": n_loaded(self.x),
             "BLOCK": config.block,
             "BLOCK_M": config.block_m,
             "GROUP": config.group,
+            "RESTART": RESTART_ROWS if self.restarts else 0,
             "PRECISION": "tf32" if self.kind == "tf32" else "ieee",
-            "SCALED": self.scale is not None,
+            "SCALED": self.scaled.value,
             "TRANSPOSED": self.transposes_addresses,
             **config.options(current_device().architecture),
         }
@@ -323,6 +361,7 @@ class Operand:
             "BLOCK_M": config.block_m,
             "GROUP": config.group,
             "PARTS": 4 if block_col > 128 else 2,
+            "RESTART": RESTART_ROWS if self.restarts else 0,
             **config.options(current_device().architecture),
         }
 

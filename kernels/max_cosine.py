@@ -30,12 +30,9 @@ def _max_cosine_kernel(
     x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr,  # [M, n_chunks * chunk_stride], [same] float32 x 2
     flags_ptr, best_ptr,                                 # [1] int32, [n_chunks * chunk_stride] int64
     M, N, n_loaded, chunk_stride, n_larger,
-    WANTED_FLAGS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, RESTART: tl.constexpr,
     PRECISION: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    if tl.minimum(tl.load(flags_ptr), 1) != WANTED_FLAGS:
-        return
     chunk = tl.program_id(1)
     first = chunk * chunk_stride
     x_ptr += first.to(tl.int64) * stride_xn
@@ -46,8 +43,8 @@ def _max_cosine_kernel(
     n_tile_rows = tl.cdiv(N, BLOCK)
     for tile in range(tl.program_id(0), n_tiles_of(n_tile_rows), tl.num_programs(0)):
         parts, offs_row, first_col = quartered_tile(
-            tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, M, N, n_loaded,
-            BLOCK, BLOCK_M, GROUP, PRECISION, SCALED, TRANSPOSED,
+            tile, n_tile_rows, x_ptr, stride_xm, stride_xn, scale_ptr, flags_ptr, M, N, n_loaded,
+            BLOCK, BLOCK_M, GROUP, RESTART, PRECISION, SCALED, TRANSPOSED,
         )  # fmt: skip
         row_best = tl.full((BLOCK,), -2.0, tl.float32)
         row_partner = tl.zeros((BLOCK,), tl.int32)
@@ -66,18 +63,13 @@ def _max_cosine_kernel(
         tl.atomic_max(best_ptr + offs_row, _packed(row_best, row_partner), mask=row_best > -2.0, sem="relaxed")
 
 
-def max_cosine(
-    operand: Operand, flags: Tensor, best: Tensor, n_chunks: int, chunk_stride: int, largest: int, n_larger: int
-) -> None:
-    """Raise `best` int64 [n_chunks * chunk_stride]; partners are counted from the start of their chunk.
-
-    Returns at once unless `flags` [1] of the norms are clear and the operand is not scaled, or they are set and it is.
-    """
+def max_cosine(operand: Operand, best: Tensor, n_chunks: int, chunk_stride: int, largest: int, n_larger: int) -> None:
+    """Raise `best` int64 [n_chunks * chunk_stride]; partners are counted from the start of their chunk."""
     first_chunk = replace(operand, x=operand.x[:, :largest])
     last_chunk = operand.x[:, (n_chunks - 1) * chunk_stride :]
     n_programs = min(first_chunk.n_tiles, triton.cdiv(operand.n_resident, n_chunks))
     _max_cosine_kernel[(n_programs, n_chunks)](
-        flags_ptr=flags, best_ptr=best, n_larger=n_larger,
+        best_ptr=best, n_larger=n_larger,
         chunk_stride=chunk_stride if n_chunks > 1 else 0,  # N would be taken for one, which 16 need not divide
-        WANTED_FLAGS=int(operand.scale is not None), **first_chunk.arguments() | {"n_loaded": n_loaded(last_chunk)},
+        **first_chunk.arguments() | {"n_loaded": n_loaded(last_chunk)},
     )  # fmt: skip

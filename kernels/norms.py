@@ -3,8 +3,9 @@
     norm[j] = sqrt(sum_m x[m, j]**2),    x_hat[:, j] = x[:, j] / max(norm[j], EPS)
 
 Sums are float32. The squares of x * 2**-70 are summed at the same time and take over where those of x overflow, so that
-every norm that float32 can hold is right. `scale` and `factor` are two factors of 1 / max(norm, EPS). The scale is a
-power of two that brings the norm into [2, 4), and multiplies x exactly, but for entries of fp16 that become subnormal.
+every norm that float32 can hold is right. `scale` and `factor` are two factors of 1 / max(norm, EPS). The scale is 1,
+or, for a norm above 2**60, a power of two that brings it into [2, 4), by which x is multiplied exactly: no fp16 column
+that has fewer than 2**88 rows is that long.
 """
 
 from typing import NamedTuple
@@ -26,7 +27,7 @@ class Norms(NamedTuple):
     inverse: Tensor
     """float32 [N], 1 / max(norm, EPS), 0 for a dead column"""
     scale: Tensor
-    """float32 [N], powers of two; norm * scale is in [2, 4), or below 2 for a norm under EPS"""
+    """float32 [N], 1, or for a norm above 2**60 the power of two for which norm * scale is in [2, 4)"""
     factor: Tensor
     """float32 [N], inverse / scale"""
     flags: Tensor
@@ -59,14 +60,16 @@ def _column_norms_kernel(
     norm = tl.where(sum_squares < float("inf"), tl.sqrt_rn(sum_squares), rescaled)
 
     floored = tl.maximum(norm, eps)
+    is_in_range = norm <= 2.0**60  # false for NaN
     exponent = floored.to(tl.int32, bitcast=True) & 0x7F800000
-    scale = (0x7F800000 - exponent).to(tl.float32, bitcast=True)  # 2**(1 - e) for a norm in [2**e, 2**(e + 1))
+    to_two = (0x7F800000 - exponent).to(tl.float32, bitcast=True)  # 2**(1 - e) for a norm in [2**e, 2**(e + 1))
+    scale = tl.where(is_in_range, 1.0, to_two)
     is_live = norm > 0.0
     tl.store(norm_ptr + offs_col, norm, mask=mask_col)
     tl.store(inverse_ptr + offs_col, tl.where(is_live, tl.div_rn(1.0, floored), 0.0), mask=mask_col)
     tl.store(scale_ptr + offs_col, scale, mask=mask_col)
     tl.store(factor_ptr + offs_col, tl.where(is_live, tl.div_rn(1.0, floored * scale), 0.0), mask=mask_col)
-    flags = tl.where(norm <= 2.0**60, 0, OUT_OF_RANGE) | tl.where(norm < float("inf"), 0, NOT_FINITE)
+    flags = tl.where(is_in_range, 0, OUT_OF_RANGE) | tl.where(norm < float("inf"), 0, NOT_FINITE)
     flags = tl.max(tl.where(mask_col, flags, 0), axis=0)  # NOT_FINITE comes with OUT_OF_RANGE
     if flags > 0:
         tl.atomic_or(flags_ptr, flags)

@@ -11,7 +11,7 @@ whole tile at once would not fit them.
 import triton
 import triton.language as tl
 
-from topk_ortho.kernels.launch import INTERPRETED
+from topk_ortho.kernels.launch import ALWAYS, IF_FLAGGED, INTERPRETED, NEVER
 
 
 @triton.jit
@@ -71,18 +71,14 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def gram_tile(
-    x_ptr, stride_xm, stride_xn,  # [M, N]
+def _sum_of_rows(
+    x_ptr, stride_xm, stride_xn,  # [M, N], from its first row that is added up
     scale_ptr,                    # [N] float32
     M, N, n_loaded, first_row, first_col,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Tile [BLOCK, BLOCK] of the gram with its corner at (first_row, first_col); 0 beyond column n_loaded >= N.
-
-    A column reaches only its own row and column of the tile, so that what x holds beyond N, NaN even, reaches nothing
-    else. TRANSPOSED transposes addresses of x instead of what is loaded from them, see `launch.Operand`.
-    """
+    """What M rows of x add to a tile [BLOCK, BLOCK] of the gram."""
     M_AXIS: tl.constexpr = 1 if TRANSPOSED else 0  # of a tile of rows as it is loaded
     offs_m = tl.arange(0, BLOCK_M)
     offs_row = first_row + tl.arange(0, BLOCK)
@@ -93,14 +89,14 @@ def gram_tile(
     row_ptrs = x_ptr + row_m.to(tl.int64) * stride_xm + row_n.to(tl.int64) * stride_xn
     col_ptrs = x_ptr + col_m.to(tl.int64) * stride_xm + col_n.to(tl.int64) * stride_xn
     step = tl.cast(BLOCK_M, tl.int64) * stride_xm
-    if SCALED:
+    if SCALED == ALWAYS:
         scale_row = tl.load(scale_ptr + row_n, mask=row_n < N, other=0.0)
         scale_col = tl.load(scale_ptr + col_n, mask=col_n < N, other=0.0)
     accumulator = tl.zeros((BLOCK, BLOCK), tl.float32)
     for m in range(0, M, BLOCK_M):
         a = tl.load(row_ptrs, mask=(row_m < M - m) & (row_n < n_loaded), other=0.0)
         b = tl.load(col_ptrs, mask=(col_m < M - m) & (col_n < n_loaded), other=0.0)
-        if SCALED:
+        if SCALED == ALWAYS:
             a = (a.to(tl.float32) * scale_row).to(a.dtype)
             b = (b.to(tl.float32) * scale_col).to(b.dtype)
         if not TRANSPOSED:
@@ -109,6 +105,49 @@ def gram_tile(
         row_ptrs += step
         col_ptrs += step
     return accumulator
+
+
+@triton.jit
+def gram_tile(
+    x_ptr, stride_xm, stride_xn,  # [M, N]
+    scale_ptr, flags_ptr,         # [N] float32, [1] int32
+    M, N, n_loaded, first_row, first_col,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, RESTART: tl.constexpr,
+    PRECISION: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Tile [BLOCK, BLOCK] of the gram with its corner at (first_row, first_col); 0 beyond column n_loaded >= N.
+
+    A column reaches only its own row and column of the tile, so that what x holds beyond N, NaN even, reaches nothing
+    else. SCALED says whether x is multiplied by `scale`: NEVER, ALWAYS, or IF_FLAGGED, that is, if `flags` are set.
+    Where they are not, every scale is 1, and x goes into the product as it was loaded. If RESTART is not 0, sums begin
+    anew every RESTART rows, and are added up. TRANSPOSED transposes addresses of x instead of what is loaded from them,
+    see `launch.Operand`.
+    """
+    if SCALED == IF_FLAGGED:
+        if tl.load(flags_ptr) > 0:
+            gram = _sum_of_rows(
+                x_ptr, stride_xm, stride_xn, scale_ptr, M, N, n_loaded, first_row, first_col,
+                BLOCK, BLOCK_M, PRECISION, ALWAYS, TRANSPOSED,
+            )  # fmt: skip
+        else:
+            gram = _sum_of_rows(
+                x_ptr, stride_xm, stride_xn, scale_ptr, M, N, n_loaded, first_row, first_col,
+                BLOCK, BLOCK_M, PRECISION, NEVER, TRANSPOSED,
+            )  # fmt: skip
+    elif RESTART == 0:
+        gram = _sum_of_rows(
+            x_ptr, stride_xm, stride_xn, scale_ptr, M, N, n_loaded, first_row, first_col,
+            BLOCK, BLOCK_M, PRECISION, SCALED, TRANSPOSED,
+        )  # fmt: skip
+    else:
+        gram = tl.zeros((BLOCK, BLOCK), tl.float32)
+        for first in range(0, M, RESTART):
+            gram += _sum_of_rows(
+                x_ptr + tl.cast(first, tl.int64) * stride_xm, stride_xm, stride_xn, scale_ptr,
+                tl.minimum(M - first, RESTART), N, n_loaded, first_row, first_col,
+                BLOCK, BLOCK_M, PRECISION, SCALED, TRANSPOSED,
+            )  # fmt: skip
+    return gram
 
 
 @triton.jit
@@ -131,17 +170,17 @@ def parts_of(tile, PARTS: tl.constexpr):
 def quartered_tile(
     tile, n_tile_rows,
     x_ptr, stride_xm, stride_xn,  # [M, N]
-    scale_ptr,                    # [N] float32
+    scale_ptr, flags_ptr,         # [N] float32, [1] int32
     M, N, n_loaded,
-    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, RESTART: tl.constexpr,
     PRECISION: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """(quarters of the tile with the given number, its rows [BLOCK], its first column)."""
     tile_row, tile_col = triangle_tile(tile, n_tile_rows, GROUP)
     first_row, first_col = tile_row * BLOCK, tile_col * BLOCK
     gram = gram_tile(
-        x_ptr, stride_xm, stride_xn, scale_ptr, M, N, n_loaded, first_row, first_col,
-        BLOCK, BLOCK_M, PRECISION, SCALED, TRANSPOSED,
+        x_ptr, stride_xm, stride_xn, scale_ptr, flags_ptr, M, N, n_loaded, first_row, first_col,
+        BLOCK, BLOCK_M, RESTART, PRECISION, SCALED, TRANSPOSED,
     )  # fmt: skip
     return parts_of(gram, 4), first_row + tl.arange(0, BLOCK), first_col
 

@@ -436,26 +436,63 @@ class TestScreened:
         ("m", "n", "sum_error", "arguments", "is_screened"),
         [
             (7000, 1024, 1e-7, {}, True),
-            (7001, 1024, 1e-7, {}, False),
-            (7001, 1024, 0.9e-7, {}, True),
             (7000, 1023, 1e-7, {}, False),
             (16, 1024, None, {}, False),
             (16, 1024, 1e-7, {"n_std": 1.0}, False),
-            (16, 1024, 1e-7, {"precision": "high"}, False),
-            (16, 1024, None, {"precision": "medium"}, False),
+            (16, 1024, 1e-7, {"precision": "high"}, True),
+            (16, 1024, None, {"precision": "high"}, False),
+            (16, 1024, 1e-7, {"precision": "medium"}, False),
         ],
         ids=str,
     )
     def test_screened(self, m, n, sum_error, arguments, is_screened, monkeypatch):
-        """From so many features on, where the rounding of sums is known and small, and full precision is asked for."""
+        """From so many features on, where the rounding of sums is known, and more than fp16 is asked for."""
+        operands = self.operands(m, n, sum_error, monkeypatch, **arguments)
+        assert (operands.deviation is not None) == is_screened
+
+    @staticmethod
+    def operands(m, n, sum_error, monkeypatch, **arguments):
         device = launch.current_device()._replace(sum_error=sum_error)
-        monkeypatch.setattr(triton, "current_device", lambda: device)
+        monkeypatch.setattr(launch, "current_device", lambda: device)
         per_feature = torch.ones(n, device=DEVICE)
         norms = Norms(*[per_feature] * 4, flags=torch.zeros(1, dtype=torch.int32, device=DEVICE))
-        monkeypatch.setattr(triton, "_rounded", lambda x, norms: (None, per_feature))
-        x = torch.ones(1, device=DEVICE).expand(m, n)
-        operands = TritonBackend()._operands(x, norms, Query(k=1, **arguments))
-        assert (operands.deviation is not None) == is_screened
+        rounded = launch.Operand(x=per_feature, factor=per_feature, scale=None, kind="half")
+        monkeypatch.setattr(triton, "_rounded", lambda x, norms: (rounded, per_feature))
+        return TritonBackend()._operands(torch.ones(1, device=DEVICE).expand(m, n), norms, Query(k=1, **arguments))
+
+    @pytest.mark.parametrize(
+        ("m", "of_a_product", "restarts", "expected"),
+        [
+            (7000, 1e-7, False, 7e-4),
+            (7001, 1e-7, True, 2048e-7 + 4 * 2.0**-24),
+            (7001, 0.9e-7, False, 6.3009e-4),
+            (10**6, 1e-7, True, 2048e-7 + 489 * 2.0**-24),
+        ],
+    )
+    def test_long_sums_begin_anew(self, m, of_a_product, restarts, expected, monkeypatch):
+        operands = self.operands(m, 1024, of_a_product, monkeypatch)
+        assert operands.first.restarts == restarts
+        assert operands.sum_error == pytest.approx(expected)
+
+    @pytest.mark.parametrize("guess", [0.2, 0.999, -1.0], ids=["good", "too_high", "none"])
+    @pytest.mark.parametrize("precision", ["highest", "high"])
+    def test_selection_by_sums_that_begin_anew(self, precision, guess, monkeypatch):
+        """Every 32 rows of 100, in the first pass and in that which finds a better guess."""
+        monkeypatch.setattr(launch, "RESTART_ROWS", 32)
+        seen = []
+
+        def spy(operand, *rest, **options):
+            seen.append(operand.restarts)
+            gram_survivors.gram_survivors(operand, *rest, **options)
+
+        monkeypatch.setattr(triton, "gram_survivors", spy)
+        fields = {"most_sum_error": 0.0, "least_screened_features": 2, "spare_records": 0}
+        monkeypatch.setitem(BACKENDS, "triton", with_fields(BACKENDS["triton"], **fields))
+        x, state = normal(100, 90, seed=3), torch.tensor([guess, 0.15, 1.0])
+        pairs = topk_pairs(x, k=200, state=state, precision=precision, backend="triton")
+        assert_selection(pairs, x, k=200, precision=precision)
+        assert seen[0]
+        assert state[2] <= 3
 
     def test_a_record_is_counted_once_though_x_is_rescored_by_slabs(self):
         """Too high a guess lets too few pairs pass; counted once a slab they would seem enough."""

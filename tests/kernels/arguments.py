@@ -56,7 +56,7 @@ def operand_of(x: Tensor, kind: Kind = "ieee", *, is_scaled: bool = False) -> Op
     _, exponent = np.frexp(np.maximum(norms_of(x), oracle.EPS))
     scale = torch.from_numpy(2.0 ** (2 - exponent)).float().to(DEVICE)
     factor = (inverse.double() / scale.double()).float()
-    return Operand(x=to_device(x), factor=factor, scale=scale, kind=kind)
+    return Operand(x=to_device(x), factor=factor, scale=scale, kind=kind, flags=numbers([1], torch.int32))
 
 
 def exact_products(n: int, seed: int = 0, n_values: int | None = None) -> tuple[Operand, np.ndarray]:

@@ -31,6 +31,7 @@ from topk_ortho.kernels.launch import (
     DESCRIBED_CONFIGS,
     INTERPRETED,
     LEAN_CONFIGS,
+    RESTARTED_CONFIGS,
     TILE_CONFIGS,
     Operand,
     TileConfig,
@@ -322,6 +323,18 @@ class TestDescribed:
         expected = survivors_of(cosine, bound=bound)
         assert 10 < len(expected) < 0.9 * n * (n - 1) / 2
         assert_close_records(select(operand, 6000, bound=bound), expected, error)
+
+    @pytest.mark.parametrize("is_feature_major", [False, True], ids=["row_major", "feature_major"])
+    def test_sums_that_begin_anew(self, is_feature_major, monkeypatch):
+        """Of 64 rows each, the last of 8."""
+        monkeypatch.setattr(launch, "RESTART_ROWS", 64)
+        key = current_device().architecture, "half"
+        monkeypatch.setitem(RESTARTED_CONFIGS, key, RESTARTED_CONFIGS.get(key, DESCRIBED_CONFIGS[key]))
+        x = normal(200, 70, dtype=torch.bfloat16)
+        operand = replace(self.operand(x, is_feature_major=is_feature_major), restarts=True)
+        cosine, error = gram_of(x), cosine_bound(x)
+        bound = bound_in_a_gap(cosine, error)
+        assert_close_records(select(operand, 6000, bound=bound), survivors_of(cosine, bound=bound), error)
 
     @pytest.mark.parametrize("n", [2, 16, 33, 70])
     def test_all_pairs(self, n):

@@ -243,20 +243,62 @@ class TestAligned:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "kind", "is_scaled", "is_row_major", "expected"),
+    ("architecture", "kind", "is_row_major", "expected"),
     [
-        ("sm_80", "half", False, True, True),
-        ("sm_80", "half", True, True, False),
-        ("sm_80", "half", False, False, False),
-        ("sm_80", "tf32", False, True, False),
-        ("sm_90", "half", True, True, True),
-        ("gfx942", "tf32", False, True, True),
-        ("gfx942", "tf32", False, False, False),
+        ("sm_80", "half", True, True),
+        ("sm_80", "half", False, False),
+        ("sm_80", "tf32", True, False),
+        ("sm_90", "half", True, True),
+        ("gfx942", "tf32", True, True),
+        ("gfx942", "tf32", False, False),
     ],
 )
-def test_which_tiles_are_loaded_transposed(architecture, kind, is_scaled, is_row_major, expected, monkeypatch):
-    device = launch.current_device()._replace(architecture=architecture)
-    monkeypatch.setattr(launch, "current_device", lambda: device)
+def test_which_tiles_are_loaded_transposed(architecture, kind, is_row_major, expected, on_architecture):
+    on_architecture(architecture)
     x = torch.ones(16, 32)
-    operand = operand_of(x if is_row_major else x.T.contiguous().T, kind, is_scaled=is_scaled)
+    operand = operand_of(x if is_row_major else x.T.contiguous().T, kind)
     assert operand.arguments()["TRANSPOSED"] == expected
+
+
+@pytest.fixture
+def on_architecture(monkeypatch):
+    """Take the device for another one."""
+
+    def take(architecture, **fields):
+        device = launch.current_device()._replace(architecture=architecture, **fields)
+        monkeypatch.setattr(launch, "current_device", lambda: device)
+
+    return take
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "expected"),
+    [("sm_80", "half", 2), ("sm_90", "tf32", 2), ("sm_90", "ieee", 1), ("gfx942", "half", 1)],
+)
+def test_who_looks_at_flags(architecture, kind, expected, on_architecture):
+    """Kernels that have a loop for columns as they are and one for scaled ones."""
+    on_architecture(architecture)
+    assert operand_of(torch.ones(16, 32), kind, is_scaled=True).arguments()["SCALED"] == expected
+    assert operand_of(torch.ones(16, 32), kind).arguments()["SCALED"] == 0
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "restarts", "expected"),
+    [(5000, False, 5000), (5000, True, 2048 + 3), (9, True, 9 + 1), (2048, True, 2048 + 1)],
+)
+def test_sum_error(n_rows, restarts, expected, on_architecture):
+    """2**-24 of every product, and of every sum that is added to the total."""
+    on_architecture("sm_90", sum_error=2.0**-24)
+    assert launch.sum_error(n_rows, restarts=restarts) == expected * 2.0**-24
+    on_architecture("sm_90", sum_error=None)
+    assert launch.sum_error(n_rows, restarts=restarts) is None
+
+
+def test_blocks_where_sums_begin_anew(on_architecture):
+    """The total takes as many registers as the sums, so that those configs that leave no room for it are not taken."""
+    x = torch.ones(16, 32, dtype=BF16)
+    for architecture in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        on_architecture(architecture)
+        operand = dataclasses.replace(operand_of(x, "half"), is_lean=True, restarts=True)
+        assert (operand.config.block, operand.config.block_col or 128, operand.config.programs_per_sm) == (128, 128, 1)
+        assert operand.arguments()["RESTART"] == launch.RESTART_ROWS

@@ -16,7 +16,6 @@ from tests.kernels.arguments import (
     gram_of,
     in_padded_lines,
     inverse_of,
-    numbers,
     operand_of,
 )
 from tests.tolerances import assert_within, cosine_bound, float64
@@ -26,14 +25,12 @@ from topk_ortho.kernels.max_cosine import max_cosine
 NOTHING = -(2**63)
 
 
-def run(operand: Operand, sizes: list[int], stride: int, *, flags: int | None = None) -> Tensor:
+def run(operand: Operand, sizes: list[int], stride: int) -> Tensor:
     """Packed maxima of chunks of these sizes, the larger ones first, `stride` columns apart; int64 on the CPU."""
-    if flags is None:
-        flags = int(operand.scale is not None)
     best = torch.full((operand.x.shape[1],), NOTHING, dtype=torch.int64, device=DEVICE)
     n_larger = sizes.count(sizes[0])
     assert set(sizes[n_larger:]) <= {sizes[0] - 1}
-    max_cosine(operand, numbers([flags], torch.int32), best, len(sizes), stride, sizes[0], n_larger)
+    max_cosine(operand, best, len(sizes), stride, sizes[0], n_larger)
     return best.cpu()
 
 
@@ -45,9 +42,9 @@ def unpacked(best: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return bits.view(np.float32), 2**32 - 1 - (packed & (2**32 - 1))
 
 
-def whole(operand: Operand, **options) -> tuple[np.ndarray, np.ndarray]:
+def whole(operand: Operand) -> tuple[np.ndarray, np.ndarray]:
     n = operand.x.shape[1]
-    return unpacked(run(operand, [n], n, **options))
+    return unpacked(run(operand, [n], n))
 
 
 def largest_of(cosine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -236,17 +233,8 @@ class TestChunks:
             assert_within(actual=values[part], expected=expected[part], bound=cosine_bound(x))
 
 
-@pytest.mark.parametrize("is_scaled", [False, True], ids=["plain", "scaled"])
-@pytest.mark.parametrize("flags", [0, 1, 2, 3])
-def test_flags_choose_the_operand(flags, is_scaled, small_tiles):
-    """The plain one if all norms are in range, the scaled one else; the other writes nothing."""
-    operand = operand_of(torch.ones(4, 20), is_scaled=is_scaled)
-    best = run(operand, [20], 20, flags=flags)
-    assert (best == NOTHING).all() == ((flags > 0) != is_scaled)
-
-
 def test_what_is_larger_already_stays(small_tiles):
     operand = operand_of(torch.eye(20))
     best = torch.full((20,), 7 << 32, dtype=torch.int64, device=DEVICE)
-    max_cosine(operand, numbers([0], torch.int32), best, 1, 20, 20, 1)
+    max_cosine(operand, best, 1, 20, 20, 1)
     assert (best == 7 << 32).all()

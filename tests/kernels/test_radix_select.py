@@ -21,8 +21,6 @@ from tests.kernels.arguments import (
     range_of_first_digit,
 )
 from topk_ortho import warm_start
-from topk_ortho.kernels import radix_select
-from topk_ortho.kernels.launch import current_device
 from topk_ortho.kernels.radix_select import (
     CERTIFIED,
     COLLECT,
@@ -89,7 +87,10 @@ class TestBegin:
     """The first bound, and the stage that it leads to."""
 
     @staticmethod
-    def begin(*, state=None, flags=0, deviation=None, negative=0.5, rank=0, histogram=None, can_overflow=True, m=12):
+    def begin(
+        *, state=None, flags=0, deviation=None, negative=0.5, rank=0, histogram=None, can_overflow=True, m=12,
+        sum_error=0.0,
+    ):  # fmt: skip
         """(radix, plan, bound, slack) from poison."""
         radix = radix_at(
             77, N, bound=math.nan, slack=math.nan, least=math.nan, lowest=7, width=7, above=7, tie_row=7, n_passes=7,
@@ -105,6 +106,7 @@ class TestBegin:
             None if deviation is None else numbers([deviation, negative], torch.float32),
             rank,
             m,
+            sum_error,
             can_overflow,
         )
         assert_same(actual=radix, expected=before, but=("plan", "bounds"))
@@ -192,21 +194,12 @@ class TestBegin:
 
     @pytest.mark.parametrize("sum_error", [2.0**-24, 2.0**-22], ids=str)
     @pytest.mark.parametrize(("m", "deviation"), [(1, 0.0), (32768, 1e-4), (12, 2.0**-8), (4096, 2.0**-7)], ids=str)
-    def test_slack(self, deviation, m, sum_error, monkeypatch):
+    def test_slack(self, deviation, m, sum_error):
         """It covers columns that moved by the deviation, and two sums of m products that are rounded; not much more."""
-        device = current_device()._replace(sum_error=sum_error)
-        monkeypatch.setattr(radix_select, "current_device", lambda: device)
-        *_, slack = self.begin(state=0.5, deviation=deviation, m=m)
+        *_, slack = self.begin(state=0.5, deviation=deviation, m=m, sum_error=m * sum_error)
         least = 2 * deviation + deviation**2 + m * sum_error
         assert least <= slack <= 1.2 * least + 64 * 2.0**-23
         assert least + (m / 64 + 16) * 2.0**-23 <= slack, "the sums of the exact values err too"
-
-    def test_nothing_is_known_of_the_sums(self, monkeypatch):
-        device = current_device()._replace(sum_error=None)
-        monkeypatch.setattr(radix_select, "current_device", lambda: device)
-        self.begin(state=0.5)
-        with pytest.raises(AssertionError, match="nothing is known of the rounding of this device"):
-            self.begin(state=0.5, deviation=0.001)
 
     def test_no_slack_for_columns_that_are_not_rounded(self):
         assert self.begin(state=0.5)[-1] == 0

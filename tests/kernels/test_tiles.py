@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tests.inputs import VIEWS, normal, seeded
-from tests.kernels.arguments import DEVICE, to_device
+from tests.kernels.arguments import DEVICE, numbers, to_device
 from tests.tolerances import assert_within, float64
-from topk_ortho.kernels.launch import INTERPRETED, LEAN_CONFIGS, TILE_CONFIGS
+from topk_ortho.kernels.launch import ALWAYS, IF_FLAGGED, INTERPRETED, LEAN_CONFIGS, NEVER, TILE_CONFIGS
 from topk_ortho.kernels.tiles import cosines, gram_tile, n_tiles_of, parts_of, round_to, triangle_tile
 
 
@@ -190,14 +190,15 @@ def test_number_of_tiles(n_tile_rows):
 @triton.jit
 def _tile_kernel(
     x_ptr, stride_xm, stride_xn,       # [M, N]
-    scale_ptr, tile_ptr, quarter_ptr,  # [N] float32, [BLOCK, BLOCK] float32, [4, BLOCK, BLOCK // 4] float32
+    scale_ptr, flags_ptr,              # [N] float32, [1] int32
+    tile_ptr, quarter_ptr,             # [BLOCK, BLOCK] float32, [4, BLOCK, BLOCK // 4] float32
     M, N, n_loaded, first_row, first_col,
-    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, RESTART: tl.constexpr,
     PRECISION: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     tile = gram_tile(
-        x_ptr, stride_xm, stride_xn, scale_ptr, M, N, n_loaded, first_row, first_col,
-        BLOCK, BLOCK_M, PRECISION, SCALED, TRANSPOSED,
+        x_ptr, stride_xm, stride_xn, scale_ptr, flags_ptr, M, N, n_loaded, first_row, first_col,
+        BLOCK, BLOCK_M, RESTART, PRECISION, SCALED, TRANSPOSED,
     )  # fmt: skip
     line = tl.arange(0, BLOCK)[:, None]
     tl.store(tile_ptr + line * BLOCK + tl.arange(0, BLOCK)[None, :], tile)
@@ -212,15 +213,16 @@ BLOCK, BLOCK_M = 32, 16
 
 def tile_at(
     x: Tensor, first_row: int, first_col: int, scale: Tensor | None = None, *,
-    n_loaded: int | None = None, is_transposed: bool = False,
+    flags: int | None = None, restart: int = 0, n_loaded: int | None = None, is_transposed: bool = False,
 ):  # fmt: skip
-    """(tile, quarters) of x on the device."""
+    """(tile, quarters) of x on the device; with flags they decide whether it is scaled."""
+    scaled = NEVER if scale is None else ALWAYS if flags is None else IF_FLAGGED
     tile = torch.empty(BLOCK, BLOCK, device=DEVICE)
     parts = torch.empty(4, BLOCK, BLOCK // 4, device=DEVICE)
     _tile_kernel[(1,)](
-        x, x.stride(0), x.stride(1), x if scale is None else scale, tile, parts,
+        x, x.stride(0), x.stride(1), x if scale is None else scale, numbers([flags or 0], torch.int32), tile, parts,
         *x.shape, x.shape[1] if n_loaded is None else n_loaded, first_row, first_col,
-        BLOCK=BLOCK, BLOCK_M=BLOCK_M, PRECISION="ieee", SCALED=scale is not None, TRANSPOSED=is_transposed,
+        BLOCK=BLOCK, BLOCK_M=BLOCK_M, RESTART=restart, PRECISION="ieee", SCALED=scaled.value, TRANSPOSED=is_transposed,
     )  # fmt: skip
     return tile.cpu(), parts.cpu()
 
@@ -280,6 +282,28 @@ class TestGramTile:
         scale = 2.0 ** torch.randint(-3, 4, (50,), generator=seeded(0))
         tile, _ = tile_at(to_device(x), 0, 32, scale.to(DEVICE), is_transposed=is_transposed)
         assert_tile(tile, (x.double() * scale).to(dtype), 0, 32)
+
+    @IS_TRANSPOSED
+    @pytest.mark.parametrize("flags", [0, 1, 3])
+    def test_flags_decide(self, flags, is_transposed):
+        x, scale = normal(21, 50), 2.0 ** torch.randint(-3, 4, (50,), generator=seeded(0))
+        tile, _ = tile_at(to_device(x), 0, 32, scale.to(DEVICE), flags=flags, is_transposed=is_transposed)
+        assert_tile(tile, x * scale if flags else x, 0, 32)
+
+    @pytest.mark.parametrize("m", [1, 31, 32, 33, 64, 85])
+    def test_sums_that_begin_anew(self, m):
+        x = VIEWS["sliced_out_of_nan"](normal(m, 50, seed=1))
+        for corner in self.CORNERS:
+            tile, _ = tile_at(to_device(x), *corner, restart=32)
+            assert_tile(tile, x, *corner)
+
+    def test_what_a_long_sum_would_drop(self):
+        """2**24 + 1 + 1 is 2**24 in float32, 2**24 + (1 + 1) is not."""
+        x = torch.zeros(64, 50)
+        x[0], x[32], x[48] = 2.0**12, 1, 1
+        for restart, expected in ((0, 2.0**24), (32, 2.0**24 + 2)):
+            tile, _ = tile_at(to_device(x), 0, 0, restart=restart)
+            assert (tile == expected).all()
 
     def test_scale_keeps_huge_columns_in_range(self):
         x = normal(21, 50) * 1e30

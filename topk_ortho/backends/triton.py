@@ -14,7 +14,7 @@ partners, see `TritonBackend.sums_bytes`.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ if IMPORT_ERROR is None:
     from topk_ortho.kernels.gram_histogram import gram_histogram, gram_row_ties
     from topk_ortho.kernels.gram_sample import gram_sample
     from topk_ortho.kernels.gram_survivors import gram_survivors
-    from topk_ortho.kernels.launch import Kind, Operand, aligned, current_device
+    from topk_ortho.kernels.launch import Kind, Operand, aligned, current_device, sum_error
     from topk_ortho.kernels.max_cosine import max_cosine
     from topk_ortho.kernels.norms import NOT_FINITE, Norms, column_norms
     from topk_ortho.kernels.pair_gradient import LINE_BYTES, MOST_BLOCKS, SEGMENT, segment_sums
@@ -67,10 +67,10 @@ class TritonBackend:
     far longer than its loads. The pass loads every entry of 1,024 features 8 times. Without a copy it loads them one by
     one: of bf16 and fp16 by 32 instructions a step in place of 4 on sm_80, none asynchronous. Not measured."""
     most_sum_error: float = 7e-4
-    """Largest bound on the rounding of its sums for which a screen is used: with a larger one more pairs pass than the
-    records hold. That is up to 17,800 rows of x on Hopper and Blackwell, and 8,500 on Ampere, Ada and CDNA 3. Sums that
-    begin anew every 2,048 rows would have a closer bound, but registers do not hold them beside their total: the
-    kernels that were compiled for it spill, on Hopper 80 times with tiles of 256 x 128."""
+    """Largest bound on the rounding of its sums for which a screen adds up all rows of x at once: with a larger one
+    more pairs pass than the records hold. That is up to 17,800 rows of x on Hopper and Blackwell, and 8,500 on Ampere,
+    Ada and CDNA 3. For more rows the sums begin anew every 2,048, which has a closer bound, but takes registers that
+    larger tiles have not."""
     slab_bytes: int = 2**25
     """Size of a slab of x that stays in L2 while lines of it are gathered: an A100 has 40 MB, an H200 has 60 MB. Both
     have it in two halves, but on an H200 the gradient gathers as fast from 2**25 bytes, more than a half, as from
@@ -191,7 +191,9 @@ class TritonBackend:
         rank = sample_rank(n_rows * n_cols, k, n_pairs(n_features)) if can_overflow and n_rows else 0
         if rank > 0:
             gram_sample(x, norms.inverse, call.radix, guess, n_rows, n_cols, is_abs=call.is_abs)
-        radix_select.begin(call.radix, operands.flags, guess, operands.deviation, rank, x.shape[0], can_overflow)
+        radix_select.begin(
+            call.radix, operands.flags, guess, operands.deviation, rank, x.shape[0], operands.sum_error, can_overflow
+        )
         return call
 
     def _pass(self, call: "_Call") -> None:
@@ -211,23 +213,22 @@ class TritonBackend:
                     is_first=i == 0, is_last=i == n_slabs - 1, is_abs=call.is_abs,
                 )  # fmt: skip
 
-    def _may_be_screened(self, x: Tensor) -> bool:
-        """Whether a screen of x [M, N] float32 pays, and its rounding is known."""
-        sum_error = current_device().sum_error
-        if sum_error is None or x.shape[1] < self.least_screened_features:
-            return False
-        return bool(x.shape[0] * sum_error <= self.most_sum_error)
-
     def _operands(self, x: Tensor, norms: "Norms", query: Query) -> "_Operands":
-        # an adaptive tau needs every cosine in full precision
-        is_screened = query.precision == "highest" and query.n_std is None and self._may_be_screened(x)
-        if x.dtype != torch.float32 or not (is_screened or query.precision == "medium"):
-            kind = _kind(x, query.precision)
-            return _plain_and_scaled(self._loadable(x, kind), norms, kind)
-        rounded, deviation = _rounded(x, norms)
-        if query.precision == "medium":
+        kind = _kind(x, query.precision)
+        if x.dtype == torch.float32 and query.precision == "medium":
+            rounded, _ = _rounded(x, norms)
             return _Operands(rounded, rounded, torch.zeros_like(norms.flags), None)
-        return _Operands(rounded, _plain_and_scaled(x, norms, "ieee").repair, norms.flags, deviation)
+        error = sum_error(x.shape[0], restarts=False)
+        # an adaptive tau needs every cosine in full precision
+        is_screened = query.n_std is None and x.shape[1] >= self.least_screened_features
+        if x.dtype != torch.float32 or error is None or not is_screened:
+            plain, scaled = _plain_and_scaled(self._loadable(x, kind), norms, kind)
+            return _Operands(plain, scaled, norms.flags, None)
+        rounded, deviation = _rounded(x, norms)
+        if error > self.most_sum_error:
+            rounded, error = replace(rounded, restarts=True), sum_error(x.shape[0], restarts=True)
+        _, scaled = _plain_and_scaled(x, norms, kind)  # not aligned: it is hardly ever needed
+        return _Operands(rounded, scaled, norms.flags, deviation, error)
 
     def _loadable(self, x: Tensor, kind: "Kind") -> Tensor:
         """x; an aligned copy where loads of single entries would cost more."""
@@ -260,6 +261,8 @@ class _Operands(NamedTuple):
     deviation: Tensor | None
     """float32 [2] of `round_columns`: how far the first operand is from the precision asked for, and whether it has
     negative entries; None if it has that precision"""
+    sum_error: float = 0.0
+    """Bound on the rounding of the gram of the first operand, beyond that of its columns"""
 
 
 class _Call(NamedTuple):
@@ -329,9 +332,7 @@ def _is_certified(call: _Call) -> bool:
 def _repair(call: _Call) -> None:
     """Find the k-th similarity digit by digit, and record what is above it.
 
-    The kernels return at once if a pass was certified. They multiply scaled columns, which are safe for any norm: on
-    Hopper a step of their loop has three times the instructions of one that multiplies bf16 columns as they are. To
-    launch both kinds, one of which would return at once, would cost every call that is certified six more launches.
+    The kernels return at once if a pass was certified. They scale columns if one of them is too long for products.
     """
     operand, radix, floor = call.operands.repair, call.radix, floor_of(call.query)
     for i, histogram in enumerate(radix.digit_histograms):
@@ -413,13 +414,10 @@ def _rounded(x: Tensor, norms: "Norms") -> tuple["Operand", Tensor]:
     return Operand(x=rounded, factor=factor, scale=None, kind="half"), deviation
 
 
-def _plain_and_scaled(x: Tensor, norms: "Norms", kind: "Kind") -> _Operands:
-    return _Operands(
-        first=Operand(x=x, factor=norms.inverse, scale=None, kind=kind),
-        repair=Operand(x=x, factor=norms.factor, scale=norms.scale, kind=kind),
-        flags=norms.flags,
-        deviation=None,
-    )
+def _plain_and_scaled(x: Tensor, norms: "Norms", kind: "Kind") -> tuple["Operand", "Operand"]:
+    """Operands that multiply x as it is, and by a power of two where that would overflow."""
+    plain = Operand(x=x, factor=norms.inverse, scale=None, kind=kind)
+    return plain, replace(plain, factor=norms.factor, scale=norms.scale, flags=norms.flags)
 
 
 def _feature_major(x: Tensor, n_rows: int, plan: Tensor | None = None) -> Iterator[Tensor]:
@@ -468,13 +466,11 @@ def _max_cosine_of_chunks(
     n_columns = x.shape[1]
     best = torch.full((n_columns,), -(2**63), dtype=torch.int64, device=x.device)
     if x.dtype == torch.float32 and precision == "medium":
-        rounded, _ = _rounded(x, norms)
-        operands, flags = [rounded], torch.zeros_like(norms.flags)
+        operand, _ = _rounded(x, norms)
     else:
-        both = _plain_and_scaled(x, norms, _kind(x, precision))
-        operands, flags = [both.first, both.repair], both.flags
-    for operand in operands:
-        max_cosine(operand, flags, best, n_chunks, n_columns // n_chunks, largest, n_larger)
+        plain, scaled = _plain_and_scaled(x, norms, _kind(x, precision))
+        operand = scaled if norms.flags.item() else plain
+    max_cosine(operand, best, n_chunks, n_columns // n_chunks, largest, n_larger)
     ordered = (best >> 32).int()
     cosines = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
     return cosines, 2**32 - 1 - (best & (2**32 - 1))
