@@ -49,7 +49,7 @@ from topk_ortho.kernels.coactivation import (
 )
 from topk_ortho.kernels.gram_histogram import gram_histogram, gram_row_ties
 from topk_ortho.kernels.gram_sample import gram_sample
-from topk_ortho.kernels.gram_survivors import gram_survivors
+from topk_ortho.kernels.gram_survivors import Moments, gram_survivors
 from topk_ortho.kernels.launch import INTERPRETED, Kind, Operand, aligned
 from topk_ortho.kernels.max_cosine import max_cosine
 from topk_ortho.kernels.norms import column_norms
@@ -241,16 +241,21 @@ def variants() -> list[Variant]:
 
 
 def _gram_variants() -> Iterator[Variant]:
-    radix, moments = radix_select.new_radix_select(_META, _N), _empty(1, 3, dtype=torch.float64)
+    radix, moments = (
+        radix_select.new_radix_select(_META, _N),
+        Moments(_empty(1, 3, dtype=torch.float64), _empty(1), 3.0),
+    )
     flags, best = _empty(1, dtype=torch.int32), _empty(_N, dtype=torch.int64)
     records = _empty(_CAPACITY), *(_empty(_CAPACITY, dtype=torch.int32) for _ in range(2))
 
-    def survivors(operand: Operand, moments: torch.Tensor | None = None, is_first: bool = True) -> None:
-        gram_survivors(operand, radix, *records, moments, 0.0, is_abs=True, is_first=is_first)
+    k = _CAPACITY // 2
 
-    def histogram(operand: Operand, moments: torch.Tensor | None, is_screen: bool = False) -> None:
-        counts = radix.digit_histograms[0]
-        gram_histogram(operand, radix, counts, moments, 0.0, is_abs=True, is_screen=is_screen)
+    def survivors(operand: Operand, moments: Moments | None = None, is_first: bool = True) -> None:
+        certifies = is_first and operand.x.dtype != torch.float16  # what a screen has recorded is computed again
+        gram_survivors(operand, radix, *records, moments, k, 0.0, is_abs=True, is_first=is_first, certifies=certifies)
+
+    def histogram(operand: Operand, moments: Moments | None, is_screen: bool = False) -> None:
+        gram_histogram(operand, radix, 0, moments, k, _CAPACITY, 0.0, is_abs=True, is_screen=is_screen)
 
     kinds: list[tuple[Kind, torch.dtype]] = [("half", torch.bfloat16), ("tf32", torch.float32), ("ieee", torch.float32)]
     for kind, dtype in kinds:
@@ -263,7 +268,7 @@ def _gram_variants() -> Iterator[Variant]:
             (", scaled", partial(survivors, scaled, is_first=False)),
             (", scaled, digit", partial(histogram, scaled, None)),
             (", scaled, digit, moments", partial(histogram, scaled, moments)),
-            (", scaled", partial(gram_row_ties, scaled, radix, is_abs=True)),
+            (", scaled", partial(gram_row_ties, scaled, radix, k, is_abs=True)),
             ("", partial(max_cosine, plain, best, 1, _N, _N, 1)),
             (", scaled", partial(max_cosine, scaled, best, 1, _N, _N, 1)),
         ):
@@ -297,17 +302,12 @@ def _other_variants() -> Iterator[Variant]:
         yield Variant(label, partial(segment_sums, slab, per_feature, partners, *pairs))
         yield Variant(label, partial(pair_gradient, slab, per_feature, per_feature, offsets, *pairs, sums, slab, 1e-12))
         yield Variant(label, partial(transpose, slab.T, slab))
-    arguments = _empty(_N, 256), per_feature, radix, values, rows, cols
+    arguments = _empty(_N, 256), per_feature, radix, values, rows, cols, k, 0.0
     yield from (
         Variant("fp32", partial(round_columns, _empty(_M, _N), per_feature)),
         Variant("fp32", partial(rescore, *arguments, is_first=False, is_last=True, is_abs=True)),
         Variant("cold", partial(radix_select.begin, radix, flags, None, None, 262, _M, 0.0, True)),
         Variant("warm, rounded", partial(radix_select.begin, radix, flags, state, one, 262, _M, 1e-4, True)),
-        Variant("", partial(radix_select.certify, radix, k, _CAPACITY, 0.0, None, is_rounded=True)),
-        Variant("adaptive tau", partial(radix_select.certify, radix, k, _CAPACITY, 0.0, one, is_rounded=False)),
-        Variant("", partial(radix_select.next_guess, radix, k, _CAPACITY, 0.0)),
-        Variant("", partial(radix_select.next_digit, radix, radix.digit_histograms[0], k, _CAPACITY)),
-        Variant("", partial(radix_select.tie_row, radix, k)),
         Variant("", partial(radix_select.next_state, radix, state, values, count, k, (0.1, 0.01, 0.4))),
     )
 

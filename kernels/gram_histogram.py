@@ -8,9 +8,8 @@ whatever order tiles finish.
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from topk_ortho.kernels.gram_survivors import add_moments, store_moments
+from topk_ortho.kernels.gram_survivors import Moments, add_moments, no_moments, store_moments, store_tau
 from topk_ortho.kernels.launch import Operand
 from topk_ortho.kernels.radix_select import (
     DIGIT_BINS,
@@ -21,7 +20,11 @@ from topk_ortho.kernels.radix_select import (
     WIDTH,
     RadixSelect,
     digit_of,
+    is_last_program,
+    next_digit,
+    next_guess,
     stage_of,
+    tie_row,
 )
 from topk_ortho.kernels.tiles import cosines, n_tiles_of, quartered_tile
 
@@ -29,10 +32,11 @@ from topk_ortho.kernels.tiles import cosines, n_tiles_of, quartered_tile
 @triton.jit
 def _gram_histogram_kernel(
     x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr, flags_ptr,  # [M, N], [N] float32 x 2, [1] int32
-    plan_ptr, histogram_ptr,                                        # [7] int64, [BINS] int64
-    moments_ptr,                                                    # [n_programs, 3] float64
-    M, N, n_loaded, floor,
-    STAGE: tl.constexpr, IS_ABS: tl.constexpr, HAS_MOMENTS: tl.constexpr, BINS: tl.constexpr,
+    plan_ptr, bounds_ptr,                                           # [7] int64, [3] float32
+    histograms_ptr, histogram_ptr,                                  # [digits, BINS] int64, and the row for this digit
+    arrived_ptr, moments_ptr, tau_ptr,                              # [1] int64, [n_programs, 3] float64, [1] float32
+    M, N, n_loaded, k, capacity, floor, n_std,
+    STAGE: tl.constexpr, IS_ABS: tl.constexpr, N_LINES: tl.constexpr, BINS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, RESTART: tl.constexpr,
     PRECISION: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
@@ -53,10 +57,12 @@ def _gram_histogram_kernel(
         for part in tl.static_range(4):
             offs_col = first_col + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
             cosine = cosines(parts[part], factor_ptr, offs_row, offs_col, N, float("nan"))
-            if HAS_MOMENTS:
+            if N_LINES > 0:
                 count, mean, squares = add_moments(cosine, count, mean, squares)
             similarity = tl.abs(cosine) if IS_ABS else cosine
-            is_counted = (similarity > floor) & (similarity >= 0.0)
+            is_counted = similarity >= 0.0
+            if STAGE == DIGITS:  # those of a screen are rounded, so that they may be above the floor all the same
+                is_counted = is_counted & (similarity > floor)
             bits = tl.where(is_counted, similarity, 0.0).to(tl.int32, bitcast=True)
             digit = digit_of(bits, lowest, width)
             is_counted = is_counted & (digit >= 0)
@@ -64,15 +70,22 @@ def _gram_histogram_kernel(
                 tl.reshape(digit, (BLOCK * BLOCK // 4,)), BINS, mask=tl.reshape(is_counted, (BLOCK * BLOCK // 4,))
             )
     tl.atomic_add(histogram_ptr + tl.arange(0, BINS), counts, mask=counts > 0)
-    if HAS_MOMENTS:
+    if N_LINES > 0:
         store_moments(moments_ptr, count, mean, squares)
+    if is_last_program(arrived_ptr):
+        if N_LINES > 0:
+            store_tau(moments_ptr, tau_ptr, n_std, N_LINES)
+        if STAGE == SCREEN:
+            next_guess(plan_ptr, bounds_ptr, histograms_ptr, k, capacity, floor, BINS)
+        else:
+            next_digit(plan_ptr, bounds_ptr, histogram_ptr, k, capacity, BINS)
 
 
 @triton.jit
 def _gram_row_ties_kernel(
     x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr, flags_ptr,  # [M, N], [N] float32 x 2, [1] int32
-    plan_ptr, row_ties_ptr,                                         # [7] int64, [N] int32
-    M, N, n_loaded,
+    plan_ptr, row_ties_ptr, arrived_ptr,                            # [7] int64, [N] int32, [1] int64
+    M, N, n_loaded, k,
     IS_ABS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, RESTART: tl.constexpr,
     PRECISION: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -93,25 +106,31 @@ def _gram_row_ties_kernel(
             similarity = tl.abs(cosine) if IS_ABS else cosine
             ties += tl.sum((similarity == value).to(tl.int32), axis=1)
         tl.atomic_add(row_ties_ptr + offs_row, ties, mask=ties > 0)
+    if is_last_program(arrived_ptr):
+        tie_row(plan_ptr, row_ties_ptr, k, N, 1024)
 
 
 def gram_histogram(
-    operand: Operand, radix: RadixSelect, histogram: Tensor, moments: Tensor | None, floor: float,
+    operand: Operand, radix: RadixSelect, number: int, moments: Moments | None, k: int, capacity: int, floor: float,
     *, is_abs: bool, is_screen: bool,
 ) -> None:  # fmt: skip
-    """Add the pairs above `floor` to the histogram of a digit, and fill `moments` if given.
+    """Add pairs to the histogram of a digit, those above `floor` or, for a screen, all; then take the next step.
 
-    Returns at once unless the stage is SCREEN if `is_screen`, else DIGITS.
+    That is to make a guess of the counts, or to narrow the range that holds the k-th similarity. Returns at once unless
+    the stage is SCREEN if `is_screen`, else DIGITS.
     """
+    histograms = radix.screen_histograms if is_screen else radix.digit_histograms
     _gram_histogram_kernel[(operand.n_programs,)](
-        plan_ptr=radix.plan, histogram_ptr=histogram, moments_ptr=radix.plan if moments is None else moments,
-        floor=floor, STAGE=(SCREEN if is_screen else DIGITS).value, IS_ABS=is_abs, HAS_MOMENTS=moments is not None,
-        BINS=DIGIT_BINS.value, **operand.arguments(),
+        plan_ptr=radix.plan, bounds_ptr=radix.bounds, histograms_ptr=histograms, histogram_ptr=histograms[number],
+        arrived_ptr=radix.arrived, k=k, capacity=capacity, floor=floor,
+        STAGE=(SCREEN if is_screen else DIGITS).value, IS_ABS=is_abs, BINS=DIGIT_BINS.value,
+        **(no_moments(radix.plan) if moments is None else moments.arguments()), **operand.arguments(),
     )  # fmt: skip
 
 
-def gram_row_ties(operand: Operand, radix: RadixSelect, *, is_abs: bool) -> None:
-    """At stage TIES: add the pairs equal to the k-th similarity to `radix.row_ties`, by row."""
+def gram_row_ties(operand: Operand, radix: RadixSelect, k: int, *, is_abs: bool) -> None:
+    """At stage TIES: count the pairs equal to the k-th similarity by row, and find the last row that is needed."""
     _gram_row_ties_kernel[(operand.n_programs,)](
-        plan_ptr=radix.plan, row_ties_ptr=radix.row_ties, IS_ABS=is_abs, **operand.arguments()
-    )
+        plan_ptr=radix.plan, row_ties_ptr=radix.row_ties, arrived_ptr=radix.arrived, k=k, IS_ABS=is_abs,
+        **operand.arguments(),
+    )  # fmt: skip

@@ -17,13 +17,22 @@ larger tiles; `topk_ortho.kernels.launch.DESCRIBED_CONFIGS` says where.
 """
 
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from topk_ortho.kernels.launch import Operand
-from topk_ortho.kernels.radix_select import COLLECT, PASS, RadixSelect, row_bounds, stage_of
+from topk_ortho.kernels.radix_select import (
+    COLLECT,
+    PASS,
+    RadixSelect,
+    certify,
+    is_last_program,
+    row_bounds,
+    stage_of,
+)
 from topk_ortho.kernels.tiles import cosines, n_tiles_of, parts_of, product, quartered_tile, triangle_tile
 
 
@@ -50,6 +59,21 @@ def store_moments(moments_ptr, count, mean, squares):
     tl.store(line, count)
     tl.store(line + 1, mean)
     tl.store(line + 2, squares)
+
+
+@triton.jit
+def store_tau(moments_ptr, tau_ptr, n_std, N_LINES: tl.constexpr):
+    """Store the mean plus n_std standard deviations of the |cosine| that all programs saw, and return it, float32."""
+    lines = tl.arange(0, N_LINES)
+    mask = lines < tl.num_programs(0)
+    counts = tl.load(moments_ptr + 3 * lines, mask=mask, other=0.0)
+    means = tl.load(moments_ptr + 3 * lines + 1, mask=mask, other=0.0)
+    n_pairs = tl.sum(counts, axis=0)
+    mean = tl.sum(counts * means, axis=0) / n_pairs
+    squares = tl.load(moments_ptr + 3 * lines + 2, mask=mask, other=0.0) + counts * (means - mean) * (means - mean)
+    tau = (mean + n_std * tl.sqrt(tl.sum(squares, axis=0) / n_pairs)).to(tl.float32)
+    tl.store(tau_ptr, tau)
+    return tau
 
 
 @triton.jit
@@ -83,9 +107,9 @@ def _gram_survivors_kernel(
     x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr, flags_ptr,  # [M, N], [N] float32 x 2, [1] int32
     plan_ptr, bounds_ptr,                                           # [7] int64, [3] float32
     values_ptr, rows_ptr, cols_ptr, n_survivors_ptr,                # [capacity] float32, int32, int32, [1] int64
-    moments_ptr,                                                    # [n_programs, 3] float64
-    M, N, n_loaded, capacity, floor,
-    STAGE: tl.constexpr, IS_ABS: tl.constexpr, HAS_MOMENTS: tl.constexpr,
+    arrived_ptr, moments_ptr, tau_ptr,                              # [1] int64, [n_programs, 3] float64, [1] float32
+    M, N, n_loaded, k, capacity, floor, n_std,
+    STAGE: tl.constexpr, IS_ABS: tl.constexpr, CERTIFIES: tl.constexpr, N_LINES: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, RESTART: tl.constexpr,
     PRECISION: tl.constexpr, SCALED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
@@ -104,13 +128,18 @@ def _gram_survivors_kernel(
         for part in tl.static_range(4):
             offs_col = first_col + part * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
             cosine = cosines(parts[part], factor_ptr, offs_row, offs_col, N, float("nan"))
-            if HAS_MOMENTS:
+            if N_LINES > 0:
                 count, mean, squares = add_moments(cosine, count, mean, squares)
             _record(
                 cosine, bound, offs_row, offs_col, values_ptr, rows_ptr, cols_ptr, n_survivors_ptr, capacity, IS_ABS
             )
-    if HAS_MOMENTS:
+    if N_LINES > 0:
         store_moments(moments_ptr, count, mean, squares)
+    if CERTIFIES:  # noqa: SIM102 -- the compiler decides the outer condition
+        if is_last_program(arrived_ptr):
+            if N_LINES > 0:
+                floor = tl.maximum(floor, store_tau(moments_ptr, tau_ptr, n_std, N_LINES))
+            certify(plan_ptr, bounds_ptr, n_survivors_ptr, n_survivors_ptr, k, capacity, floor, False)
 
 
 @triton.jit
@@ -137,8 +166,9 @@ def _described_survivors_kernel(
     row_boxes, col_boxes, factor_ptr,                 # descriptors of [M, N] or its transpose, [N] float32
     plan_ptr, bounds_ptr,                             # [7] int64, [3] float32
     values_ptr, rows_ptr, cols_ptr, n_survivors_ptr,  # [capacity] float32, int32, int32, [1] int64
-    M, N, capacity, floor,
-    IS_ABS: tl.constexpr, IS_FEATURE_MAJOR: tl.constexpr,
+    arrived_ptr,                                      # [1] int64
+    M, N, k, capacity, floor,
+    IS_ABS: tl.constexpr, CERTIFIES: tl.constexpr, IS_FEATURE_MAJOR: tl.constexpr,
     BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     RESTART: tl.constexpr,
 ):  # fmt: skip
@@ -173,16 +203,38 @@ def _described_survivors_kernel(
             _record(
                 cosine, bound, offs_row, offs_col, values_ptr, rows_ptr, cols_ptr, n_survivors_ptr, capacity, IS_ABS
             )
+    if CERTIFIES:  # noqa: SIM102 -- the compiler decides the outer condition
+        if is_last_program(arrived_ptr):
+            certify(plan_ptr, bounds_ptr, n_survivors_ptr, n_survivors_ptr, k, capacity, floor, False)
+
+
+class Moments(NamedTuple):
+    """Mean and standard deviation of |cosine| over all pairs, and the tau that follows from them."""
+
+    lines: Tensor
+    """float64 [programs, 3]: the count, the mean and the sum of squared deviations of what each program saw"""
+    tau: Tensor
+    """float32 [1], the mean plus n_std standard deviations, once a pass has seen all pairs"""
+    n_std: float
+
+    def arguments(self) -> dict[str, Any]:
+        """What a kernel takes that gathers them."""
+        n_lines = triton.next_power_of_2(self.lines.shape[0])
+        return {"moments_ptr": self.lines, "tau_ptr": self.tau, "n_std": self.n_std, "N_LINES": n_lines}
+
+
+def no_moments(unused: Tensor) -> dict[str, Any]:
+    """What a kernel takes that gathers no moments."""
+    return {"moments_ptr": unused, "tau_ptr": unused, "n_std": 0.0, "N_LINES": 0}
 
 
 def gram_survivors(
-    operand: Operand, radix: RadixSelect, values: Tensor, rows: Tensor, cols: Tensor, moments: Tensor | None,
-    floor: float, *, is_abs: bool, is_first: bool,
+    operand: Operand, radix: RadixSelect, values: Tensor, rows: Tensor, cols: Tensor, moments: Moments | None,
+    k: int, floor: float, *, is_abs: bool, is_first: bool, certifies: bool,
 ) -> None:  # fmt: skip
     """Fill the records [capacity] and `radix.n_survivors`; returns at once unless the stage is the right one.
 
-    That is PASS if `is_first`, else COLLECT. `moments` float64 [operand.n_programs, 3] receives the count, the mean and
-    the sum of squared deviations of the |cosine| that each program saw.
+    That is PASS if `is_first`, else COLLECT. A pass whose records are not computed again `certifies` itself.
     """
     # COLLECT must repeat the very products that were counted, so it takes the same block sizes as they did
     is_lean = is_first and moments is None and operand.scale is None
@@ -192,14 +244,14 @@ def gram_survivors(
         _described_survivors_kernel[(operand.n_programs,)](
             plan_ptr=radix.plan, bounds_ptr=radix.bounds,
             values_ptr=values, rows_ptr=rows, cols_ptr=cols, n_survivors_ptr=radix.n_survivors,
-            capacity=values.numel(), floor=floor, IS_ABS=is_abs, **operand.described_arguments(),
+            arrived_ptr=radix.arrived, k=k, capacity=values.numel(), floor=floor,
+            IS_ABS=is_abs, CERTIFIES=certifies, **operand.described_arguments(),
         )  # fmt: skip
         return
     _gram_survivors_kernel[(operand.n_programs,)](
         plan_ptr=radix.plan, bounds_ptr=radix.bounds,
         values_ptr=values, rows_ptr=rows, cols_ptr=cols, n_survivors_ptr=radix.n_survivors,
-        moments_ptr=radix.plan if moments is None else moments,
-        capacity=values.numel(), floor=floor,
-        STAGE=(PASS if is_first else COLLECT).value, IS_ABS=is_abs, HAS_MOMENTS=moments is not None,
-        **operand.arguments(),
+        arrived_ptr=radix.arrived, k=k, capacity=values.numel(), floor=floor,
+        STAGE=(PASS if is_first else COLLECT).value, IS_ABS=is_abs, CERTIFIES=certifies,
+        **(no_moments(radix.plan) if moments is None else moments.arguments()), **operand.arguments(),
     )  # fmt: skip

@@ -91,13 +91,15 @@ class RadixSelect(NamedTuple):
     """int64 [1], number of pairs that the last pass found, whether or not they fit"""
     n_certified: Tensor
     """int64 [1], number of those that reach the bound in the precision asked for"""
+    arrived: Tensor
+    """int64 [1], programs of the running launch that are done, see `is_last_program`"""
 
 
 def new_radix_select(device: torch.device, n_features: int) -> RadixSelect:
     """Tensors for a new call, before its first kernel."""
-    sizes = 2 ** SAMPLE_DIGIT[1], MOST_DIGITS * DIGIT_BINS.value, MOST_SCREEN_DIGITS * DIGIT_BINS.value, 7, 1, 1
+    sizes = 2 ** SAMPLE_DIGIT[1], MOST_DIGITS * DIGIT_BINS.value, MOST_SCREEN_DIGITS * DIGIT_BINS.value, 7, 1, 1, 1
     zeros = torch.zeros(sum(sizes), dtype=torch.int64, device=device).split(sizes)
-    sample_histogram, digit_histograms, screen_histograms, plan, n_survivors, n_certified = zeros
+    sample_histogram, digit_histograms, screen_histograms, plan, n_survivors, n_certified, arrived = zeros
     return RadixSelect(
         plan=plan,
         bounds=torch.empty(3, dtype=torch.float32, device=device),
@@ -107,6 +109,7 @@ def new_radix_select(device: torch.device, n_features: int) -> RadixSelect:
         row_ties=torch.zeros(n_features, dtype=torch.int32, device=device),
         n_survivors=n_survivors,
         n_certified=n_certified,
+        arrived=arrived,
     )
 
 
@@ -229,6 +232,22 @@ def _begin_kernel(
 
 
 @triton.jit
+def is_last_program(arrived_ptr):
+    """Whether every other program of this launch has called this before: then all that they have written is seen.
+
+    A launch of programs on one axis may call it once. What follows on it is done by one program, and needs no kernel of
+    its own.
+    """
+    tl.debug_barrier()  # until all threads of this program have written
+    n_before = tl.atomic_add(arrived_ptr, 1, sem="acq_rel")
+    is_last = n_before == tl.num_programs(0) - 1
+    if is_last:
+        tl.store(arrived_ptr, tl.zeros((), tl.int64))  # for the next launch
+    tl.debug_barrier()  # no thread reads before the one that added
+    return is_last
+
+
+@triton.jit
 def _begin_digits(plan_ptr, bounds_ptr):
     """Go to DIGITS, where nothing is rounded."""
     tl.store(plan_ptr + STAGE, tl.full((), DIGITS, tl.int64))
@@ -236,123 +255,120 @@ def _begin_digits(plan_ptr, bounds_ptr):
 
 
 @triton.jit
-def _certify_kernel(
+def certify(
     plan_ptr, bounds_ptr, n_survivors_ptr, n_certified_ptr,  # [7] int64, [3] float32, [1] int64 x 2
-    tau_ptr,                                                 # [1] float32
     k, capacity, floor,
-    IS_ADAPTIVE: tl.constexpr, IS_ROUNDED: tl.constexpr,
+    IS_ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    if stage_of(plan_ptr) == PASS:
-        n_survivors = tl.load(n_survivors_ptr)
-        if IS_ADAPTIVE:
-            floor = tl.maximum(floor, tl.load(tau_ptr))
-        is_complete = (tl.load(n_certified_ptr) >= k) | (tl.load(bounds_ptr + BOUND) <= floor)
-        is_first = tl.load(plan_ptr + PASSES_SO_FAR) == 1
-        tl.debug_barrier()
-        if is_complete & (n_survivors <= capacity):
-            tl.store(plan_ptr + STAGE, tl.full((), CERTIFIED, tl.int64))
+    """After a pass: go to CERTIFIED, or to a repair; after the first one over rounded columns, that is SCREEN."""
+    n_survivors = tl.load(n_survivors_ptr)
+    is_complete = (tl.load(n_certified_ptr) >= k) | (tl.load(bounds_ptr + BOUND) <= floor)
+    is_first = tl.load(plan_ptr + PASSES_SO_FAR) == 1
+    tl.debug_barrier()
+    if is_complete & (n_survivors <= capacity):
+        tl.store(plan_ptr + STAGE, tl.full((), CERTIFIED, tl.int64))
+    else:
+        tl.store(n_survivors_ptr, tl.zeros((), tl.int64))
+        tl.store(n_certified_ptr, tl.zeros((), tl.int64))
+        if is_first:
+            tl.store(plan_ptr + FAILURE, tl.where(n_survivors > capacity, OVERFLOW, SHORTFALL).to(tl.int64))
+        if IS_ROUNDED & is_first:
+            tl.store(plan_ptr + STAGE, tl.full((), SCREEN, tl.int64))
         else:
-            tl.store(n_survivors_ptr, tl.zeros((), tl.int64))
-            tl.store(n_certified_ptr, tl.zeros((), tl.int64))
-            if is_first:
-                tl.store(plan_ptr + FAILURE, tl.where(n_survivors > capacity, OVERFLOW, SHORTFALL).to(tl.int64))
-            if IS_ROUNDED & is_first:
-                tl.store(plan_ptr + STAGE, tl.full((), SCREEN, tl.int64))
-            else:
-                _begin_digits(plan_ptr, bounds_ptr)
+            _begin_digits(plan_ptr, bounds_ptr)
 
 
 @triton.jit
-def _next_guess_kernel(
+def next_guess(
     plan_ptr, bounds_ptr, histograms_ptr,  # [7] int64, [3] float32, [2, BINS] int64
     k, capacity, floor,
     BINS: tl.constexpr,
 ):  # fmt: skip
-    if stage_of(plan_ptr) == SCREEN:
-        bins = tl.arange(0, BINS)
-        width = tl.load(plan_ptr + WIDTH)
-        is_first = width == ALL_WIDTH
-        first_histogram = tl.load(histograms_ptr + bins)
-        histogram = tl.load(histograms_ptr + tl.where(is_first, 0, BINS) + bins)
-        found, n_from, n_beyond = _highest_bin_with(k, histogram, tl.load(plan_ptr + ABOVE), BINS)
-        # if fewer than k pairs are in bins, the floor is 0 or more, and a guess of 0 serves
-        lowest, width = _range_of(tl.maximum(found, 0).to(tl.int64), tl.load(plan_ptr + LOWEST), width)
-        similarity = lowest.to(tl.int32).to(tl.float32, bitcast=True)
-        slack = tl.load(bounds_ptr + SLACK)
-        guess = tl.maximum(similarity - slack, 0.0)
-        # the pass will record what is above the cut, by the first digit at most `n_most` pairs and at least `n_least`
-        cut = tl.maximum(tl.maximum(guess, floor) - slack, tl.load(bounds_ptr + LEAST))
-        digit_of_cut = _first_digit(tl.maximum(cut, 0.0).to(tl.int32, bitcast=True))
-        n_most = tl.sum(tl.where(bins >= digit_of_cut, first_histogram, 0), axis=0)
-        n_least = tl.sum(tl.where(bins > digit_of_cut, first_histogram, 0), axis=0)
-        n_least = tl.where(similarity > cut, tl.maximum(n_least, n_from), n_least)
-        # where the cut excludes zeros, they may be missing
-        is_enough = (similarity > cut) | (guess <= floor)
-        n_passes = tl.load(plan_ptr + PASSES_SO_FAR) + 1
-        tl.debug_barrier()
-        if is_first & (found > 0) & (n_most > capacity):
-            _store_range(plan_ptr, lowest, width, n_beyond)
-            tl.store(plan_ptr + PASSES_SO_FAR, n_passes)
+    """After a pass of SCREEN: narrow the range that holds the k-th rounded similarity, or make a guess of it."""
+    bins = tl.arange(0, BINS)
+    width = tl.load(plan_ptr + WIDTH)
+    is_first = width == ALL_WIDTH
+    first_histogram = tl.load(histograms_ptr + bins)
+    histogram = tl.load(histograms_ptr + tl.where(is_first, 0, BINS) + bins)
+    found, n_from, n_beyond = _highest_bin_with(k, histogram, tl.load(plan_ptr + ABOVE), BINS)
+    # if fewer than k pairs are in bins, the floor is 0 or more, and a guess of 0 serves
+    lowest, width = _range_of(tl.maximum(found, 0).to(tl.int64), tl.load(plan_ptr + LOWEST), width)
+    similarity = lowest.to(tl.int32).to(tl.float32, bitcast=True)
+    slack = tl.load(bounds_ptr + SLACK)
+    guess = tl.maximum(similarity - slack, 0.0)
+    # the pass will record what is above the cut, by the first digit at most `n_most` pairs and at least `n_least`
+    cut = tl.maximum(tl.maximum(guess, floor) - slack, tl.load(bounds_ptr + LEAST))
+    digit_of_cut = _first_digit(tl.maximum(cut, 0.0).to(tl.int32, bitcast=True))
+    n_most = tl.sum(tl.where(bins >= digit_of_cut, first_histogram, 0), axis=0)
+    n_least = tl.sum(tl.where(bins > digit_of_cut, first_histogram, 0), axis=0)
+    n_least = tl.where(similarity > cut, tl.maximum(n_least, n_from), n_least)
+    # where the cut excludes zeros, they may be missing
+    is_enough = (similarity > cut) | (guess <= floor)
+    n_passes = tl.load(plan_ptr + PASSES_SO_FAR) + 1
+    tl.debug_barrier()
+    if is_first & (found > 0) & (n_most > capacity):
+        _store_range(plan_ptr, lowest, width, n_beyond)
+        tl.store(plan_ptr + PASSES_SO_FAR, n_passes)
+    else:
+        _store_range_of_all(plan_ptr)
+        if is_enough & (n_least <= capacity):
+            tl.store(bounds_ptr + BOUND, guess)
+            tl.store(plan_ptr + TIE_ROW, tl.where(guess > 0, _EVERY_ROW, -1).to(tl.int64))
+            tl.store(plan_ptr + PASSES_SO_FAR, n_passes + 1)
+            tl.store(plan_ptr + STAGE, tl.full((), PASS, tl.int64))
         else:
-            _store_range_of_all(plan_ptr)
-            if is_enough & (n_least <= capacity):
-                tl.store(bounds_ptr + BOUND, guess)
-                tl.store(plan_ptr + TIE_ROW, tl.where(guess > 0, _EVERY_ROW, -1).to(tl.int64))
-                tl.store(plan_ptr + PASSES_SO_FAR, n_passes + 1)
-                tl.store(plan_ptr + STAGE, tl.full((), PASS, tl.int64))
-            else:
-                tl.store(plan_ptr + PASSES_SO_FAR, n_passes)
-                _begin_digits(plan_ptr, bounds_ptr)
+            tl.store(plan_ptr + PASSES_SO_FAR, n_passes)
+            _begin_digits(plan_ptr, bounds_ptr)
 
 
 @triton.jit
-def _next_digit_kernel(
+def next_digit(
     plan_ptr, bounds_ptr, histogram_ptr,  # [7] int64, [3] float32, [BINS] int64
     k, capacity,
     BINS: tl.constexpr,
 ):  # fmt: skip
-    if stage_of(plan_ptr) == DIGITS:
-        histogram = tl.load(histogram_ptr + tl.arange(0, BINS))
-        found, n_from, n_beyond = _highest_bin_with(k, histogram, tl.load(plan_ptr + ABOVE), BINS)
-        digit = tl.maximum(found, 0).to(tl.int64)
-        lowest, width = _range_of(digit, tl.load(plan_ptr + LOWEST), tl.load(plan_ptr + WIDTH))
-        n_passes = tl.load(plan_ptr + PASSES_SO_FAR) + 1
-        tl.debug_barrier()
-        tl.store(plan_ptr + PASSES_SO_FAR, n_passes)
-        if found < 0:  # fewer than k pairs are above the floor: record them all
-            tl.store(bounds_ptr + BOUND, -1.0)
+    """After a pass of DIGITS: narrow the range that holds the k-th similarity, or end the stage."""
+    histogram = tl.load(histogram_ptr + tl.arange(0, BINS))
+    found, n_from, n_beyond = _highest_bin_with(k, histogram, tl.load(plan_ptr + ABOVE), BINS)
+    digit = tl.maximum(found, 0).to(tl.int64)
+    lowest, width = _range_of(digit, tl.load(plan_ptr + LOWEST), tl.load(plan_ptr + WIDTH))
+    n_passes = tl.load(plan_ptr + PASSES_SO_FAR) + 1
+    tl.debug_barrier()
+    tl.store(plan_ptr + PASSES_SO_FAR, n_passes)
+    if found < 0:  # fewer than k pairs are above the floor: record them all
+        tl.store(bounds_ptr + BOUND, -1.0)
+        tl.store(plan_ptr + STAGE, tl.full((), COLLECT, tl.int64))
+    else:
+        _store_range(plan_ptr, lowest, width, n_beyond)
+        tl.store(bounds_ptr + BOUND, lowest.to(tl.int32).to(tl.float32, bitcast=True))
+        if n_from <= capacity:
+            tl.store(plan_ptr + TIE_ROW, tl.full((), _EVERY_ROW, tl.int64))
             tl.store(plan_ptr + STAGE, tl.full((), COLLECT, tl.int64))
-        else:
-            _store_range(plan_ptr, lowest, width, n_beyond)
-            tl.store(bounds_ptr + BOUND, lowest.to(tl.int32).to(tl.float32, bitcast=True))
-            if n_from <= capacity:
-                tl.store(plan_ptr + TIE_ROW, tl.full((), _EVERY_ROW, tl.int64))
-                tl.store(plan_ptr + STAGE, tl.full((), COLLECT, tl.int64))
-            elif width == 0:
-                tl.store(plan_ptr + STAGE, tl.full((), TIES, tl.int64))
+        elif width == 0:
+            tl.store(plan_ptr + STAGE, tl.full((), TIES, tl.int64))
 
 
 @triton.jit
-def _tie_row_kernel(
+def tie_row(
     plan_ptr, row_ties_ptr,  # [7] int64, [N] int32
     k, n_features,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if stage_of(plan_ptr) == TIES:
-        wanted = k - tl.load(plan_ptr + ABOVE)
-        n_before = tl.zeros((), tl.int64)
-        tie_row = tl.zeros((), tl.int64)
-        for first in range(0, n_features, BLOCK):
-            offs = first + tl.arange(0, BLOCK)
-            ties = tl.load(row_ties_ptr + offs, mask=offs < n_features, other=0).to(tl.int64)
-            up_to = n_before + tl.cumsum(ties, axis=0)
-            tie_row += tl.sum(tl.where((up_to < wanted) & (offs < n_features), 1, 0), axis=0)
-            n_before += tl.sum(ties, axis=0)
-        n_passes = tl.load(plan_ptr + PASSES_SO_FAR) + 1
-        tl.debug_barrier()
-        tl.store(plan_ptr + TIE_ROW, tie_row)
-        tl.store(plan_ptr + PASSES_SO_FAR, n_passes)
-        tl.store(plan_ptr + STAGE, tl.full((), COLLECT, tl.int64))
+    """After the pass that counted ties: find the last row whose ties are needed to make up k."""
+    wanted = k - tl.load(plan_ptr + ABOVE)
+    n_before = tl.zeros((), tl.int64)
+    tie_row = tl.zeros((), tl.int64)
+    for first in range(0, n_features, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        ties = tl.load(row_ties_ptr + offs, mask=offs < n_features, other=0).to(tl.int64)
+        up_to = n_before + tl.cumsum(ties, axis=0)
+        tie_row += tl.sum(tl.where((up_to < wanted) & (offs < n_features), 1, 0), axis=0)
+        n_before += tl.sum(ties, axis=0)
+    n_passes = tl.load(plan_ptr + PASSES_SO_FAR) + 1
+    tl.debug_barrier()
+    tl.store(plan_ptr + TIE_ROW, tie_row)
+    tl.store(plan_ptr + PASSES_SO_FAR, n_passes)
+    tl.store(plan_ptr + STAGE, tl.full((), COLLECT, tl.int64))
 
 
 @triton.jit
@@ -410,42 +426,6 @@ def begin(
         HAS_STATE=state is not None, IS_ROUNDED=deviation is not None, SHIFT=shift, BINS=2**bits,
         num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-def certify(
-    radix: RadixSelect, k: int, capacity: int, floor: float, tau: Tensor | None, *, is_rounded: bool
-) -> None:  # fmt: skip
-    """After a pass: go to CERTIFIED, or to a repair; after the first one over rounded columns, that is SCREEN.
-
-    `tau` float32 [1] is an adaptive floor, known only now.
-    """
-    _certify_kernel[(1,)](
-        radix.plan, radix.bounds, radix.n_survivors, radix.n_certified,
-        radix.bounds if tau is None else tau, k, capacity, floor,
-        IS_ADAPTIVE=tau is not None, IS_ROUNDED=is_rounded, num_warps=1, enable_fp_fusion=True,
-    )  # fmt: skip
-
-
-def next_guess(radix: RadixSelect, k: int, capacity: int, floor: float) -> None:
-    """After a pass of SCREEN: narrow the range that holds the k-th rounded similarity, or make a guess of it."""
-    _next_guess_kernel[(1,)](
-        radix.plan, radix.bounds, radix.screen_histograms, k, capacity, floor, BINS=DIGIT_BINS.value, num_warps=8,
-        enable_fp_fusion=True,
-    )  # fmt: skip
-
-
-def next_digit(radix: RadixSelect, histogram: Tensor, k: int, capacity: int) -> None:
-    """After a pass of DIGITS: narrow the range that holds the k-th similarity, or end the stage."""
-    _next_digit_kernel[(1,)](
-        radix.plan, radix.bounds, histogram, k, capacity, BINS=DIGIT_BINS.value, num_warps=8, enable_fp_fusion=True
-    )
-
-
-def tie_row(radix: RadixSelect, k: int) -> None:
-    """After the pass that counted ties: find the last row whose ties are needed to make up k."""
-    _tie_row_kernel[(1,)](
-        radix.plan, radix.row_ties, k, radix.row_ties.numel(), BLOCK=1024, num_warps=4, enable_fp_fusion=True
-    )
 
 
 def next_state(

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from topk_ortho.kernels.launch import current_device
-from topk_ortho.kernels.radix_select import BOUND, PASS, RadixSelect, stage_of
+from topk_ortho.kernels.radix_select import BOUND, PASS, RadixSelect, certify, is_last_program, stage_of
 
 LINE_BYTES = 256
 """Bytes of a column that a program reads at a step."""
@@ -28,8 +28,8 @@ def _rescore_kernel(
     inverse_ptr,                                          # [N] float32
     plan_ptr, bounds_ptr,                                 # [7] int64, [3] float32
     values_ptr, rows_ptr, cols_ptr,                       # [capacity] float32, int32, int32
-    n_survivors_ptr, n_certified_ptr,                     # [1] int64 x 2
-    M, capacity, is_first, is_last,
+    n_survivors_ptr, n_certified_ptr, arrived_ptr,        # [1] int64 x 3
+    M, k, capacity, floor, is_first, is_last,
     IS_ABS: tl.constexpr, BLOCK_PAIR: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     if stage_of(plan_ptr) != PASS:
@@ -66,18 +66,24 @@ def _rescore_kernel(
         tl.store(values_ptr + pair, value, mask=mask)
     if is_last > 0:
         tl.atomic_add(n_certified_ptr, n_certified.to(tl.int64))
+        if is_last_program(arrived_ptr):
+            certify(plan_ptr, bounds_ptr, n_survivors_ptr, n_certified_ptr, k, capacity, floor, True)
 
 
 def rescore(
     x_slab: Tensor, inverse: Tensor, radix: RadixSelect, values: Tensor, rows: Tensor, cols: Tensor,
-    *, is_first: bool, is_last: bool, is_abs: bool,
+    k: int, floor: float, *, is_first: bool, is_last: bool, is_abs: bool,
 ) -> None:  # fmt: skip
-    """Add the products of a slab [N, rows of the slab] of x.T to the values [capacity] of the records."""
+    """Add the products of a slab [N, rows of the slab] of x.T to the values [capacity] of the records.
+
+    After the last slab the pass is certified, or a repair begins.
+    """
     capacity = values.numel()
     n_programs = min(triton.cdiv(capacity, _BLOCK_PAIR), current_device().n_multiprocessors * _PROGRAMS_PER_SM)
     _rescore_kernel[(n_programs,)](
         x_slab, x_slab.stride(0), x_slab.stride(1), inverse, radix.plan, radix.bounds, values, rows, cols,
-        radix.n_survivors, radix.n_certified, x_slab.shape[1], capacity, int(is_first), int(is_last),
+        radix.n_survivors, radix.n_certified, radix.arrived, x_slab.shape[1], k, capacity, floor, int(is_first),
+        int(is_last),
         IS_ABS=is_abs, BLOCK_PAIR=_BLOCK_PAIR, BLOCK_M=LINE_BYTES // x_slab.element_size(), num_warps=4,
         enable_fp_fusion=True,
     )  # fmt: skip

@@ -383,9 +383,9 @@ class TestCertificate:
         """The pass that collects finds nothing. Of columns that are all equal more pairs are tied than fit."""
         select = triton.gram_survivors
 
-        def lossy(operand, radix, *rest, is_abs, is_first):
+        def lossy(*arguments, is_first, **options):
             if is_first:
-                select(operand, radix, *rest, is_abs=is_abs, is_first=True)
+                select(*arguments, is_first=True, **options)
 
         monkeypatch.setattr(triton, "gram_survivors", lossy)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.tolerances import float64
+from topk_ortho.kernels.gram_survivors import Moments
 from topk_ortho.kernels.launch import INTERPRETED, Kind, Operand
 from topk_ortho.kernels.radix_select import RadixSelect
 
@@ -118,7 +119,14 @@ def radix_at(
         row_ties=torch.zeros(n_features, dtype=torch.int32, device=DEVICE),
         n_survivors=torch.zeros(1, dtype=torch.int64, device=DEVICE),
         n_certified=torch.zeros(1, dtype=torch.int64, device=DEVICE),
+        arrived=torch.zeros(1, dtype=torch.int64, device=DEVICE),
     )
+
+
+def empty_moments(operand: Operand, n_std: float = 1.0) -> Moments:
+    """NaN, for a pass over an operand to fill."""
+    lines = torch.full((operand.n_programs, 3), torch.nan, dtype=torch.float64, device=DEVICE)
+    return Moments(lines, numbers([torch.nan], torch.float32), n_std)
 
 
 def copy_of(radix: RadixSelect) -> RadixSelect:

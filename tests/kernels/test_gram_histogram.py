@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from tests.inputs import dyadic, normal
 from tests.kernels.arguments import (
-    DEVICE,
     FEW,
     assert_same,
     copy_of,
+    empty_moments,
     exact_products,
     first_digits,
     gram_of,
@@ -21,6 +21,7 @@ from tests.kernels.arguments import (
     radix_at,
     range_of_first_digit,
 )
+from tests.kernels.steps import next_digit, next_guess, tie_row
 from tests.tolerances import assert_within, cosine_bound
 from topk_ortho.kernels.gram_histogram import gram_histogram, gram_row_ties
 from topk_ortho.kernels.launch import Operand
@@ -50,14 +51,14 @@ def count(
     operand: Operand, lowest: int = 0, width: int = ALL, *, floor: float = -1.0, is_abs: bool = True,
     is_screen: bool = False,
 ) -> np.ndarray:  # fmt: skip
-    """Counts that were added to a histogram of ones; nothing else changes, those of other digits included."""
+    """Counts that were added to a histogram of ones; those of other digits do not change."""
     stage = SCREEN if is_screen else DIGITS
     name = "screen_histograms" if is_screen else "digit_histograms"
     radix = radix_at(stage.value, operand.x.shape[1], lowest=lowest, width=width, above=3)
     histograms = getattr(radix, name).fill_(1)
     before = copy_of(radix)
-    gram_histogram(operand, radix, histograms[1], None, floor, is_abs=is_abs, is_screen=is_screen)
-    assert_same(actual=radix, expected=before, but=(name,))
+    gram_histogram(operand, radix, 1, None, 5, 99, floor, is_abs=is_abs, is_screen=is_screen)
+    assert_same(actual=radix, expected=before, but=(name, "plan", "bounds"))
     of_all = (histograms - 1).cpu().numpy()
     assert of_all[1].sum() == of_all.sum()
     return of_all[1]
@@ -82,7 +83,7 @@ class TestHistogram:
             "is_abs": is_abs,
             "is_screen": data.draw(st.booleans()),
         }
-        expected = counts_of(s, lowest, width, arguments["floor"])
+        expected = counts_of(s, lowest, width, -1.0 if arguments["is_screen"] else arguments["floor"])
         assert count(operand, lowest, width, **arguments).tolist() == expected.tolist()
 
     @pytest.mark.parametrize("width", [ALL, 19, 11, 3], ids=["first", "second", "third", "last"])
@@ -146,11 +147,35 @@ class TestHistogram:
         assert count(far).tolist() == count(operand_of(x)).tolist()
 
 
-def moments_of(operand: Operand, floor: float, *, is_abs: bool) -> np.ndarray:
-    moments = torch.full((operand.n_programs, 3), torch.nan, dtype=torch.float64, device=DEVICE)
+@pytest.mark.parametrize("width", [ALL, 19], ids=["first", "later"])
+@pytest.mark.parametrize("is_screen", [False, True], ids=["digits", "screen"])
+def test_the_next_step(is_screen, width):
+    """The last program takes it, with what all have counted."""
+    x = normal(20, 60)
+    radix = radix_at((SCREEN if is_screen else DIGITS).value, 60, slack=2.0**-9, lowest=0, width=width, above=0)
+    if width != ALL:
+        radix.plan[1] = 0x3E800000  # from 0.25 on
+        radix.screen_histograms[0, 207:] = 9
+    number = int(width != ALL)
+    gram_histogram(operand_of(x), radix, number, None, 40, 70, 0.125, is_abs=True, is_screen=is_screen)
+    again = radix_at((SCREEN if is_screen else DIGITS).value, 60, slack=2.0**-9, lowest=0, width=width, above=0)
+    again.plan[1] = 0 if width == ALL else 0x3E800000
+    for name in ("digit_histograms", "screen_histograms"):
+        getattr(again, name).copy_(getattr(radix, name))
+    if is_screen:
+        next_guess(again, 40, 70, 0.125)
+    else:
+        next_digit(again, again.digit_histograms[number], 40, 70)
+    assert again.plan[5] > 1
+    assert_same(actual=radix, expected=again)
+
+
+def moments_of(operand: Operand, floor: float, *, is_abs: bool) -> tuple[np.ndarray, float]:
+    """(lines, mean + 2 standard deviations)."""
+    moments = empty_moments(operand, n_std=2.0)
     radix = radix_at(DIGITS.value, operand.x.shape[1])
-    gram_histogram(operand, radix, radix.digit_histograms[0], moments, floor, is_abs=is_abs, is_screen=False)
-    return moments.cpu().numpy()
+    gram_histogram(operand, radix, 0, moments, 5, 99, floor, is_abs=is_abs, is_screen=False)
+    return moments.lines.cpu().numpy(), moments.tau.item()
 
 
 @pytest.mark.parametrize(
@@ -161,7 +186,8 @@ def moments_of(operand: Operand, floor: float, *, is_abs: bool) -> np.ndarray:
 def test_moments_of_all_pairs(x, floor, is_abs):
     """They are of the |cosine| of all pairs, whatever is counted: as in the first pass."""
     operand = operand_of(x)
-    count, mean, squares = moments_of(operand, floor, is_abs=is_abs).T
+    lines, tau = moments_of(operand, floor, is_abs=is_abs)
+    count, mean, squares = lines.T
     assert len(count) > 1 or operand.n_tiles == 1
     magnitude = np.abs(gram_of(x)[np.triu_indices(35, 1)])
     assert count.sum() == magnitude.size
@@ -169,6 +195,7 @@ def test_moments_of_all_pairs(x, floor, is_abs):
     std = ((squares + count * (mean - mean_of_all) ** 2).sum() / magnitude.size) ** 0.5
     assert_within(actual=mean_of_all, expected=magnitude.mean(), bound=cosine_bound(x))
     assert_within(actual=std, expected=magnitude.std(), bound=cosine_bound(x))
+    assert_within(actual=tau, expected=magnitude.mean() + 2 * magnitude.std(), bound=3 * cosine_bound(x))
 
 
 class TestRowTies:
@@ -181,8 +208,11 @@ class TestRowTies:
         radix = radix_at(TIES.value, operand.x.shape[1], bound=value, lowest=lowest, above=5)
         radix.row_ties.fill_(1)
         before = copy_of(radix)
-        gram_row_ties(operand, radix, is_abs=is_abs)
-        assert_same(actual=radix, expected=before, but=("row_ties",))
+        gram_row_ties(operand, radix, 9, is_abs=is_abs)
+        assert_same(actual=radix, expected=before, but=("row_ties", "plan"))
+        before.row_ties.copy_(radix.row_ties)
+        tie_row(before, 9)
+        assert_same(actual=radix, expected=before)
         return (radix.row_ties - 1).tolist()
 
     @staticmethod
@@ -229,17 +259,16 @@ class TestRowTies:
 def test_only_at_its_stage(stage, kernel):
     operand = operand_of(torch.ones(4, 30))
     radix = radix_at(stage, 30, lowest=0x3F800000 if kernel == "row_ties" else 0)
-    moments = torch.full((operand.n_programs, 3), torch.nan, dtype=torch.float64, device=DEVICE)
+    moments = empty_moments(operand)
     before = copy_of(radix)
     its_stage, name = {
         "screen": (SCREEN, "screen_histograms"), "digits": (DIGITS, "digit_histograms"), "row_ties": (TIES, "row_ties")
     }[kernel]  # fmt: skip
     its_turn = stage == its_stage.value
     if kernel == "row_ties":
-        gram_row_ties(operand, radix, is_abs=True)
+        gram_row_ties(operand, radix, 9, is_abs=True)
     else:
-        histogram = getattr(radix, name)[0]
-        gram_histogram(operand, radix, histogram, moments, -1.0, is_abs=True, is_screen=kernel == "screen")
-        assert moments.isnan().all() != its_turn
+        gram_histogram(operand, radix, 0, moments, 9, 99, -1.0, is_abs=True, is_screen=kernel == "screen")
+        assert moments.lines.isnan().all() == moments.tau.isnan().all() != its_turn
     assert int(getattr(radix, name).sum()) == (435 if its_turn else 0)
-    assert_same(actual=radix, expected=before, but=(name,))
+    assert_same(actual=radix, expected=before, but=(name, "plan", "bounds") if its_turn else ())

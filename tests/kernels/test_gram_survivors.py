@@ -16,6 +16,7 @@ from tests.kernels.arguments import (
     FEW,
     assert_same,
     copy_of,
+    empty_moments,
     exact_products,
     gram_of,
     in_padded_lines,
@@ -24,6 +25,7 @@ from tests.kernels.arguments import (
     radix_at,
     to_device,
 )
+from tests.kernels.steps import certify
 from tests.tolerances import assert_within, cosine_bound
 from topk_ortho.kernels import launch
 from topk_ortho.kernels.gram_survivors import gram_survivors
@@ -38,7 +40,7 @@ from topk_ortho.kernels.launch import (
     aligned,
     current_device,
 )
-from topk_ortho.kernels.radix_select import COLLECT, PASS
+from topk_ortho.kernels.radix_select import CERTIFIED, COLLECT, DIGITS, PASS
 
 POISON = 123456
 GUARD = 40
@@ -63,7 +65,9 @@ def select(
         for dtype in (torch.float32, torch.int32, torch.int32)
     ]
     values, rows, cols = (b[GUARD:-GUARD] for b in buffers)
-    gram_survivors(operand, radix, values, rows, cols, None, floor, is_abs=is_abs, is_first=is_first)
+    gram_survivors(
+        operand, radix, values, rows, cols, None, 1, floor, is_abs=is_abs, is_first=is_first, certifies=False
+    )
     assert_same(actual=radix, expected=before, but=("n_survivors",))
     n_survivors = int(radix.n_survivors)
     n_stored = min(n_survivors, capacity)
@@ -206,7 +210,9 @@ class TestRecords:
         operand, _ = exact_products(4)
         values, ints = torch.empty(1).expand(2**31), torch.empty(1, dtype=torch.int32).expand(2**31)
         with pytest.raises(AssertionError, match="slots are int32"):
-            gram_survivors(operand, radix_at(0, 4), values, ints, ints, None, -1.0, is_abs=True, is_first=True)
+            gram_survivors(
+                operand, radix_at(0, 4), values, ints, ints, None, 1, -1.0, is_abs=True, is_first=True, certifies=True
+            )
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -378,7 +384,7 @@ class TestDescribed:
         operand = self.operand(dyadic(8, 40, dtype=torch.bfloat16))
         radix = radix_at(stage, 40)
         values, ints = torch.empty(900, device=DEVICE), torch.empty(900, dtype=torch.int32, device=DEVICE)
-        gram_survivors(operand, radix, values, ints, ints, None, -1.0, is_abs=True, is_first=True)
+        gram_survivors(operand, radix, values, ints, ints, None, 1, -1.0, is_abs=True, is_first=True, certifies=True)
         assert int(radix.n_survivors) == 0
 
 
@@ -387,12 +393,14 @@ class TestMoments:
 
     @staticmethod
     def moments(operand, *, bound=1.0, is_abs=True):
-        moments = torch.full((operand.n_programs, 3), torch.nan, dtype=torch.float64, device=DEVICE)
+        moments = empty_moments(operand, n_std=2.0)
         radix = radix_at(PASS.value, operand.x.shape[1], bound=bound)
         values = torch.empty(5000, device=DEVICE)
         rows, cols = (torch.empty(5000, dtype=torch.int32, device=DEVICE) for _ in range(2))
-        gram_survivors(operand, radix, values, rows, cols, moments, -1.0, is_abs=is_abs, is_first=True)
-        return moments.cpu().numpy()
+        gram_survivors(
+            operand, radix, values, rows, cols, moments, 1, -1.0, is_abs=is_abs, is_first=True, certifies=True
+        )
+        return moments.lines.cpu().numpy(), moments.tau.item()
 
     @staticmethod
     def joined(moments):
@@ -404,7 +412,7 @@ class TestMoments:
 
     def check(self, x, error=None, **options):
         operand = operand_of(x)
-        moments = self.moments(operand, **options)
+        moments, tau = self.moments(operand, **options)
         assert len(moments) > 1 or operand.n_tiles == 1, "one program is not the general case"
         magnitude = np.abs(gram_of(x)[np.triu_indices(x.shape[1], 1)])
         count, mean, std = self.joined(moments)
@@ -412,6 +420,7 @@ class TestMoments:
         error = cosine_bound(x) if error is None else error
         assert_within(actual=mean, expected=magnitude.mean(), bound=error)
         assert_within(actual=std, expected=magnitude.std(), bound=error)
+        assert_within(actual=tau, expected=magnitude.mean() + 2 * magnitude.std(), bound=3 * error + 2.0**-24)
 
     @pytest.mark.parametrize(("make", "n"), [(normal, 2), (normal, 17), (activations, 33), (dyadic, 33)])
     def test_against_float64(self, make, n, small_tiles):
@@ -454,13 +463,53 @@ def test_only_at_its_stage(stage, is_first):
     before = copy_of(radix)
     values = torch.full((500,), POISON, dtype=torch.float32, device=DEVICE)
     rows, cols = (torch.full((500,), POISON, dtype=torch.int32, device=DEVICE) for _ in range(2))
-    moments = torch.full((operand.n_programs, 3), POISON, dtype=torch.float64, device=DEVICE)
-    gram_survivors(operand, radix, values, rows, cols, moments, -1.0, is_abs=True, is_first=is_first)
+    moments = empty_moments(operand)
+    gram_survivors(
+        operand, radix, values, rows, cols, moments, 9, -1.0, is_abs=True, is_first=is_first, certifies=is_first
+    )
     its_turn = stage == (PASS if is_first else COLLECT).value
     assert (int(radix.n_survivors) == 435) == its_turn
-    assert_same(actual=radix, expected=before, but=("n_survivors",) if its_turn else ())
-    for tensor in (values, rows, cols, moments):
+    assert_same(actual=radix, expected=before, but=("n_survivors", "plan")[: 1 + is_first] if its_turn else ())
+    for tensor in (values, rows, cols):
         assert (tensor == POISON).all() != its_turn
+    assert moments.lines.isnan().all() != its_turn
+    assert moments.tau.isnan().all() != (its_turn and is_first)
+
+
+@pytest.mark.parametrize("kind", ["ieee", "half"])
+@pytest.mark.parametrize(
+    ("k", "capacity", "floor", "stage"),
+    [(200, 300, -1.0, CERTIFIED), (300, 900, -1.0, DIGITS), (300, 900, 0.5, CERTIFIED), (20, 99, -1.0, DIGITS)],
+    ids=["enough", "too_few", "all_above_the_floor", "too_many"],
+)
+def test_a_pass_certifies_itself(k, capacity, floor, stage, kind, small_tiles):
+    """With the survivors of all its programs."""
+    radix, expected = (radix_at(PASS.value, 40, bound=0.5) for _ in range(2))
+    values = torch.empty(capacity, device=DEVICE)
+    rows, cols = (torch.empty(capacity, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    operand = operand_of(dyadic(8, 40, dtype=torch.float32 if kind == "ieee" else torch.bfloat16), kind)
+    gram_survivors(operand, radix, values, rows, cols, None, k, floor, is_abs=True, is_first=True, certifies=True)
+    n_survivors = len(survivors_of(gram_of(operand.x.cpu()), bound=0.5, floor=floor))
+    assert 0 < n_survivors < 300
+    for count in (expected.n_survivors, expected.n_certified):
+        count.fill_(n_survivors)
+    certify(expected, k, capacity, floor, is_rounded=False)
+    assert_same(actual=radix, expected=expected, but=("n_certified",))
+    assert radix.plan[0] == stage.value
+
+
+@pytest.mark.parametrize(("n_std", "is_certified"), [(0.0, False), (3.0, True)])
+def test_an_adaptive_tau_is_a_floor(n_std, is_certified):
+    """Where the bound is not above it, all that count were recorded."""
+    x = normal(20, 33)
+    magnitude = np.abs(gram_of(x)[np.triu_indices(33, 1)])
+    assert magnitude.mean() < 0.5 < magnitude.mean() + 3 * magnitude.std()
+    operand = operand_of(x)
+    radix, moments = radix_at(PASS.value, 33, bound=0.5), empty_moments(operand, n_std=n_std)
+    values = torch.empty(900, device=DEVICE)
+    rows, cols = (torch.empty(900, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    gram_survivors(operand, radix, values, rows, cols, moments, 800, -1.0, is_abs=True, is_first=True, certifies=True)
+    assert (radix.plan[0] == CERTIFIED.value) == is_certified
 
 
 @pytest.mark.parametrize(
@@ -482,8 +531,10 @@ def test_only_a_plain_first_pass_is_lean(is_first, has_moments, is_scaled, is_le
     monkeypatch.setattr("topk_ortho.kernels.gram_survivors._gram_survivors_kernel", Kernel())
     monkeypatch.setattr(launch, "current_device", lambda: launch.Device("interpreter", 1, True, None))
     operand = operand_of(torch.ones(3, 200), is_scaled=is_scaled)
-    moments = torch.empty(operand.n_programs, 3, dtype=torch.float64, device=DEVICE) if has_moments else None
+    moments = empty_moments(operand) if has_moments else None
     values, ints = torch.empty(9, device=DEVICE), torch.empty(9, dtype=torch.int32, device=DEVICE)
     radix = radix_at(PASS.value, 200)
-    gram_survivors(operand, radix, values, ints, ints, moments, -1.0, is_abs=True, is_first=is_first)
+    gram_survivors(
+        operand, radix, values, ints, ints, moments, 1, -1.0, is_abs=True, is_first=is_first, certifies=False
+    )
     assert launches == [((5,), 32) if is_lean else ((operand.n_programs,), operand.config.block)]

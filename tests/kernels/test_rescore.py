@@ -8,7 +8,7 @@ from torch import Tensor
 from tests.inputs import EDGES, dyadic, normal
 from tests.kernels.arguments import DEVICE, assert_same, copy_of, gram_of, inverse_of, numbers, radix_at, to_device
 from tests.tolerances import assert_within, cosine_bound
-from topk_ortho.kernels.radix_select import PASS, RadixSelect
+from topk_ortho.kernels.radix_select import CERTIFIED, PASS, SCREEN, RadixSelect
 from topk_ortho.kernels.rescore import rescore
 
 POISON = 123456.0
@@ -46,10 +46,14 @@ def rescored(
     parts = to_device(x).split(slabs or x.shape[0])
     for i, slab in enumerate(parts):
         rescore(
-            slab.T.contiguous(), inverse_of(x), radix, between, rows, cols,
+            slab.T.contiguous(), inverse_of(x), radix, between, rows, cols, 0, -1.0,
             is_first=i == 0, is_last=i == len(parts) - 1, is_abs=is_abs,
         )  # fmt: skip
-    assert_same(actual=radix, expected=before, but=("n_certified",))
+    but = ("n_certified", "plan")
+    if n_records > capacity:
+        assert (radix.plan[0], int(radix.n_survivors)) == (SCREEN.value, 0)
+        but += ("n_survivors",)
+    assert_same(actual=radix, expected=before, but=but)
     n = min(n_records, capacity)
     assert (guarded[:GUARD] == POISON).all()
     assert (guarded[GUARD + n :] == POISON).all()
@@ -62,7 +66,7 @@ def check(x: Tensor, n_records: int, capacity: int | None = None, **options) -> 
     values, expected, n_certified, _ = rescored(x, n_records, capacity, **options)
     assert_within(actual=values, expected=expected, bound=cosine_bound(x))
     s = np.abs(values) if options.get("is_abs", True) else values
-    assert n_certified == n_reaching(s, options.get("bound", 0.0))
+    assert n_certified == (n_reaching(s, options.get("bound", 0.0)) if n_records <= capacity else 0)
     return n_certified
 
 
@@ -119,11 +123,12 @@ def test_a_sum_is_clamped_at_the_end_only():
     ones = torch.ones(2, device=DEVICE)
     for i, expected in ((0, 3.0), (1, 1.0)):
         slab = x[i : i + 1].T.contiguous()
-        rescore(slab, ones, radix, values, rows, cols, is_first=i == 0, is_last=i == 1, is_abs=True)
+        rescore(slab, ones, radix, values, rows, cols, 0, -1.0, is_first=i == 0, is_last=i == 1, is_abs=True)
         assert values.tolist() == [expected]
     for sign in (1.0, -1.0):
+        radix.plan[0] = PASS.value
         slab = (x[:1] * torch.tensor([sign, 1.0], device=DEVICE)).T.contiguous()
-        rescore(slab, ones, radix, values, rows, cols, is_first=True, is_last=True, is_abs=True)
+        rescore(slab, ones, radix, values, rows, cols, 0, -1.0, is_first=True, is_last=True, is_abs=True)
         assert values.tolist() == [sign]
 
 
@@ -141,7 +146,7 @@ def test_a_view_of_contiguous_columns():
     values, rows, cols = records_of(40, 90, 90)
     lines = to_device(x).T
     assert lines.stride() == (80, 1)
-    rescore(lines, inverse_of(x), radix, values, rows, cols, is_first=True, is_last=True, is_abs=True)
+    rescore(lines, inverse_of(x), radix, values, rows, cols, 0, -1.0, is_first=True, is_last=True, is_abs=True)
     expected = gram_of(x)[rows.cpu().numpy(), cols.cpu().numpy()]
     assert_within(actual=values, expected=expected, bound=cosine_bound(x))
 
@@ -154,7 +159,7 @@ def test_offsets_past_int32(far_apart):
     rows, cols = numbers([0, 0, 1], torch.int32), numbers([1, 2, 2], torch.int32)
     values = torch.full((3,), POISON, device=DEVICE)
     lines = far_apart(x, columns=True).T
-    rescore(lines, inverse_of(x), radix, values, rows, cols, is_first=True, is_last=True, is_abs=True)
+    rescore(lines, inverse_of(x), radix, values, rows, cols, 0, -1.0, is_first=True, is_last=True, is_abs=True)
     assert_within(actual=values, expected=gram_of(x)[[0, 0, 1], [1, 2, 2]], bound=cosine_bound(x))
 
 
@@ -166,8 +171,26 @@ def test_only_after_a_pass(stage):
     before = copy_of(radix)
     values, rows, cols = records_of(40, 50, 50)
     rescore(
-        to_device(x).T.contiguous(), inverse_of(x), radix, values, rows, cols,
+        to_device(x).T.contiguous(), inverse_of(x), radix, values, rows, cols, 0, -1.0,
         is_first=True, is_last=True, is_abs=True,
     )  # fmt: skip
     assert (values == POISON).all()
     assert_same(actual=radix, expected=before)
+
+
+@pytest.mark.parametrize(("n_missing", "stage"), [(0, CERTIFIED), (1, SCREEN)], ids=["enough", "one_short"])
+def test_the_last_slab_certifies_the_pass(n_missing, stage):
+    """By what was computed again, and not before."""
+    x = dyadic(6, 40)
+    radix = radix_at(PASS.value, 40, bound=0.25, slack=0.5)
+    radix.n_survivors.fill_(200)
+    values, rows, cols = records_of(40, 200, 200)
+    n_certified = n_reaching(np.abs(gram_of(x)[rows.cpu().numpy(), cols.cpu().numpy()]), 0.25)
+    assert 0 < n_certified < 200
+    for i, slab in enumerate(to_device(x).split(3)):
+        assert radix.plan[0] == PASS.value
+        rescore(
+            slab.T.contiguous(), inverse_of(x), radix, values, rows, cols, n_certified + n_missing, -1.0,
+            is_first=i == 0, is_last=i == 1, is_abs=True,
+        )  # fmt: skip
+    assert radix.plan[0] == stage.value

@@ -33,7 +33,7 @@ if IMPORT_ERROR is None:
     from topk_ortho.kernels import radix_select
     from topk_ortho.kernels.gram_histogram import gram_histogram, gram_row_ties
     from topk_ortho.kernels.gram_sample import gram_sample
-    from topk_ortho.kernels.gram_survivors import gram_survivors
+    from topk_ortho.kernels.gram_survivors import Moments, gram_survivors
     from topk_ortho.kernels.launch import Kind, Operand, aligned, current_device, sum_error
     from topk_ortho.kernels.max_cosine import max_cosine
     from topk_ortho.kernels.norms import NOT_FINITE, Norms, column_norms
@@ -100,12 +100,10 @@ class TritonBackend:
                 _refuse_not_finite(x, norms)
             call = self._begin(x, norms, query, state)
             self._pass(call)
-            _certify(call)
             if not (may_synchronize(x.device, state) and _is_certified(call)):
                 if call.operands.deviation is not None:
                     _guess_again(call)
                     self._pass(call)
-                    _certify(call)
                 _repair(call)
             return _finish(call, self.most_margin)
 
@@ -171,7 +169,8 @@ class TritonBackend:
         rows, cols = (torch.empty(capacity, dtype=torch.int32, device=x.device) for _ in range(2))
         moments = None
         if query.n_std is not None:
-            moments = torch.zeros(operands.first.n_programs, 3, dtype=torch.float64, device=x.device)
+            lines = torch.empty(operands.first.n_programs, 3, dtype=torch.float64, device=x.device)
+            moments = Moments(lines, norms.norms.new_empty(1), query.n_std)
         call = _Call(
             x=x,
             query=query,
@@ -197,19 +196,23 @@ class TritonBackend:
         return call
 
     def _pass(self, call: "_Call") -> None:
-        """Record what exceeds the bound; of a screened operand, compute it again in the precision asked for.
+        """Record what exceeds the bound; of a screened operand, compute it again in float32; then certify the pass.
 
         The kernels return at once if the stage is not PASS.
         """
         operands, records = call.operands, (call.cosines, call.rows, call.cols)
         floor = floor_of(call.query)
-        gram_survivors(operands.first, call.radix, *records, call.moments, floor, is_abs=call.is_abs, is_first=True)
-        if operands.deviation is not None:
+        k, is_rescored = call.query.k, operands.deviation is not None
+        gram_survivors(
+            operands.first, call.radix, *records, call.moments, k, floor, is_abs=call.is_abs, is_first=True,
+            certifies=not is_rescored,
+        )  # fmt: skip
+        if is_rescored:
             n_rows = self._rows_in_l2(call.x, RESCORE_LINE_BYTES)
             n_slabs = -(-call.x.shape[0] // n_rows)
             for i, x_slab in enumerate(_feature_major(call.x, n_rows, call.radix.plan)):
                 rescore(
-                    x_slab, call.norms.inverse, call.radix, *records,
+                    x_slab, call.norms.inverse, call.radix, *records, k, floor,
                     is_first=i == 0, is_last=i == n_slabs - 1, is_abs=call.is_abs,
                 )  # fmt: skip
 
@@ -280,8 +283,8 @@ class _Call(NamedTuple):
     """int32 [capacity]"""
     cols: Tensor
     """int32 [capacity]"""
-    moments: Tensor | None
-    """float64 [programs, 3], if tau is adaptive: (count, mean, sum of squared deviations) of |cosine|"""
+    moments: "Moments | None"
+    """Where tau is adaptive"""
 
     @property
     def capacity(self) -> int:
@@ -293,35 +296,17 @@ class _Call(NamedTuple):
         """Whether the order is by |cosine|."""
         return self.query.similarity == "abs"
 
-    def adaptive_tau(self) -> Tensor | None:
-        """mean + n_std * std, float32 [1]; None if tau is not adaptive."""
-        if self.moments is None or self.query.n_std is None:
-            return None
-        count, mean, squares = self.moments.unbind(1)
-        n_all = count.sum()
-        mean_of_all = (count * mean).sum() / n_all
-        variance = (squares.sum() + (count * (mean - mean_of_all).square()).sum()) / n_all
-        return (mean_of_all + self.query.n_std * variance.sqrt()).float().view(1)
-
-
-def _certify(call: _Call) -> None:
-    """Decide on the device whether the pass kept at least k pairs, and no more than fit."""
-    radix, is_rounded = call.radix, call.operands.deviation is not None
-    if not is_rounded:  # all that it kept are above the bound in the precision asked for
-        radix = radix._replace(n_certified=radix.n_survivors)
-    floor, tau = floor_of(call.query), call.adaptive_tau()
-    radix_select.certify(radix, call.query.k, call.capacity, floor, tau, is_rounded=is_rounded)
-
 
 def _guess_again(call: _Call) -> None:
     """Find a guess that k pairs reach, among the rounded similarities of a screen.
 
     The kernels return at once if the pass was certified.
     """
-    radix, floor = call.radix, floor_of(call.query)
-    for histogram in radix.screen_histograms:
-        gram_histogram(call.operands.first, radix, histogram, None, -1.0, is_abs=call.is_abs, is_screen=True)
-        radix_select.next_guess(radix, call.query.k, call.capacity, floor)
+    k, floor = call.query.k, floor_of(call.query)
+    for number in range(radix_select.MOST_SCREEN_DIGITS):
+        gram_histogram(
+            call.operands.first, call.radix, number, None, k, call.capacity, floor, is_abs=call.is_abs, is_screen=True
+        )
 
 
 def _is_certified(call: _Call) -> bool:
@@ -334,15 +319,13 @@ def _repair(call: _Call) -> None:
 
     The kernels return at once if a pass was certified. They scale columns if one of them is too long for products.
     """
-    operand, radix, floor = call.operands.repair, call.radix, floor_of(call.query)
-    for i, histogram in enumerate(radix.digit_histograms):
-        moments = call.moments if i == 0 else None
-        gram_histogram(operand, radix, histogram, moments, floor, is_abs=call.is_abs, is_screen=False)
-        radix_select.next_digit(radix, histogram, call.query.k, call.capacity)
-    gram_row_ties(operand, radix, is_abs=call.is_abs)
-    radix_select.tie_row(radix, call.query.k)
+    operand, radix, k, floor, is_abs = call.operands.repair, call.radix, call.query.k, floor_of(call.query), call.is_abs
+    for number in range(radix_select.MOST_DIGITS):
+        moments = call.moments if number == 0 else None
+        gram_histogram(operand, radix, number, moments, k, call.capacity, floor, is_abs=is_abs, is_screen=False)
+    gram_row_ties(operand, radix, k, is_abs=is_abs)
     records = (call.cosines, call.rows, call.cols)
-    gram_survivors(operand, radix, *records, None, floor, is_abs=call.is_abs, is_first=False)
+    gram_survivors(operand, radix, *records, None, k, floor, is_abs=is_abs, is_first=False, certifies=False)
 
 
 def _finish(call: _Call, most_margin: float) -> Selection:
@@ -355,7 +338,7 @@ def _finish(call: _Call, most_margin: float) -> Selection:
         margins = (MARGIN_START, MARGIN_LEAST, most_margin)
         following = radix_select.next_state(radix, _as_kernels_read(state), similarity, n_records, query.k, margins)
         state = following.to(state.dtype)
-    tau = call.adaptive_tau()  # again: a repair measures the moments anew
+    tau = None if call.moments is None else call.moments.tau
     selection = finish(
         cosines, index, query, tau=query.tau if tau is None else tau.squeeze(0), norms=norms.norms, state=state
     )
