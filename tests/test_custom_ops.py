@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import in_float64
 from tests.inputs import EDGES, VIEWS, activations, dyadic, normal, seeded
@@ -15,6 +16,7 @@ from topk_ortho import (
     custom_ops,
     initial_state,
     max_cosine_loss,
+    nearest_columns,
     topk_ortho_loss,
     topk_pairs,
 )
@@ -126,6 +128,54 @@ class TestGradcheck:
         (gradient,) = torch.autograd.grad(topk_ortho_loss(x, k=20, backend=backend), x, create_graph=True)
         with pytest.raises(NotImplementedError, match="topk_ortho ops have no second derivatives"):
             torch.autograd.grad(gradient.sum(), x)
+
+
+class _NoGradient(torch.autograd.Function):
+    """A use of a tensor that sends no gradient back, not even zeros."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+class _Operators(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: x.to_sparse()], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "cosines",
+    [lambda x: topk_pairs(x, k=9).values, lambda x: nearest_columns(x).cosines],
+    ids=["topk_pairs", "nearest_columns"],
+)
+class TestOtherOutputs:
+    """Only the cosines have a gradient."""
+
+    def test_they_cost_nothing(self, cosines, form):
+        """torch would fill zeros for each of them, which is as long as the list of pairs."""
+        x = activations(8, 40).requires_grad_()
+        loss = cosines(form(x)).square().sum()
+        with _Operators() as operators:
+            loss.backward()
+        assert any("gradient" in name for name in operators.seen), "no backward pass was seen"
+        assert "zeros.default" not in operators.seen
+
+    def test_cosines_without_a_gradient(self, cosines, form):
+        x = activations(8, 40).requires_grad_()
+        loss = _NoGradient.apply(cosines(form(x))).sum()
+        assert torch.autograd.grad(loss, x, allow_unused=True) == (None,)
 
 
 @pytest.mark.parametrize("structural_zeros", [False, True])

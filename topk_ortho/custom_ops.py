@@ -92,27 +92,33 @@ def _setup_topk_pairs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]
     x, *_query, backend, priority, _state, structural_zeros = inputs
     selection = Selection(*output)
     ctx.mark_non_differentiable(selection.threshold, selection.tau, selection.norms, selection.state)
+    ctx.set_materialize_grads(False)  # else there would be zeros for every other output, as long as the list of pairs
     ctx.save_for_backward(x, selection.norms, selection.cosines, selection.rows, selection.cols, priority)
     ctx.backend, ctx.structural_zeros = backend, structural_zeros
 
 
-def _backward_topk_pairs(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_topk_pairs(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     x, norms, cosines, rows, cols, priority = ctx.saved_tensors
-    pairs = weighted_pairs(rows, cols, grads[0], priority)
-    grad = pair_gradient(x, norms, cosines, *pairs, ctx.backend, ctx.structural_zeros)
+    grad = None
+    if grads[0] is not None:
+        pairs = weighted_pairs(rows, cols, grads[0], priority)
+        grad = pair_gradient(x, norms, cosines, *pairs, ctx.backend, ctx.structural_zeros)
     return grad, *[None] * (len(Query._fields) + 4)
 
 
 def _setup_max_cosine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     cosines, partners, norms = output
     ctx.mark_non_differentiable(norms)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[0], norms, cosines, partners)
     ctx.backend = inputs[-1]
 
 
-def _backward_max_cosine(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_max_cosine(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     x, norms, cosines, partners = ctx.saved_tensors
-    grad = pair_gradient(x, norms, cosines, *partner_pairs(partners, grads[0]), ctx.backend, False)
+    grad = None
+    if grads[0] is not None:
+        grad = pair_gradient(x, norms, cosines, *partner_pairs(partners, grads[0]), ctx.backend, False)
     return grad, *[None] * 4
 
 

@@ -133,7 +133,7 @@ def _(*arguments: Any) -> Tensor:
     return torch.empty_like(x.values)
 
 
-def _in_values(grad: Tensor, n_arguments: int) -> tuple[Tensor | None, ...]:
+def _in_values(grad: Tensor | None, n_arguments: int) -> tuple[Tensor | None, ...]:
     """A gradient for each argument of an op, coordinates first: `grad` for their values, None for the others."""
     return tuple(grad if i == Coordinates._fields.index("values") else None for i in range(n_arguments))
 
@@ -152,25 +152,31 @@ def _saved_coordinates(ctx: Any) -> tuple[Coordinates, tuple[Any, ...]]:
 def _setup_topk_pairs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     selection = Selection(*output)
     ctx.mark_non_differentiable(selection.threshold, selection.tau, selection.norms, selection.state)
+    ctx.set_materialize_grads(False)  # else there would be zeros for every other output, as long as the list of pairs
     *_, priority, _is_ordered = inputs
     _save_coordinates(ctx, inputs, selection.rows, selection.cols, priority)
 
 
-def _backward_topk_pairs(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_topk_pairs(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     x, (rows, cols, priority) = _saved_coordinates(ctx)
-    grad = sparse_pair_gradient(*x, *weighted_pairs(rows, cols, grads[0], priority))
+    grad = None
+    if grads[0] is not None:
+        grad = sparse_pair_gradient(*x, *weighted_pairs(rows, cols, grads[0], priority))
     return _in_values(grad, ctx.n_arguments)
 
 
 def _setup_max_cosine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     result = MaxCosine(*output)
     ctx.mark_non_differentiable(result.norms)
+    ctx.set_materialize_grads(False)
     _save_coordinates(ctx, inputs, result.partners)
 
 
-def _backward_max_cosine(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_max_cosine(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     x, (partners,) = _saved_coordinates(ctx)
-    grad = sparse_pair_gradient(*x, *partner_pairs(partners, grads[0]))
+    grad = None
+    if grads[0] is not None:
+        grad = sparse_pair_gradient(*x, *partner_pairs(partners, grads[0]))
     return _in_values(grad, ctx.n_arguments)
 
 
