@@ -54,6 +54,7 @@ from topk_ortho.kernels.launch import INTERPRETED, Kind, Operand, aligned
 from topk_ortho.kernels.max_cosine import max_cosine
 from topk_ortho.kernels.norms import column_norms
 from topk_ortho.kernels.pair_gradient import LINE_BYTES, SEGMENT, SegmentSums, pair_gradient, segment_sums
+from topk_ortho.kernels.pair_lists import pair_lists, pair_targets
 from topk_ortho.kernels.rescore import rescore
 from topk_ortho.kernels.round_columns import round_columns
 from topk_ortho.kernels.transpose import transpose
@@ -303,7 +304,11 @@ def _other_variants() -> Iterator[Variant]:
         yield Variant(label, partial(pair_gradient, slab, per_feature, per_feature, offsets, *pairs, sums, slab, 1e-12))
         yield Variant(label, partial(transpose, slab.T, slab))
     arguments = _empty(_N, 256), per_feature, radix, values, rows, cols, k, 0.0
+    order, of_rows = (_empty(n, dtype=torch.int64) for n in (2 * _CAPACITY, _CAPACITY))
+    listed = of_rows, of_rows, values, values
     yield from (
+        Variant("", partial(pair_targets, *listed, _N)),
+        Variant("", partial(pair_lists, partners, order, *listed, values, per_feature, 1e-12)),
         Variant("fp32", partial(round_columns, _empty(_M, _N), per_feature)),
         Variant("fp32", partial(rescore, *arguments, is_first=False, is_last=True, is_abs=True)),
         Variant("cold", partial(radix_select.begin, radix, flags, None, None, 262, _M, 0.0, True)),

@@ -15,7 +15,6 @@ for all columns, so that the N lines of LINE_BYTES that they gather stay in L2.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -155,7 +154,7 @@ def segment_sums(
     n_features, n_rows = x_slab.shape
     block_m, n_segments = LINE_BYTES // x_slab.element_size(), targets.numel() // SEGMENT
     lines = weights.new_empty(triton.cdiv(n_rows, block_m), n_segments, block_m)
-    own = torch.empty_like(lines[:, :, 0])
+    own = lines.new_empty(lines.shape[:2])
     if n_segments > 0:
         n_programs = min(own.numel(), current_device().n_multiprocessors * _PROGRAMS_PER_SM)
         _segment_sums_kernel[(n_programs,)](

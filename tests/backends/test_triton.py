@@ -23,7 +23,7 @@ from topk_ortho.backends.registry import BACKENDS, resolve_backend
 from topk_ortho.backends.tiled import TiledBackend
 from topk_ortho.backends.triton import TritonBackend
 from topk_ortho.definitions import Query
-from topk_ortho.kernels import gram_survivors, launch, pair_gradient
+from topk_ortho.kernels import gram_survivors, launch, pair_gradient, pair_lists
 from topk_ortho.kernels.norms import Norms
 from topk_ortho.warm_start import GUESS
 
@@ -314,6 +314,42 @@ class TestPieces:
         assert not x.grad[:, 42].any()
 
 
+class TestPairGradient:
+    """Lists of pairs in any form."""
+
+    ROWS, COLS = torch.tensor([0, 3, 3, 41]), torch.tensor([5, 4, 5, 42])
+    COSINES = torch.tensor([0.5, -0.25, 0.125, 0.75])
+
+    @staticmethod
+    def gradient(row_weights, col_weights, cosines=COSINES, rows=ROWS, cols=COLS):
+        x = normal(12, 43)
+        pairs = WeightedPairs(rows, cols, row_weights, col_weights)
+        return BACKENDS["triton"].pair_gradient(x, torch.linalg.vector_norm(x, dim=0), cosines, pairs)
+
+    def test_one_weight_for_all(self):
+        """The gradient of a mean is a single number with stride 0."""
+        one, weights = torch.tensor(0.25), torch.full((4,), 0.25)
+        assert self.gradient(weights, weights).any()
+        assert torch.equal(self.gradient(one.expand(4), one.expand(4)), self.gradient(weights, weights))
+
+    def test_parts_of_larger_tensors(self):
+        weights, columns = torch.tensor([2.0, 0.0, -1.0, 0.5]), torch.stack([self.ROWS, self.COLS], dim=1)
+        numbers = torch.stack([self.COSINES, weights], dim=1)
+        actual = self.gradient(numbers[:, 1], weights, numbers[:, 0], columns[:, 0], columns[:, 1])
+        assert torch.equal(actual, self.gradient(weights, weights))
+
+    @pytest.mark.parametrize("n_pairs", [0, 4], ids=["no_pairs", "no_weight"])
+    def test_nothing_to_gather(self, n_pairs):
+        weights = torch.zeros(n_pairs)
+        assert not self.gradient(weights, weights, weights, self.ROWS[:n_pairs], self.COLS[:n_pairs]).any()
+
+    def test_a_weight_that_is_nan(self):
+        """It reaches the column of the pair that has it."""
+        gradient = self.gradient(torch.tensor([0.0, torch.nan, 0.0, 1.0]), torch.zeros(4))
+        assert gradient.isnan().all(dim=0).nonzero().tolist() == [[3]]
+        assert gradient.isnan().any(dim=0).nonzero().tolist() == [[3]]
+
+
 class TestRowsOfASlab:
     """On the meta device, where tensors have no memory."""
 
@@ -330,15 +366,20 @@ class TestRowsOfASlab:
 
     @pytest.fixture
     def grids(self, monkeypatch):
-        """The grids of the launches of the gradient; none of them runs."""
-        grids = []
+        """The grids of the launches of the gradient that go through slabs of x; none of them runs."""
+        grids, others = [], []
 
         class Recorder:
-            def __getitem__(self, grid):
-                return lambda *_, **__: grids.append(grid)
+            def __init__(self, grids):
+                self.grids = grids
 
-        monkeypatch.setattr(pair_gradient, "_pair_gradient_kernel", Recorder())
-        monkeypatch.setattr(pair_gradient, "_segment_sums_kernel", Recorder())
+            def __getitem__(self, grid):
+                return lambda *_, **__: self.grids.append(grid)
+
+        monkeypatch.setattr(pair_gradient, "_pair_gradient_kernel", Recorder(grids))
+        monkeypatch.setattr(pair_gradient, "_segment_sums_kernel", Recorder(grids))
+        monkeypatch.setattr(pair_lists, "_pair_targets_kernel", Recorder(others))
+        monkeypatch.setattr(pair_lists, "_pair_lists_kernel", Recorder(others))
         return grids
 
     @staticmethod

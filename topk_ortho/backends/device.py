@@ -42,6 +42,7 @@ try:
         max_cosine,
         norms,
         pair_gradient,
+        pair_lists,
         radix_select,
         rescore,
         round_columns,

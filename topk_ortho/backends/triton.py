@@ -23,7 +23,6 @@ from torch import Tensor
 from topk_ortho.backends.base import Backend, MaxCosine, WeightedPairs
 from topk_ortho.backends.device import IMPORT_ERROR, device_guard, kernels_unavailable_reason, may_synchronize
 from topk_ortho.backends.norms import column_norms as column_norms_in_torch
-from topk_ortho.backends.norms import inverse_norms
 from topk_ortho.backends.tiled import TiledBackend
 from topk_ortho.definitions import EPS, Precision, Query, floor_of, n_pairs, similarity_of
 from topk_ortho.selection import Selection, finish
@@ -39,6 +38,7 @@ if IMPORT_ERROR is None:
     from topk_ortho.kernels.norms import NOT_FINITE, Norms, column_norms
     from topk_ortho.kernels.pair_gradient import LINE_BYTES, MOST_BLOCKS, SEGMENT, segment_sums
     from topk_ortho.kernels.pair_gradient import pair_gradient as gather_gradient
+    from topk_ortho.kernels.pair_lists import pair_lists, pair_targets
     from topk_ortho.kernels.rescore import LINE_BYTES as RESCORE_LINE_BYTES
     from topk_ortho.kernels.rescore import rescore
     from topk_ortho.kernels.round_columns import SCALE, round_columns
@@ -133,17 +133,13 @@ class TritonBackend:
         if x.dtype == torch.float64:
             return self.float64.pair_gradient(x, norms, cosines, pairs)
         _refuse_too_large(x)
-        n_features = x.shape[1]
-        weights = torch.cat([pairs.row_weights, pairs.col_weights])
-        targets = torch.where(weights != 0, torch.cat([pairs.rows, pairs.cols]), n_features).int()
-        targets, order = targets.sort(stable=True)
-        offsets = torch.searchsorted(targets, torch.arange(n_features + 1, dtype=torch.int32, device=x.device))
-        partners = torch.cat([pairs.cols, pairs.rows])[order].int()
-        ordered = partners, weights[order], torch.cat([cosines, cosines])[order]
-        inverse = inverse_norms(norms)
+        rows, cols, row_weights, col_weights, cosines = (part.contiguous() for part in (*pairs, cosines))
+        listed = rows, cols, row_weights, col_weights
         grad = torch.empty_like(x)
-        n_rows = self._gradient_rows(x, targets.numel())
+        n_rows = self._gradient_rows(x, 2 * rows.numel())
         with device_guard(x.device):
+            targets, order = pair_targets(*listed, x.shape[1]).sort(stable=True)
+            inverse, offsets, *ordered = pair_lists(targets, order, *listed, cosines, norms, EPS)
             for x_slab, grad_slab in zip(_feature_major(x, n_rows), grad.split(n_rows), strict=True):
                 is_direct = grad_slab.stride(0) == 1
                 lines = grad_slab.T if is_direct else torch.empty_like(x_slab, memory_format=torch.contiguous_format)
