@@ -19,7 +19,7 @@ LINE_BYTES = 256
 _BLOCK_PAIR = 32
 # In 16 slabs of 256 rows of x [4096, 32768] an H200 read lines at about 7 TB/s, near what its L2 gives. The loop over a
 # line has no barrier and uses no shared memory. Slabs of fewer rows, as for more columns, were not measured.
-_PROGRAMS_PER_SM = 6  # what the registers of sm_100 allow
+_PROGRAMS_PER_SM = {"sm_80": 5}  # 6 elsewhere: what registers allow
 
 
 @triton.jit
@@ -79,7 +79,9 @@ def rescore(
     After the last slab the pass is certified, or a repair begins.
     """
     capacity = values.numel()
-    n_programs = min(triton.cdiv(capacity, _BLOCK_PAIR), current_device().n_multiprocessors * _PROGRAMS_PER_SM)
+    device = current_device()
+    n_resident = device.n_multiprocessors * _PROGRAMS_PER_SM.get(device.architecture, 6)
+    n_programs = min(triton.cdiv(capacity, _BLOCK_PAIR), n_resident)
     _rescore_kernel[(n_programs,)](
         x_slab, x_slab.stride(0), x_slab.stride(1), inverse, radix.plan, radix.bounds, values, rows, cols,
         radix.n_survivors, radix.n_certified, radix.arrived, x_slab.shape[1], k, capacity, floor, int(is_first),

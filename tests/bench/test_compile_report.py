@@ -274,6 +274,7 @@ class TestGates:
             ("sm_90", "described_survivors", "half, ragged"),
             ("sm_90", "max_cosine", "tf32"),
             ("sm_100", "gram_histogram", "half, fp16, digit"),
+            ("sm_80", "gram_survivors", "half, scaled"),
         ],
     )
 
@@ -293,8 +294,8 @@ class TestGates:
         ("architecture", "fields"),
         [
             ("gfx942", {}),  # it has no such copies
-            ("sm_80", {"variant": "half, scaled"}),  # on their way they are scaled
-            ("sm_90", {"variant": "half, scaled, digit"}),
+            ("sm_90", {"variant": "tf32, scaled, digit", "kind": "tf32"}),
+            ("sm_80", {"variant": "ieee, scaled", "kind": "ieee", "matrix_instructions": {}}),
             ("sm_90", {"kernel": "gram_sample", "kind": None, "programs_per_sm": None}),
         ],
     )
@@ -307,7 +308,10 @@ class TestGates:
         [
             ("sm_80", "gram_survivors", "half", 2),
             ("sm_80", "gram_survivors", "half, moments", 3),
-            ("sm_80", "gram_histogram", "half, scaled", 2),
+            ("sm_80", "gram_survivors", "half, restarted", 3),
+            ("sm_80", "gram_histogram", "half, scaled", 3),
+            ("sm_90", "described_survivors", "half, restarted", 4),
+            ("sm_90", "gram_survivors", "half, scaled", 2),
             ("sm_90", "described_survivors", "half, feature-major", 4),
             ("sm_90", "gram_survivors", "tf32", 2),
             ("sm_90", "gram_row_ties", "tf32, scaled", 3),
