@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topk_ortho.kernels.launch import Operand
+from topk_ortho.kernels.launch import Operand, launch
 from topk_ortho.kernels.radix_select import (
     COLLECT,
     PASS,
@@ -241,14 +241,16 @@ def gram_survivors(
     operand = replace(operand, is_lean=is_lean)
     assert values.numel() <= 2**31 - 2**16, "slots are int32"
     if is_lean and operand.is_described:
-        _described_survivors_kernel[(operand.n_programs,)](
+        launch(
+            _described_survivors_kernel, operand.n_programs,
             plan_ptr=radix.plan, bounds_ptr=radix.bounds,
             values_ptr=values, rows_ptr=rows, cols_ptr=cols, n_survivors_ptr=radix.n_survivors,
             arrived_ptr=radix.arrived, k=k, capacity=values.numel(), floor=floor,
             IS_ABS=is_abs, CERTIFIES=certifies, **operand.described_arguments(),
         )  # fmt: skip
         return
-    _gram_survivors_kernel[(operand.n_programs,)](
+    launch(
+        _gram_survivors_kernel, operand.n_programs,
         plan_ptr=radix.plan, bounds_ptr=radix.bounds,
         values_ptr=values, rows_ptr=rows, cols_ptr=cols, n_survivors_ptr=radix.n_survivors,
         arrived_ptr=radix.arrived, k=k, capacity=values.numel(), floor=floor,

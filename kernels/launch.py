@@ -5,6 +5,10 @@ a launch that has nothing to do ends at once, and what a program sums up does no
 """
 
 import functools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +37,31 @@ RESTART_ROWS = 2048
 
 Kind = Literal["half", "tf32", "ieee"]
 """What is multiplied: bf16 or fp16 numbers; float32 numbers truncated to tf32; float32 numbers as they are."""
+
+
+_only_compiles = ContextVar("_only_compiles", default=False)
+
+
+def launch(kernel: Any, n_programs: int, *arguments: Any, **options: Any) -> None:
+    """Launch so many programs of a kernel; within `compiling_ahead` compile it and launch nothing."""
+    if _only_compiles.get():
+        kernel.warmup(*arguments, grid=(n_programs,), **options)
+    else:
+        kernel[(n_programs,)](*arguments, **options)
+
+
+@contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Compile what is launched here by `launch`, several kernels at a time; at the end all of it is ready.
+
+    Triton would compile a kernel when it is first launched, one after the other.
+    """
+    with ThreadPoolExecutor(thread_name_prefix="topk_ortho") as pool, triton.AsyncCompileMode(pool):
+        token = _only_compiles.set(True)
+        try:
+            yield
+        finally:
+            _only_compiles.reset(token)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topk_ortho.kernels.launch import current_device
+from topk_ortho.kernels.launch import current_device, launch
 from topk_ortho.kernels.radix_select import BOUND, PASS, RadixSelect, certify, is_last_program, stage_of
 
 LINE_BYTES = 256
@@ -82,7 +82,8 @@ def rescore(
     device = current_device()
     n_resident = device.n_multiprocessors * _PROGRAMS_PER_SM.get(device.architecture, 6)
     n_programs = min(triton.cdiv(capacity, _BLOCK_PAIR), n_resident)
-    _rescore_kernel[(n_programs,)](
+    launch(
+        _rescore_kernel, n_programs,
         x_slab, x_slab.stride(0), x_slab.stride(1), inverse, radix.plan, radix.bounds, values, rows, cols,
         radix.n_survivors, radix.n_certified, radix.arrived, x_slab.shape[1], k, capacity, floor, int(is_first),
         int(is_last),

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topk_ortho.kernels.launch import launch
 from topk_ortho.kernels.radix_select import PASS, stage_of
 
 _BLOCK_M, _BLOCK_N = 64, 64
@@ -40,7 +41,8 @@ def transpose(x: Tensor, out: Tensor, plan: Tensor | None = None) -> None:
     """
     n_rows, n_columns = x.shape
     n_programs = triton.cdiv(n_rows, _BLOCK_M) * triton.cdiv(n_columns, _BLOCK_N)
-    _transpose_kernel[(n_programs,)](
+    launch(
+        _transpose_kernel, n_programs,
         x, x.stride(0), x.stride(1), out, out.stride(0), out.stride(1), x if plan is None else plan, n_rows, n_columns,
         HAS_PLAN=plan is not None, BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

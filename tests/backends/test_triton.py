@@ -2,6 +2,7 @@
 
 import re
 import sys
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -218,6 +219,47 @@ class TestTheWarmPath:
 
 
 @on_the_cpu
+@on_the_cpu
+class TestCompilingAhead:
+    """The first call of a kind compiles all that calls of this kind launch, and computes the same."""
+
+    @pytest.fixture(autouse=True)
+    def ahead(self, monkeypatch):
+        """How often something was compiled ahead, as far as that is seen where nothing is compiled."""
+        n_times = []
+
+        @contextmanager
+        def compiling_ahead():
+            n_times.append(None)
+            token = launch._only_compiles.set(True)
+            yield
+            launch._only_compiles.reset(token)
+
+        monkeypatch.setattr(triton, "compiling_ahead", compiling_ahead)
+        monkeypatch.setattr(triton, "INTERPRETED", False)
+        monkeypatch.setattr(triton, "_COMPILED", set())
+        return n_times
+
+    @pytest.mark.usefixtures("_small_pieces")
+    def test_once_for_each_kind(self, ahead, monkeypatch):
+        monkeypatch.setattr(triton, "may_synchronize", lambda device, state: state is None)
+        x, state = normal(24, 43, seed=2), initial_state()
+        for _ in range(2):
+            assert_selection(topk_pairs(x, k=60, state=state, backend="triton"), x, k=60)
+            assert len(ahead) == 1
+        assert_selection(topk_pairs(x[:, :41], k=60, state=state, backend="triton"), x[:, :41], k=60)
+        assert len(ahead) == 1
+        for arguments in ({"similarity": "positive"}, {"tau": "adaptive"}, {"precision": "medium"}):
+            n_before = len(ahead)
+            topk_pairs(x, k=60, state=state, backend="triton", **arguments)
+            assert len(ahead) == n_before + 1
+
+    @pytest.mark.usefixtures("_small_pieces")
+    def test_not_where_a_repair_may_never_be_needed(self, ahead):
+        topk_pairs(normal(24, 43), k=60, backend="triton")
+        assert not ahead
+
+
 class TestMemory:
     """Nothing of the size of the matrix."""
 

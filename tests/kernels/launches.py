@@ -7,11 +7,14 @@ interpreted in that of the tests.
 import json
 from typing import Any
 
+import torch
 from triton._C.libtriton import ir
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
 from bench.compile_report import ARCHITECTURES, AbsentDevice, variants
+from topk_ortho.kernels.launch import compiling_ahead
+from topk_ortho.kernels.transpose import transpose
 
 _TARGET = ARCHITECTURES["sm_90"].target
 
@@ -42,6 +45,25 @@ def errors_by_argument(kernel: Any, signature: dict[str, str], constants: dict[t
     }
 
 
+def compiled_ahead() -> dict[str, int]:
+    """What becomes of two launches in `compiling_ahead`, and of the same ones afterwards."""
+    device = AbsentDevice("sm_90")
+    x, out = (torch.empty(64, 64, dtype=dtype, device="meta") for dtype in (torch.float32, torch.bfloat16))
+
+    def launch_both() -> None:
+        for tensor in (x, out):
+            transpose(tensor, tensor.T)
+
+    with compiling_ahead():
+        launch_both()
+    kernel = device.kernel
+    assert kernel is not None
+    result = {"compiled": len(kernel.device_caches[id(device)][0]), "launched": device.n_programs}
+    device.kernel = None
+    launch_both()
+    return result | {"compiled later": int(device.kernel is not None), "launched later": device.n_programs}
+
+
 def main() -> None:
     device = AbsentDevice("sm_90", compiles=False)
     names, launches = [], {}
@@ -56,7 +78,7 @@ def main() -> None:
         # the launch that has most of its options on compiles most of the kernel
         _, *arguments = max(of_kernel, key=lambda launch: launch[0])
         errors[name] = errors_by_argument(*arguments)
-    print(json.dumps({"names": names, "errors": errors}))
+    print(json.dumps({"names": names, "errors": errors, "ahead": compiled_ahead()}))
 
 
 if __name__ == "__main__":

@@ -59,3 +59,8 @@ def test_an_argument_may_be_one(launches):
     assert len(errors) > 60
     failed = {case: error for case, error in errors.items() if error is not None}
     assert not failed, failed
+
+
+def test_kernels_are_compiled_ahead(launches):
+    """Both, and neither is launched; a launch finds what was compiled."""
+    assert launches["ahead"] == {"compiled": 2, "launched": 0, "compiled later": 0, "launched later": 1}

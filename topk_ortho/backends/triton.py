@@ -33,7 +33,15 @@ if IMPORT_ERROR is None:
     from topk_ortho.kernels.gram_histogram import gram_histogram, gram_row_ties
     from topk_ortho.kernels.gram_sample import gram_sample
     from topk_ortho.kernels.gram_survivors import Moments, gram_survivors
-    from topk_ortho.kernels.launch import Kind, Operand, aligned, current_device, sum_error
+    from topk_ortho.kernels.launch import (
+        INTERPRETED,
+        Kind,
+        Operand,
+        aligned,
+        compiling_ahead,
+        current_device,
+        sum_error,
+    )
     from topk_ortho.kernels.max_cosine import max_cosine
     from topk_ortho.kernels.norms import NOT_FINITE, Norms, column_norms
     from topk_ortho.kernels.pair_gradient import LINE_BYTES, MOST_BLOCKS, SEGMENT, segment_sums
@@ -45,6 +53,8 @@ if IMPORT_ERROR is None:
     from topk_ortho.kernels.transpose import transpose
 
 
+_COMPILED: set[tuple[object, ...]] = set()
+"""Kinds of calls whose kernels were compiled ahead."""
 MOST_FEATURES_OF_ONE_KEY = 2**17
 """Features up to which one key of 64 bits holds a similarity and the number of a pair, so that one sort orders both"""
 
@@ -99,6 +109,8 @@ class TritonBackend:
             if may_synchronize(x.device, state):
                 _refuse_not_finite(x, norms)
             call = self._begin(x, norms, query, state)
+            if not may_synchronize(x.device, state):
+                self._compile_ahead(call)
             self._pass(call)
             if not (may_synchronize(x.device, state) and _is_certified(call)):
                 if call.operands.deviation is not None:
@@ -211,6 +223,25 @@ class TritonBackend:
                     x_slab, call.norms.inverse, call.radix, *records, k, floor,
                     is_first=i == 0, is_last=i == n_slabs - 1, is_abs=call.is_abs,
                 )  # fmt: skip
+
+    def _compile_ahead(self, call: "_Call") -> None:
+        """Before the first call of its kind that launches a repair whether or not it is needed, compile all of it.
+
+        Where shapes differ in what divides them, kernels may be compiled again, one by one.
+        """
+        query, first = call.query, call.operands.first
+        kind = (
+            call.x.device, call.x.dtype, call.x.stride(0) == 1, query.similarity, query.precision, query.n_std is None,
+            first.x.dtype, first.restarts,
+        )  # fmt: skip
+        if kind in _COMPILED or INTERPRETED:
+            return
+        with compiling_ahead():
+            self._pass(call)
+            if call.operands.deviation is not None:
+                _guess_again(call)
+            _repair(call)
+        _COMPILED.add(kind)
 
     def _operands(self, x: Tensor, norms: "Norms", query: Query) -> "_Operands":
         kind = _kind(x, query.precision)
