@@ -53,6 +53,7 @@ from topk_ortho.kernels.gram_survivors import Moments, gram_survivors
 from topk_ortho.kernels.launch import INTERPRETED, Kind, Operand, aligned
 from topk_ortho.kernels.max_cosine import max_cosine
 from topk_ortho.kernels.norms import column_norms
+from topk_ortho.kernels.ordered import sort_keys, take_ordered
 from topk_ortho.kernels.pair_gradient import LINE_BYTES, SEGMENT, SegmentSums, pair_gradient, segment_sums
 from topk_ortho.kernels.pair_lists import pair_lists, pair_targets
 from topk_ortho.kernels.rescore import rescore
@@ -293,7 +294,7 @@ def _gram_variants() -> Iterator[Variant]:
 def _other_variants() -> Iterator[Variant]:
     radix, one, state = radix_select.new_radix_select(_META, _N), _empty(1), _empty(3)
     per_feature, values, k = _empty(_N), _empty(_CAPACITY), _CAPACITY // 2
-    flags, count = _empty(1, dtype=torch.int32), _empty(1, dtype=torch.int64)
+    flags = _empty(1, dtype=torch.int32)
     rows, cols = (_empty(_CAPACITY, dtype=torch.int32) for _ in range(2))
     offsets, partners = _empty(_N + 1, dtype=torch.int64), _empty(2 * _CAPACITY, dtype=torch.int32)
     weights = _empty(2 * _CAPACITY)
@@ -310,6 +311,8 @@ def _other_variants() -> Iterator[Variant]:
     arguments = _empty(_N, 256), per_feature, radix, values, rows, cols, k, 0.0
     order, of_rows = (_empty(n, dtype=torch.int64) for n in (2 * _CAPACITY, _CAPACITY))
     listed = of_rows, of_rows, values, values
+    records = _empty(_CAPACITY, dtype=torch.int64), values, rows, cols, radix, flags
+    rest = 0.0, k, state, (0.1, 0.01, 0.4)
     yield from (
         Variant("", partial(pair_targets, *listed, _N)),
         Variant("", partial(pair_lists, partners, order, *listed, values, per_feature, 1e-12)),
@@ -317,7 +320,9 @@ def _other_variants() -> Iterator[Variant]:
         Variant("fp32", partial(rescore, *arguments, is_first=False, is_last=True, is_abs=True)),
         Variant("cold", partial(radix_select.begin, radix, flags, None, None, 262, _M, 0.0, True)),
         Variant("warm, rounded", partial(radix_select.begin, radix, flags, state, one, 262, _M, 1e-4, True)),
-        Variant("", partial(radix_select.next_state, radix, state, values, count, k, (0.1, 0.01, 0.4))),
+        Variant("", partial(sort_keys, radix.n_survivors, values, rows, cols, _N, is_abs=True)),
+        Variant("", partial(take_ordered, *records, 0.0, *rest, is_abs=True)),
+        Variant("adaptive tau", partial(take_ordered, *records, one, *rest, is_abs=True)),
     )
 
 

@@ -371,43 +371,6 @@ def tie_row(
     tl.store(plan_ptr + STAGE, tl.full((), COLLECT, tl.int64))
 
 
-@triton.jit
-def _next_state_kernel(
-    state_ptr, next_state_ptr,      # [3] float32 x 2
-    plan_ptr,                       # [7] int64
-    similarity_ptr, n_ordered_ptr,  # [capacity] float32 descending, [1] int64 of them hold pairs
-    k, margin_start, margin_least, margin_most,
-):  # fmt: skip
-    """The warm start of the next call.
-
-    The margin doubles after a shortfall (the guess was too high), is halved after an overflow (the guess was too low),
-    and shrinks slowly after a success. The next guess is the similarity at rank (1 + margin) k, or what a straight line
-    through the ranks (1 - margin) k and k says of that rank if fewer pairs are known. Where the line falls below 0, the
-    guess is 0: below it a pass would record every pair.
-    """
-    is_repaired = stage_of(plan_ptr) != CERTIFIED
-    failure = tl.load(plan_ptr + FAILURE)
-    margin = tl.load(state_ptr + MARGIN)
-    margin = tl.where((margin >= margin_least) & (margin <= margin_most), margin, margin_start)
-    factor = tl.where(failure == SHORTFALL, 2.0, tl.where(failure == OVERFLOW, 0.5, 0.98))
-    margin = tl.minimum(margin_most, tl.maximum(margin_least, factor * margin))
-    n_ordered = tl.load(n_ordered_ptr)
-    rank = tl.ceil((1 + margin) * tl.cast(k, tl.float32)).to(tl.int64)
-    inner_rank = tl.maximum(tl.floor((1 - margin) * tl.cast(k, tl.float32)).to(tl.int64), 1)
-    inner_rank = tl.minimum(inner_rank, k)
-    guess = -1.0
-    if n_ordered >= rank:
-        guess = tl.load(similarity_ptr + rank - 1)
-    elif n_ordered >= k:
-        least = tl.load(similarity_ptr + k - 1)
-        guess = 2 * least - tl.load(similarity_ptr + inner_rank - 1)
-        guess = tl.where(least > 0, tl.maximum(guess, 0.0), guess)  # where the k-th is 0, zeros are needed
-    n_passes = tl.load(plan_ptr + PASSES_SO_FAR) + tl.where(is_repaired, 1, 0)
-    tl.store(next_state_ptr + GUESS, guess)
-    tl.store(next_state_ptr + MARGIN, margin)
-    tl.store(next_state_ptr + N_PASSES, n_passes.to(tl.float32))
-
-
 def begin(
     radix: RadixSelect, flags: Tensor, state: Tensor | None, deviation: Tensor | None, rank: int, n_rows: int,
     sum_error: float, can_overflow: bool,
@@ -426,15 +389,3 @@ def begin(
         HAS_STATE=state is not None, IS_ROUNDED=deviation is not None, SHIFT=shift, BINS=2**bits,
         num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-def next_state(
-    radix: RadixSelect, state: Tensor, similarity: Tensor, n_ordered: Tensor, k: int,
-    margins: tuple[float, float, float],
-) -> Tensor:  # fmt: skip
-    """Warm-start state float32 [3] for the next call; `margins` are the initial, the smallest and the largest one."""
-    result = torch.empty_like(state)
-    _next_state_kernel[(1,)](
-        state, result, radix.plan, similarity, n_ordered, k, *margins, num_warps=1, enable_fp_fusion=True
-    )
-    return result

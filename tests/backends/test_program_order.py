@@ -127,11 +127,12 @@ PASSES_WITH_TIES = 3 + MOST_DIGITS
 
 @pytest.fixture
 def _small_tiles(monkeypatch):
-    """Three tiles, each with a program of its own."""
+    """Three tiles, each with a program of its own; as many programs list the pairs."""
     use_case("triton", monkeypatch)
     config = launch.TileConfig(block=16, block_m=32, group=2, num_warps=1, num_stages=1, programs_per_sm=3)
     for kind in ("half", "tf32", "ieee"):
         monkeypatch.setitem(launch.TILE_CONFIGS, ("interpreter", kind), config)
+    monkeypatch.setattr("topk_ortho.kernels.ordered._BLOCK", 16)
 
 
 @pytest.mark.usefixtures("_small_tiles")

@@ -157,6 +157,30 @@ class _HostReads(TorchDispatchMode):
         return result
 
 
+class _Launches(TorchDispatchMode):
+    """Names the kernels of a step, and torch's operators but for those that allocate."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def of_kernel(self, name, launcher):
+        """The launcher of a kernel; the interpreter calls operators of its own."""
+
+        def launch(*arguments, **options):
+            before = len(self.seen)
+            result = launcher(*arguments, **options)
+            self.seen[before:] = [name]
+            return result
+
+        return launch
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        self.seen += [] if name in ("empty", "empty_like", "new_empty") else [name]
+        return func(*args, **(kwargs or {}))
+
+
 @on_the_cpu
 class TestTheWarmPath:
     """Nothing that depends on data is read on the host once there is a state."""
@@ -182,6 +206,28 @@ class TestTheWarmPath:
             pairs = WeightedPairs(selection.rows, selection.cols, weights, weights)
             BACKENDS["triton"].pair_gradient(x, selection.norms, selection.cosines, pairs)
         assert reads.seen == []
+
+    @pytest.mark.parametrize(
+        ("n_features", "sorts"), [(2**17, ["sort_keys", "sort"]), (1, ["sort"] * 2)], ids=["one_key", "two_sorts"]
+    )
+    def test_the_end_of_a_call_launches_little(self, n_features, sorts, monkeypatch):
+        """A call of few features takes as long as its launches; an empty tensor takes none."""
+        monkeypatch.setattr(triton, "may_synchronize", lambda device, state: False)
+        monkeypatch.setattr(triton, "MOST_FEATURES_OF_ONE_KEY", n_features)
+        launches = _Launches()
+        for name in ("sort_keys", "take_ordered"):
+            monkeypatch.setattr(triton, name, launches.of_kernel(name, getattr(triton, name)))
+        finish = triton._finish
+
+        def spy(*arguments):
+            with launches:
+                return finish(*arguments)
+
+        monkeypatch.setattr(triton, "_finish", spy)
+        BACKENDS["triton"].topk_pairs(normal(24, 43), Query(k=60, tau=0.3), torch.tensor([0.5, 0.15, 1.0]))
+        seen = [name for name in launches.seen if name in ("sort_keys", "sort", "take_ordered")]
+        assert seen == [*sorts, "take_ordered"]
+        assert n_features == 1 or launches.seen == seen
 
     def test_the_detector_sees_a_read(self):
         with _HostReads() as reads:
@@ -643,6 +689,17 @@ class TestState:
         assert torch.equal(column, row)
 
     @pytest.mark.usefixtures("_small_pieces")
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+    def test_dtype(self, dtype):
+        """Whatever it is, it is read and written as float32."""
+        x, state = normal(24, 43), torch.tensor([0.5, 0.125, 1.0])
+        expected = BACKENDS["triton"].topk_pairs(x, Query(k=60), state)
+        actual = BACKENDS["triton"].topk_pairs(x, Query(k=60), state.to(dtype))
+        assert torch.equal(actual.cosines, expected.cosines)
+        assert actual.state.dtype == dtype
+        assert torch.equal(actual.state, expected.state.to(dtype))
+
+    @pytest.mark.usefixtures("_small_pieces")
     @pytest.mark.parametrize(("guess", "margin"), [(0.01, 0.1), (0.99, 0.4)], ids=["too_low", "too_high"])
     def test_margin_after_a_failure(self, guess, margin):
         """A guess that overflowed was too low, one that fell short too high."""
@@ -742,22 +799,22 @@ def test_records_in_order(n, similarity):
     rows[:100] = n - 2
     cols = rows + 1 + (torch.rand(300, generator=generator, dtype=torch.float64) * (n - 1 - rows)).long()
     call = SimpleNamespace(
-        x=torch.empty(1, n), capacity=300, cosines=cosines, rows=rows.int(), cols=cols.int(),
-        query=Query(k=1, similarity=similarity),
+        x=torch.empty(1, n, device=DEVICE), capacity=300, cosines=cosines.to(DEVICE), rows=rows.int().to(DEVICE),
+        cols=cols.int().to(DEVICE), radix=SimpleNamespace(n_survivors=numbers([250], torch.int64)),
+        query=Query(k=1, similarity=similarity), is_abs=similarity == "abs",
     )  # fmt: skip
-    ordered, signed, index = triton._in_order(call, torch.tensor([250]))
-    pairs = list(zip(ordered.tolist(), index.tolist(), strict=True))
+    order = triton._order(call).tolist()
     records = [
         (abs(cosine) if similarity == "abs" else cosine, row * n + col)
         for cosine, row, col in zip(cosines.tolist(), rows.tolist(), cols.tolist(), strict=True)
     ][:250]
+    assert sorted(order[:250]) == [*range(250)]
+    assert sorted(order[250:]) == [*range(250, 300)]
+    pairs = [records[i] for i in order[:250]]
     expected = sorted(records, key=lambda record: (-record[0], record[1]))
     n_expected = sum(value > 0 or similarity == "abs" for value, _ in expected)  # no other is selected
     assert n_expected > 100
     assert pairs[:n_expected] == expected[:n_expected]
-    assert sorted(pairs[:250]) == sorted(records)
-    assert (ordered[250:] == -2).all()
-    assert signed[250:].isnan().all()
 
 
 @on_the_cpu

@@ -1,14 +1,13 @@
 """Every stage of the radix select alone, and the chain of them on lists of numbers."""
 
 import math
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels.arguments import (
@@ -21,7 +20,6 @@ from tests.kernels.arguments import (
     range_of_first_digit,
 )
 from tests.kernels.steps import arrive, certify, next_digit, next_guess, tie_row
-from topk_ortho import warm_start
 from topk_ortho.kernels.radix_select import (
     CERTIFIED,
     COLLECT,
@@ -37,7 +35,6 @@ from topk_ortho.kernels.radix_select import (
     begin,
     digit_of,
     new_radix_select,
-    next_state,
     row_bounds,
 )
 
@@ -653,94 +650,3 @@ class TestTieRow:
         radix.row_ties.fill_(2**31 - 1)
         tie_row(radix, 5 + 2**32)
         assert radix.plan[4] == 2
-
-
-class TestNextState:
-    """The warm start of the next call; see `topk_ortho.warm_start.next_state` for the one on the host."""
-
-    MARGINS = (warm_start.MARGIN_START, warm_start.MARGIN_LEAST, warm_start.MARGIN_MOST)
-    FACTORS: ClassVar = {NO_FAILURE.value: 0.98, SHORTFALL.value: 2.0, OVERFLOW.value: 0.5}
-    """Of the margin: a guess that was too high doubles it, one that was too low halves it."""
-
-    @staticmethod
-    def state_after(state, similarity, n_ordered, k, *, margins=MARGINS, stage="certified", n_passes=1, failure=0):
-        radix = radix_at(STAGES[stage], N, n_passes=n_passes, failure=failure)
-        before, copy = numbers(state, torch.float32), copy_of(radix)
-        similarity = torch.from_numpy(similarity).to(DEVICE)
-        actual = next_state(radix, before, similarity, numbers([n_ordered], torch.int64), k, margins)
-        assert before.tolist() == pytest.approx(state, nan_ok=True), "state is read, never written"
-        assert_same(actual=radix, expected=copy)
-        return actual.cpu()
-
-    @given(data=st.data())
-    def test_against_plain_python(self, data):
-        k = data.draw(st.integers(1, 3000))
-        odd = [0.0, 0.0499, 0.05, 0.051, 0.6, 1.0, 1.1, -1.0, math.inf, math.nan]
-        margin = data.draw(st.floats(0.0625, 1, width=32) | st.sampled_from(odd))
-        failure = data.draw(st.sampled_from(sorted(self.FACTORS)))
-        start, least, most = self.MARGINS
-        used = min(most, max(least, self.FACTORS[failure] * (margin if least <= margin <= most else start)))
-        for rank in ((1 + used) * k, (1 - used) * k):
-            assume(abs(rank - round(rank)) > 1e-6 * k)  # float32 may go the other way
-        rank, inner_rank = math.ceil((1 + used) * k), max(1, math.floor((1 - used) * k))
-        n_ordered = data.draw(st.sampled_from([0, k - 1, k, k + 1, rank - 1, rank, rank + 1, 2 * rank]))
-        similarity = -np.sort(-np.random.default_rng(k).random(2 * rank + 1, dtype=np.float32))
-        similarity[n_ordered:] = np.nan
-        guess = -1.0
-        if n_ordered >= rank:
-            guess = similarity[rank - 1]
-        elif n_ordered >= k:
-            guess = max(0, 2 * similarity[k - 1] - similarity[inner_rank - 1])
-        stage, n_passes = ("collect", data.draw(st.integers(1, 6))) if failure else ("certified", 1)
-        actual = self.state_after(
-            [0.5, margin, 2.0], similarity, n_ordered, k, stage=stage, n_passes=n_passes, failure=failure
-        )
-        assert actual.tolist() == pytest.approx([guess, used, n_passes + (failure > 0)], rel=1e-6, abs=1e-6)
-
-    @pytest.mark.parametrize("n_ordered", [0, 99, 100, 110, 119, 120, 300])
-    @pytest.mark.parametrize("failure", [NO_FAILURE.value, SHORTFALL.value], ids=["certified", "repaired"])
-    def test_as_on_the_host(self, failure, n_ordered):
-        similarity = np.linspace(1, 0, 500, dtype=np.float32)
-        stage = "collect" if failure else "certified"
-        actual = self.state_after([0.5, 0.21, 2.0], similarity, n_ordered, 100, stage=stage, failure=failure)
-        ordered = torch.from_numpy(similarity[:n_ordered])
-        expected = warm_start.next_state(torch.tensor([0.5, 0.21, 2.0]), ordered, 100, 2 if failure else 1)
-        assert actual.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
-
-    @pytest.mark.parametrize(("least", "guess"), [(0.125, 0.0), (0.0, -0.5), (0.3, 0.1)], ids=str)
-    def test_a_line_that_falls_below_zero(self, least, guess):
-        """The guess is 0, unless the k-th similarity itself is 0 and zeros are needed; as on the host."""
-        similarity = np.full(500, 0.5, dtype=np.float32)
-        similarity[90:] = least
-        actual = self.state_after([0.5, 0.2, 2.0], similarity, 100, 100)
-        assert actual[0] == pytest.approx(guess)
-        expected = warm_start.next_state(torch.tensor([0.5, 0.2, 2.0]), torch.from_numpy(similarity[:100]), 100, 1)
-        assert actual.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
-
-    @pytest.mark.parametrize(
-        ("before", "failure", "after"),
-        [(0.3, SHORTFALL, 0.4), (0.1, SHORTFALL, 0.2), (0.3, OVERFLOW, 0.15), (0.08, OVERFLOW, 0.05),
-         (0.3, NO_FAILURE, 0.294), (0.05, NO_FAILURE, 0.05), (0.5, SHORTFALL, 0.24), (0.01, OVERFLOW, 0.06)],
-        ids=lambda part: str(part) if isinstance(part, float) else ("none", "shortfall", "overflow")[part.value],
-    )  # fmt: skip
-    def test_margin_stays_within(self, before, failure, after):
-        """0.05 to 0.4 here; what is not starts anew at 0.12."""
-        similarity = np.linspace(1, 0, 500, dtype=np.float32)
-        actual = self.state_after(
-            [0.5, before, 1.0], similarity, 500, 100, margins=(0.12, 0.05, 0.4), stage="collect", failure=failure.value
-        )
-        assert actual[1] == pytest.approx(after)
-
-    def test_a_radix_select_without_a_first_pass(self):
-        """Nothing failed: the margin shrinks as after a success."""
-        similarity = np.linspace(1, 0, 500, dtype=np.float32)
-        actual = self.state_after([-1.0, 0.2, 0.0], similarity, 300, 100, stage="collect", n_passes=2)
-        assert actual.tolist() == pytest.approx([similarity[119], 0.196, 3.0])
-
-    @pytest.mark.parametrize("n_ordered", [0, 1, 2, 3])
-    def test_one_pair(self, n_ordered):
-        """K = 1 has no rank between."""
-        similarity = np.array([0.9, 0.8, 0.7, 0.6, 0.5], dtype=np.float32)
-        actual = self.state_after([0.5, 0.2, 2.0], similarity, n_ordered, 1)
-        expected = [-1.0, 0.9, 0.8, 0.8][n_ordered]
-        assert actual.tolist() == pytest.approx([expected, 0.196, 1.0])

@@ -41,6 +41,7 @@ try:
         gram_survivors,
         max_cosine,
         norms,
+        ordered,
         pair_gradient,
         pair_lists,
         radix_select,

@@ -25,7 +25,7 @@ from topk_ortho.backends.device import IMPORT_ERROR, device_guard, kernels_unava
 from topk_ortho.backends.norms import column_norms as column_norms_in_torch
 from topk_ortho.backends.tiled import TiledBackend
 from topk_ortho.definitions import EPS, Precision, Query, floor_of, n_pairs, similarity_of
-from topk_ortho.selection import Selection, finish
+from topk_ortho.selection import Selection
 from topk_ortho.warm_start import MARGIN_LEAST, MARGIN_START, SampleSizes, sample_rank
 
 if IMPORT_ERROR is None:
@@ -44,6 +44,7 @@ if IMPORT_ERROR is None:
     )
     from topk_ortho.kernels.max_cosine import max_cosine
     from topk_ortho.kernels.norms import NOT_FINITE, Norms, column_norms
+    from topk_ortho.kernels.ordered import sort_keys, take_ordered
     from topk_ortho.kernels.pair_gradient import LINE_BYTES, MOST_BLOCKS, SEGMENT, segment_sums
     from topk_ortho.kernels.pair_gradient import pair_gradient as gather_gradient
     from topk_ortho.kernels.pair_lists import pair_lists, pair_targets
@@ -357,53 +358,42 @@ def _repair(call: _Call) -> None:
 
 def _finish(call: _Call, most_margin: float) -> Selection:
     """Put the records in order and select; certify the last pass once more."""
-    query, radix, norms = call.query, call.radix, call.norms
-    n_records = radix.n_survivors.clamp_max(call.capacity)
-    similarity, cosines, index = _in_order(call, n_records)
-    state = call.state
-    if state is not None:
-        margins = (MARGIN_START, MARGIN_LEAST, most_margin)
-        following = radix_select.next_state(radix, _as_kernels_read(state), similarity, n_records, query.k, margins)
-        state = following.to(state.dtype)
-    tau = None if call.moments is None else call.moments.tau
-    selection = finish(
-        cosines, index, query, tau=query.tau if tau is None else tau.squeeze(0), norms=norms.norms, state=state
-    )
-    # check the certificate again for the last pass: this reveals a kernel that counts other pairs than it records
-    floor = selection.tau.clamp_min(floor_of(query))
-    is_wrong = ((radix.n_survivors < query.k) & (radix.bounds[:1] > floor)) | (radix.n_survivors > call.capacity)
-    if may_synchronize(call.x.device, call.state):
-        if is_wrong.item():
-            raise RuntimeError("the triton backend lost pairs; please report this with the shape and dtype of x")
-        return selection
-    is_wrong |= (norms.flags & NOT_FINITE.value) > 0
-    return selection._replace(
-        cosines=selection.cosines.masked_fill(is_wrong, torch.nan),
-        threshold=selection.threshold.masked_fill(is_wrong.squeeze(0), torch.nan),
+    query, state, norms = call.query, call.state, call.norms
+    fixed_tau = -1.0 if query.tau is None else query.tau
+    listed = take_ordered(
+        _order(call), call.cosines, call.rows, call.cols, call.radix, norms.flags,
+        fixed_tau if call.moments is None else call.moments.tau, floor_of(query), query.k,
+        None if state is None else _as_kernels_read(state), (MARGIN_START, MARGIN_LEAST, most_margin),
+        is_abs=call.is_abs,
+    )  # fmt: skip
+    if may_synchronize(call.x.device, state) and listed.is_wrong.item():
+        raise RuntimeError("the triton backend lost pairs; please report this with the shape and dtype of x")
+    return Selection(
+        cosines=listed.cosines,
+        rows=listed.rows,
+        cols=listed.cols,
+        n_listed=listed.n_listed,
+        n_selected=listed.n_selected,
+        threshold=listed.threshold,
+        tau=listed.tau,
+        norms=norms.norms,
+        state=norms.norms.new_empty(0) if state is None else listed.state.to(state.dtype),
     )
 
 
-def _in_order(call: _Call, n_records: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(similarity, cosine, row * N + col) of the records in the total order; places without a record come last.
+def _order(call: _Call) -> Tensor:
+    """Which record is at each place of the total order, int64 [capacity]; places without a record come last.
 
-    There the similarity is -2 and the cosine NaN. Records of a similarity below 0, which are never selected, come with
-    those of 0.
+    Records of a similarity below 0, which are never selected, may come with those of 0.
     """
-    n_features = call.x.shape[1]
-    is_record = torch.arange(call.capacity, device=call.x.device) < n_records
-    cosines = torch.where(is_record, call.cosines, torch.nan)
-    similarity = torch.where(is_record, similarity_of(cosines, call.query.similarity), -2.0)
-    index = torch.where(is_record, call.rows.long() * n_features + call.cols, 2**63 - 1)
+    n_survivors, n_features = call.radix.n_survivors, call.x.shape[1]
     if n_features <= MOST_FEATURES_OF_ONE_KEY:
-        # Floats from 0 to 1 order as their bits, but for -0.0. They have 30 bits; less 2**29 they are signed, so that
-        # they fit above the 34 bits of the index.
-        descending = 2**29 - 1 - similarity.clamp_min(0.0).abs().view(torch.int32).long()
-        order = torch.where(is_record, (descending << 34) | index, index).argsort()
-    else:
-        index, by_index = index.sort()
-        similarity, cosines = similarity[by_index], cosines[by_index]
-        order = similarity.argsort(descending=True, stable=True)
-    return similarity[order], cosines[order], index[order]
+        keys: Tensor = sort_keys(n_survivors, call.cosines, call.rows, call.cols, n_features, is_abs=call.is_abs)
+        return keys.argsort()
+    is_record = torch.arange(call.capacity, device=call.x.device) < n_survivors
+    similarity = torch.where(is_record, similarity_of(call.cosines, call.query.similarity), -2.0)
+    by_index = torch.where(is_record, call.rows.long() * n_features + call.cols, 2**63 - 1).argsort()
+    return by_index[similarity[by_index].argsort(descending=True, stable=True)]
 
 
 def _as_kernels_read(state: Tensor) -> Tensor:
