@@ -34,7 +34,7 @@ def cases(device_type: str) -> list[Case]:
         return planned
 
     # torch.topk of 2**31 elements or more is wrong or slow (pytorch issue 173622): the naive ways end at N = 32,768
-    large = ["topk_ortho_warm", "half_gemm", "topk_ortho", "chunked"]
+    large = ["topk_ortho_warm", "half_gemm", "topk_ortho", "topk_ortho_failed", "chunked"]
     sweep, sweep_of_both = [*large, *naive], ["topk_ortho_warm", "chunked", *naive]
     dtypes = ["bfloat16", "float32"]
     for dtype in dtypes:
@@ -46,6 +46,7 @@ def cases(device_type: str) -> list[Case]:
         add(_BOTH, dtype, 4096, [65536], ["topk_ortho_warm", "chunked"])
         add(_FORWARD, dtype, 4096, [16384, 8192], sweep)
         add(_BOTH, dtype, 4096, [16384, 8192], sweep_of_both)
+    add(_FORWARD, "float32", 32768, [_CUBLAS_N], ["cublas", "topk_ortho_warm", "half_gemm"])  # sums begin anew
     for dtype, m in itertools.product(dtypes, (1024, 16384)):
         add(_FORWARD, dtype, m, [_CUBLAS_N], ["cublas"])
         add(_FORWARD, dtype, m, [32768], sweep)

@@ -29,10 +29,11 @@ def loss_of(provider: str, device: torch.device) -> Loss:
     if provider == "naive_compiled":
         torch.compiler.reset()  # after the eighth shape torch would give up and run the function as it is
         return torch.compile(naive, dynamic=False, fullgraph=True)
-    state = initial_state(device)
+    state, too_high = initial_state(device), torch.tensor([0.999, 0.15, 1.0], device=device)
     losses: dict[str, Loss] = {
         "topk_ortho": lambda x: topk_ortho_loss(x, FRACTION),
         "topk_ortho_warm": lambda x: topk_ortho_loss(x, FRACTION, state=state),
+        "topk_ortho_failed": lambda x: topk_ortho_loss(x, FRACTION, state=state.copy_(too_high)),
         "tiled": lambda x: topk_ortho_loss(x, FRACTION, backend="tiled"),
         "chunked": chunked,
         "naive": naive,

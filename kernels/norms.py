@@ -49,7 +49,7 @@ def _column_norms_kernel(
     step = tl.cast(BLOCK_M, tl.int64) * stride_xm
     squares = tl.zeros((BLOCK_M, BLOCK_COL), tl.float32)
     small_squares = tl.zeros((BLOCK_M, BLOCK_COL), tl.float32)
-    for m in range(0, M, BLOCK_M):
+    for m in tl.range(0, M, BLOCK_M, num_stages=4):  # loads run three steps ahead
         x = tl.load(x_ptrs, mask=(offs_m[:, None] < M - m) & mask_col[None, :], other=0.0).to(tl.float32)
         small = x * 2.0**-70
         squares += x * x

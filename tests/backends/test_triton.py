@@ -265,7 +265,6 @@ class TestTheWarmPath:
 
 
 @on_the_cpu
-@on_the_cpu
 class TestCompilingAhead:
     """The first call of a kind compiles all that calls of this kind launch, and computes the same."""
 
@@ -306,6 +305,7 @@ class TestCompilingAhead:
         assert not ahead
 
 
+@on_the_cpu
 class TestMemory:
     """Nothing of the size of the matrix."""
 
@@ -355,6 +355,7 @@ class TestPieces:
     def test_slabs_of_a_screen(self, layout, monkeypatch):
         """What it leaves undecided is computed again by slabs, which are views of x if its columns are contiguous."""
         monkeypatch.setitem(BACKENDS, "triton", with_fields(BACKENDS["triton"], slab_bytes=1))
+        monkeypatch.setattr(TritonBackend, "_compile_ahead", lambda backend, call: None)
         slabs, rescore = [], triton.rescore
 
         def spy(x_slab, *arguments, **options):
@@ -402,6 +403,8 @@ class TestPieces:
         assert not x.grad[:, 42].any()
 
 
+@pytest.mark.usefixtures("_small_pieces")
+@pytest.mark.parametrize("_small_pieces", ["triton"], indirect=True)
 class TestPairGradient:
     """Lists of pairs in any form."""
 
@@ -615,6 +618,7 @@ class TestScreened:
             gram_survivors.gram_survivors(operand, *rest, **options)
 
         monkeypatch.setattr(triton, "gram_survivors", spy)
+        use_case("triton", monkeypatch)
         fields = {"most_sum_error": 0.0, "least_screened_features": 2, "spare_records": 0}
         monkeypatch.setitem(BACKENDS, "triton", with_fields(BACKENDS["triton"], **fields))
         x, state = normal(100, 90, seed=3), torch.tensor([guess, 0.15, 1.0])
