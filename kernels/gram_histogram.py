@@ -121,7 +121,7 @@ def gram_histogram(
     """
     histograms = radix.screen_histograms if is_screen else radix.digit_histograms
     launch(
-        _gram_histogram_kernel, operand.n_programs,
+        _gram_histogram_kernel, (operand.n_programs,),
         plan_ptr=radix.plan, bounds_ptr=radix.bounds, histograms_ptr=histograms, histogram_ptr=histograms[number],
         arrived_ptr=radix.arrived, k=k, capacity=capacity, floor=floor,
         STAGE=(SCREEN if is_screen else DIGITS).value, IS_ABS=is_abs, BINS=DIGIT_BINS.value,
@@ -132,7 +132,7 @@ def gram_histogram(
 def gram_row_ties(operand: Operand, radix: RadixSelect, k: int, *, is_abs: bool) -> None:
     """At stage TIES: count the pairs equal to the k-th similarity by row, and find the last row that is needed."""
     launch(
-        _gram_row_ties_kernel, operand.n_programs,
+        _gram_row_ties_kernel, (operand.n_programs,),
         plan_ptr=radix.plan, row_ties_ptr=radix.row_ties, arrived_ptr=radix.arrived, k=k, IS_ABS=is_abs,
         **operand.arguments(),
     )  # fmt: skip

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topk_ortho.kernels.launch import launch
 from topk_ortho.kernels.radix_select import GUESS, SAMPLE_DIGIT, RadixSelect
 from topk_ortho.kernels.tiles import product
 
@@ -66,7 +67,8 @@ def gram_sample(
     while math.gcd(step, n_features) > 1:
         step += 1
     shift, _ = SAMPLE_DIGIT
-    _gram_sample_kernel[(triton.cdiv(n_rows, _BLOCK), triton.cdiv(n_cols, _BLOCK))](
+    launch(
+        _gram_sample_kernel, (triton.cdiv(n_rows, _BLOCK), triton.cdiv(n_cols, _BLOCK)),
         x, x.stride(0), x.stride(1), inverse, inverse if state is None else state, radix.sample_histogram,
         x.shape[0], n_features, step, n_rows, n_cols,
         HAS_STATE=state is not None, IS_ABS=is_abs, SHIFT=shift, BLOCK=_BLOCK, BLOCK_M=_BLOCK_M,

@@ -242,7 +242,7 @@ def gram_survivors(
     assert values.numel() <= 2**31 - 2**16, "slots are int32"
     if is_lean and operand.is_described:
         launch(
-            _described_survivors_kernel, operand.n_programs,
+            _described_survivors_kernel, (operand.n_programs,),
             plan_ptr=radix.plan, bounds_ptr=radix.bounds,
             values_ptr=values, rows_ptr=rows, cols_ptr=cols, n_survivors_ptr=radix.n_survivors,
             arrived_ptr=radix.arrived, k=k, capacity=values.numel(), floor=floor,
@@ -250,7 +250,7 @@ def gram_survivors(
         )  # fmt: skip
         return
     launch(
-        _gram_survivors_kernel, operand.n_programs,
+        _gram_survivors_kernel, (operand.n_programs,),
         plan_ptr=radix.plan, bounds_ptr=radix.bounds,
         values_ptr=values, rows_ptr=rows, cols_ptr=cols, n_survivors_ptr=radix.n_survivors,
         arrived_ptr=radix.arrived, k=k, capacity=values.numel(), floor=floor,

@@ -42,12 +42,12 @@ Kind = Literal["half", "tf32", "ieee"]
 _only_compiles = ContextVar("_only_compiles", default=False)
 
 
-def launch(kernel: Any, n_programs: int, *arguments: Any, **options: Any) -> None:
-    """Launch so many programs of a kernel; within `compiling_ahead` compile it and launch nothing."""
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch the programs of a kernel; within `compiling_ahead` compile it and launch nothing."""
     if _only_compiles.get():
-        kernel.warmup(*arguments, grid=(n_programs,), **options)
+        kernel.warmup(*arguments, grid=grid, **options)
     else:
-        kernel[(n_programs,)](*arguments, **options)
+        kernel[grid](*arguments, **options)
 
 
 @contextmanager

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topk_ortho.kernels.launch import launch
+
 OUT_OF_RANGE, NOT_FINITE = tl.constexpr(1), tl.constexpr(2)
 _BLOCK_COL, _BLOCK_M = 32, 128
 
@@ -80,7 +82,8 @@ def column_norms(x: Tensor, eps: float) -> Norms:
     n_features = x.shape[1]
     norms, inverse, scale, factor = (x.new_empty(n_features, dtype=torch.float32) for _ in range(4))
     flags = x.new_zeros(1, dtype=torch.int32)
-    _column_norms_kernel[(triton.cdiv(n_features, _BLOCK_COL),)](
+    launch(
+        _column_norms_kernel, (triton.cdiv(n_features, _BLOCK_COL),),
         x, x.stride(0), x.stride(1), norms, inverse, scale, factor, flags, x.shape[0], n_features, eps,
         BLOCK_COL=_BLOCK_COL, BLOCK_M=_BLOCK_M, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topk_ortho.kernels.launch import launch
 from topk_ortho.kernels.norms import NOT_FINITE
 from topk_ortho.kernels.radix_select import (
     BOUND,
@@ -181,7 +182,8 @@ def sort_keys(
     """
     capacity = values.numel()
     keys = torch.empty_like(values, dtype=torch.int64)
-    _sort_keys_kernel[(triton.cdiv(capacity, _BLOCK),)](
+    launch(
+        _sort_keys_kernel, (triton.cdiv(capacity, _BLOCK),),
         keys, values, rows, cols, n_survivors, n_features, capacity, IS_ABS=is_abs, BLOCK=_BLOCK, num_warps=4,
         enable_fp_fusion=True,
     )  # fmt: skip
@@ -211,7 +213,8 @@ def take_ordered(
         is_wrong=rows.new_empty(()),
         state=None if state is None else torch.empty_like(state),
     )
-    _take_ordered_kernel[(triton.cdiv(k, _BLOCK),)](
+    launch(
+        _take_ordered_kernel, (triton.cdiv(k, _BLOCK),),
         *listed[:-1], values if state is None else listed.state, order, values, rows, cols,
         radix.plan, radix.bounds, radix.n_survivors, flags, values if state is None else state,
         tau if is_adaptive else values, -1.0 if is_adaptive else tau, floor, k, values.numel(), *margins,

@@ -44,6 +44,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topk_ortho.kernels.launch import launch
+
 PASS, SCREEN, DIGITS, TIES, COLLECT, CERTIFIED = (tl.constexpr(stage) for stage in range(6))
 STAGE, LOWEST, WIDTH, ABOVE, TIE_ROW, PASSES_SO_FAR, FAILURE = (tl.constexpr(place) for place in range(7))
 """Places in `RadixSelect.plan`."""
@@ -382,7 +384,8 @@ def begin(
     multiplied: then the first pass is left out.
     """
     shift, bits = SAMPLE_DIGIT
-    _begin_kernel[(1,)](
+    launch(
+        _begin_kernel, (1,),
         radix.plan, radix.bounds, radix.sample_histogram,
         flags, flags if state is None else state, flags if deviation is None else deviation,
         rank, radix.row_ties.numel(), n_rows, sum_error, int(can_overflow),

@@ -83,7 +83,7 @@ def rescore(
     n_resident = device.n_multiprocessors * _PROGRAMS_PER_SM.get(device.architecture, 6)
     n_programs = min(triton.cdiv(capacity, _BLOCK_PAIR), n_resident)
     launch(
-        _rescore_kernel, n_programs,
+        _rescore_kernel, (n_programs,),
         x_slab, x_slab.stride(0), x_slab.stride(1), inverse, radix.plan, radix.bounds, values, rows, cols,
         radix.n_survivors, radix.n_certified, radix.arrived, x_slab.shape[1], k, capacity, floor, int(is_first),
         int(is_last),

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topk_ortho.kernels.launch import empty_aligned
+from topk_ortho.kernels.launch import empty_aligned, launch
 
 SCALE = tl.constexpr(2.0**15)
 _LEAST = tl.constexpr(2.0**-14)  # the smallest normal number of fp16; some matrix units take subnormal ones for 0
@@ -68,7 +68,8 @@ def round_columns(x: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     n_rows, n_features = x.shape
     rounded = empty_aligned(x, torch.float16)
     deviation = x.new_zeros(2)
-    _round_columns_kernel[(triton.cdiv(n_features, _BLOCK_COL),)](
+    launch(
+        _round_columns_kernel, (triton.cdiv(n_features, _BLOCK_COL),),
         x, x.stride(0), x.stride(1), inverse, rounded, rounded.stride(0), rounded.stride(1), deviation,
         n_rows, n_features,
         BLOCK_COL=_BLOCK_COL, BLOCK_M=_BLOCK_M, num_warps=4, enable_fp_fusion=True,

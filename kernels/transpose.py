@@ -42,7 +42,7 @@ def transpose(x: Tensor, out: Tensor, plan: Tensor | None = None) -> None:
     n_rows, n_columns = x.shape
     n_programs = triton.cdiv(n_rows, _BLOCK_M) * triton.cdiv(n_columns, _BLOCK_N)
     launch(
-        _transpose_kernel, n_programs,
+        _transpose_kernel, (n_programs,),
         x, x.stride(0), x.stride(1), out, out.stride(0), out.stride(1), x if plan is None else plan, n_rows, n_columns,
         HAS_PLAN=plan is not None, BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -355,7 +355,7 @@ class TestPieces:
     def test_slabs_of_a_screen(self, layout, monkeypatch):
         """What it leaves undecided is computed again by slabs, which are views of x if its columns are contiguous."""
         monkeypatch.setitem(BACKENDS, "triton", with_fields(BACKENDS["triton"], slab_bytes=1))
-        monkeypatch.setattr(TritonBackend, "_compile_ahead", lambda backend, call: None)
+        monkeypatch.setattr(TritonBackend, "_compile_ahead", lambda *_: None)
         slabs, rescore = [], triton.rescore
 
         def spy(x_slab, *arguments, **options):
@@ -609,8 +609,8 @@ class TestScreened:
     @pytest.mark.parametrize("guess", [0.2, 0.999, -1.0], ids=["good", "too_high", "none"])
     @pytest.mark.parametrize("precision", ["highest", "high"])
     def test_selection_by_sums_that_begin_anew(self, precision, guess, monkeypatch):
-        """Every 32 rows of 100, in the first pass and in that which finds a better guess."""
-        monkeypatch.setattr(launch, "RESTART_ROWS", 32)
+        """Every 64 rows of 200, in the first pass and in that which finds a better guess."""
+        monkeypatch.setattr(launch, "RESTART_ROWS", 64)
         seen = []
 
         def spy(operand, *rest, **options):
@@ -621,7 +621,7 @@ class TestScreened:
         use_case("triton", monkeypatch)
         fields = {"most_sum_error": 0.0, "least_screened_features": 2, "spare_records": 0}
         monkeypatch.setitem(BACKENDS, "triton", with_fields(BACKENDS["triton"], **fields))
-        x, state = normal(100, 90, seed=3), torch.tensor([guess, 0.15, 1.0])
+        x, state = normal(200, 90, seed=3), torch.tensor([guess, 0.15, 1.0])
         pairs = topk_pairs(x, k=200, state=state, precision=precision, backend="triton")
         assert_selection(pairs, x, k=200, precision=precision)
         assert seen[0]

@@ -302,3 +302,9 @@ def test_blocks_where_sums_begin_anew(on_architecture):
         operand = dataclasses.replace(operand_of(x, "half"), is_lean=True, restarts=True)
         assert (operand.config.block, operand.config.block_col or 128, operand.config.programs_per_sm) == (128, 128, 1)
         assert operand.arguments()["RESTART"] == launch.RESTART_ROWS
+
+
+def test_where_sums_begin_anew_a_step_ends():
+    """A descriptor's box of rows would reach beyond it."""
+    configs = [*TILE_CONFIGS.values(), *launch.RESTARTED_CONFIGS.values()]
+    assert {launch.RESTART_ROWS % config.block_m for config in configs} == {0}

@@ -106,19 +106,8 @@ class TritonBackend:
             return self.float64.topk_pairs(x, query, state)
         _refuse_too_large(x)
         with device_guard(x.device):
-            norms = column_norms(x, EPS)
-            if may_synchronize(x.device, state):
-                _refuse_not_finite(x, norms)
-            call = self._begin(x, norms, query, state)
-            if not may_synchronize(x.device, state):
-                self._compile_ahead(call)
-            self._pass(call)
-            if not (may_synchronize(x.device, state) and _is_certified(call)):
-                if call.operands.deviation is not None:
-                    _guess_again(call)
-                    self._pass(call)
-                _repair(call)
-            return _finish(call, self.most_margin)
+            self._compile_ahead(x, query, state)
+            return self._select(x, query, state)
 
     def max_cosine(self, x: Tensor, chunks: tuple[Tensor, ...] | None, precision: Precision) -> MaxCosine:
         """Maxima of tiles for their rows and their columns, joined by atomic maxima of (cosine, partner)."""
@@ -162,6 +151,33 @@ class TritonBackend:
                 if not is_direct:
                     transpose(lines, grad_slab)
         return grad
+
+    def _select(self, x: Tensor, query: Query, state: Tensor | None) -> Selection:
+        norms = column_norms(x, EPS)
+        if may_synchronize(x.device, state):
+            _refuse_not_finite(x, norms)
+        call = self._begin(x, norms, query, state)
+        self._pass(call)
+        if not (may_synchronize(x.device, state) and _is_certified(call)):
+            if call.operands.deviation is not None:
+                _guess_again(call)
+                self._pass(call)
+            _repair(call)
+        return _finish(call, self.most_margin)
+
+    def _compile_ahead(self, x: Tensor, query: Query, state: Tensor | None) -> None:
+        """Before the first call of its kind that launches a repair whether or not it is needed, compile all kernels.
+
+        Where shapes differ in what divides them, kernels may be compiled again, one by one.
+        """
+        kind = x.device, x.dtype, x.stride(0) == 1, query.similarity, query.precision, query.n_std is None
+        if kind in _COMPILED or INTERPRETED or may_synchronize(x.device, state):
+            return
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # the operators of torch between the kernels would become a part of the graph
+        with compiling_ahead():
+            self._select(x, query, state)
+        _COMPILED.add(kind)
 
     def _begin(self, x: Tensor, norms: "Norms", query: Query, state: Tensor | None) -> "_Call":
         """Allocate what the kernels of a call share, and choose the bound of the first pass."""
@@ -224,25 +240,6 @@ class TritonBackend:
                     x_slab, call.norms.inverse, call.radix, *records, k, floor,
                     is_first=i == 0, is_last=i == n_slabs - 1, is_abs=call.is_abs,
                 )  # fmt: skip
-
-    def _compile_ahead(self, call: "_Call") -> None:
-        """Before the first call of its kind that launches a repair whether or not it is needed, compile all of it.
-
-        Where shapes differ in what divides them, kernels may be compiled again, one by one.
-        """
-        query, first = call.query, call.operands.first
-        kind = (
-            call.x.device, call.x.dtype, call.x.stride(0) == 1, query.similarity, query.precision, query.n_std is None,
-            first.x.dtype, first.restarts,
-        )  # fmt: skip
-        if kind in _COMPILED or INTERPRETED:
-            return
-        with compiling_ahead():
-            self._pass(call)
-            if call.operands.deviation is not None:
-                _guess_again(call)
-            _repair(call)
-        _COMPILED.add(kind)
 
     def _operands(self, x: Tensor, norms: "Norms", query: Query) -> "_Operands":
         kind = _kind(x, query.precision)
