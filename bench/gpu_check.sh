@@ -4,13 +4,13 @@
 #   bash bench/gpu_check.sh [STEP ...] [options of python -m bench, such as --smoke]
 #
 # STEP        seconds  what it is
-#   tests         190  pytest -m gpu, with pytest-xdist (where it is installed) on up to 16 cores: most is compilation
-#   memcheck       40  compute-sanitizer over the test named sanitizer: accesses out of bounds
+#   tests         185  pytest -m gpu, with pytest-xdist (where it is installed) on up to 16 cores: most is compilation
+#   memcheck       60  compute-sanitizer over the test named sanitizer: accesses out of bounds
 #   racecheck     110  the same: races in shared memory
 #   ncu            35  a profile of one first pass
 #   bench          85  python -m bench --device cuda, which begins no case after 55 seconds
 #
-# The seconds are the longest that a step may take, 460 together; a step that reaches them is interrupted, and fails with
+# The seconds are the longest that a step may take, 475 together; a step that reaches them is interrupted, and fails with
 # status 124, or 137 if it would not end. A step goes on if one before it failed; the exit status is 1 if any failed. A
 # step whose tool is missing is skipped. Output goes into the log of its step as it comes, results into summary.txt.
 # PYTHON chooses the interpreter, LOG_DIR where logs go, STEP_LIMIT_S another limit for every step.
@@ -65,7 +65,7 @@ fi
 # those that have tests on a GPU; only the last of them needs the packages that training does
 paths=(tests/test_gpu.py tests/kernels tests/backends tests/test_{custom_ops,modules,pairs,validation,functional}.py)
 if "$python" -c 'import sae_lens' 2>/dev/null; then paths+=(tests/test_devices.py); fi
-step tests 190 "$python" "$python" -m pytest -m gpu -q --tb=short --durations=15 "${processes[@]}" "${paths[@]}"
+step tests 185 "$python" "$python" -m pytest -m gpu -q --tb=short --durations=15 "${processes[@]}" "${paths[@]}"
 
 # without torch's cache of allocations, so that every tensor has its own bounds
 sanitizer() {
@@ -74,7 +74,7 @@ sanitizer() {
         compute-sanitizer --tool "$tool" --error-exitcode 99 --target-processes all \
         "$python" -m pytest -q --tb=short tests/test_gpu.py -k sanitizer
 }
-sanitizer memcheck 40
+sanitizer memcheck 60
 sanitizer racecheck 110
 
 step ncu 35 ncu ncu --clock-control none --kernel-name regex:survivors --launch-count 1 --set full \

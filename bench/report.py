@@ -71,7 +71,7 @@ _TRAINING = {
     "topk_ortho_topk": "topk_ortho, TopK",
     "topk_ortho_topk_activations": "topk_ortho, TopK, with the penalty on activations",
 }
-_TEXT_COLUMNS = ("dtype", "pass", "a BatchTopK step")
+_TEXT_COLUMNS = ("dtype", "pass", "a BatchTopK step", "commit")
 _NUMBERS = {  # column of a table: how its numbers are written; all others are texts
     "M": "{:,}",
     "N": "{:,}",
@@ -95,11 +95,13 @@ def write_report(results: list[Result], out: Path, page: Path | None) -> None:
     """Draw the figures beside the results file, and write the tables of what was measured into a page."""
     for name, measured in _families(results).items():
         marker, table, draw = _FAMILIES[name]
-        if name == "dense" and (measured["provider"] == "topk_ortho_warm").any():
-            marker, table = "gpu-bench", short_table
-        if not measured.empty and draw is not None:
+        if measured.empty:
+            continue
+        if measured.iloc[-1]["environment"].get("gpu"):
+            marker, table = f"gpu-{marker}", short_table if name == "dense" else table
+        if draw is not None:
             draw(measured, out.with_name(f"{out.stem}{'' if name == 'dense' else f'-{name}'}.png"))
-        if not measured.empty and page is not None:
+        if page is not None:
             begin, end = f"<!-- {marker}: begin -->\n", f"<!-- {marker}: end -->"
             before, rest = page.read_text().split(begin)
             page.write_text(before + begin + table(measured) + end + rest.split(end)[1])
@@ -140,6 +142,7 @@ def dense_table(measured: pd.DataFrame) -> str:
     last = measured.iloc[-1]
     if gpu := last["environment"].get("gpu"):
         table = table.join(_gpu_figures(gpu, time_s[ours], measured[measured["provider"] == "cublas"]))
+    table = _with_commits(table, measured)
     table = table.rename(index=_PASS, level="mode").rename_axis(index={"mode": "pass"}).reset_index()
     setting = ""
     if len(table[["dtype", "M"]].drop_duplicates()) == 1:
@@ -163,12 +166,20 @@ def short_table(measured: pd.DataFrame) -> str:
     table["time / products"] = ours / time_s["half_gemm"]
     others = time_s[["chunked", "naive_compiled"]].min(axis="columns")
     table["faster than the best other"] = (others / ours).map("{:.1f} x".format, na_action="ignore")
+    table = _with_commits(table, measured)
     table = table[ours.notna()].rename(index=_PASS, level="mode").rename_axis(index={"mode": "pass"}).reset_index()
     setting = ""
     if table["M"].nunique() == 1:
         setting, table = f"M = {table['M'].iloc[0]:,}, ", table.drop(columns="M")
     note = f"Median time, and peak memory beyond x. {setting}k = {FRACTION:.1%} of the pairs. {_machines(measured)}"
     return _markdown(table, note)
+
+
+def _with_commits(table: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
+    """The table, with a column for the commit of each row if they are not all the same."""
+    commits = measured.assign(commit=[environment["commit"] for environment in measured["environment"]])
+    of_rows = commits.groupby(list(table.index.names))["commit"].last()
+    return table.join(of_rows) if of_rows.nunique() > 1 else table
 
 
 def _gpu_figures(gpu: str, time_s: pd.Series, squares: pd.DataFrame) -> pd.DataFrame:
@@ -204,7 +215,7 @@ def sparse_table(measured: pd.DataFrame) -> str:
     if found := [f"{density:.1%} at N = {n:,}" for n, density in crossings.items() if density is not None]:
         note += f"For a dense x of {sweep['M'].iloc[0]:,} rows the two routes take equal time at a density of "
         note += f"{', '.join(found)}. "
-    return _markdown(cells.reset_index(), note + _machines(measured))
+    return _markdown(cells.dropna(axis="columns", how="all").reset_index(), note + _machines(measured))
 
 
 def crossover(measured: pd.DataFrame, n_features: int) -> float | None:

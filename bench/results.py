@@ -59,10 +59,21 @@ def _whole_lines(path: Path) -> bytes:
 
 
 def latest(results: list[Result]) -> list[Result]:
-    """For each benchmark the results of the environment that its last one was measured in, the last of each case."""
-    environments = {r.case.benchmark: r.environment for r in results}
-    same = [r for r in results if is_same(r.environment, environments[r.case.benchmark])]
+    """The last result of each case, from the machine and the versions of the last one of its benchmark.
+
+    Cases that differ by the provider alone, between which ratios are taken, are also from the same sources. Others may
+    be older, where a run had no time for all.
+    """
+    machines = {r.case.benchmark: _machine_of(r.environment) for r in results}
+    here = [r for r in results if _machine_of(r.environment) == machines[r.case.benchmark]]
+    environments = {r.case._replace(provider=""): r.environment for r in here}
+    same = [r for r in here if is_same(r.environment, environments[r.case._replace(provider="")])]
     return list({r.case: r for r in same}.values())
+
+
+def _machine_of(environment: Environment) -> Environment:
+    """The machine and the versions that every benchmark depends on."""
+    return {name: value for name, value in environment.items() if name not in ("commit", "source", "sae_lens")}
 
 
 def finished(results: list[Result], environment: Environment) -> set[Case]:

@@ -65,7 +65,7 @@ SHARES = {
     ("sm_80", "fp32"): Share(0.90, f"Triton's tutorial on an A100, 17.5 Tflop/s, {_TRITON}/2491"),
     ("sm_90", "half"): Share(0.67, "this pass without its epilogue on an H200 at [4096, 65536], bench/results/h200.md"),
     ("sm_90", "tf32"): Share(0.53, f"as 16-bit operands in Triton's tutorial on an H100, 525 Tflop/s, {_TRITON}/3672"),
-    ("sm_90", "fp32"): Share(0.73, "cuBLAS in float32 on an H200 at [4096, 32768], bench/results/h200.md"),
+    ("sm_90", "fp32"): Share(0.73, "cuBLAS in float32 on an H200 at [4096, 32768], bench/results/cuda.jsonl"),
     ("sm_100", "half"): Share(0.50, "a guess: as by pointers on Hopper"),
     ("sm_100", "tf32"): Share(0.50, "a guess: as with 16-bit operands"),
     ("sm_100", "fp32"): Share(0.73, "a guess: as on Hopper"),

@@ -82,7 +82,7 @@ def topk_pairs(
     state : Tensor, optional
         Warm-start state from `initial_state`, updated in place: a call on slowly changing x starts from the last
         threshold. The state changes the time that a call takes, never which pairs are the k most similar; on the
-        "triton" backend float32 values of "highest" precision may differ in their last bits, see Notes. The "sparse"
+        "triton" backend float32 values may differ in their last bits, for "high" more, see Notes. The "sparse"
         backend needs none.
 
     Returns
@@ -111,10 +111,10 @@ def topk_pairs(
     of it in bfloat16 where it screens; "triton" copies a float32 x to float16 where it screens it, and for `precision`
     "medium".
 
-    "triton" screens large float32 matrices of "highest" precision in float16: by a bound on its error it knows what may
-    be selected, and computes only those products in float32. After a wrong guess all products are float32, and summed
-    in another order. "tiled" screens in bfloat16 from N = 1024 and up to M = 4096, on CPUs that have instructions for
-    it, at whatever precision.
+    "triton" screens float32 matrices of 1024 features or more in float16 for "highest" and "high": by a bound on its
+    error it knows what may be selected, and computes only those products in float32. Where more are undecided than
+    there is room for, all products are float32 ("high": tf32), and summed in another order. "tiled" screens in
+    bfloat16 from N = 1024 and up to M = 4096, on CPUs that have instructions for it, at whatever precision.
 
     "sparse" computes the pairs of features that are active in the same row of x, and no others: L0 features in each row
     make M L0 (L0 - 1) / 2 products, whatever N is. Products are rounded to float32 (float64 for float64 input) and

@@ -51,12 +51,16 @@ def test_finished_is_what_ran_in_the_same_environment():
         assert finished(results, ENVIRONMENT | {name: "other"}) == set()
 
 
-def test_latest_has_one_environment_for_each_benchmark():
-    other = ENVIRONMENT | {"source": "4567"}
-    training = Case("training", "a", "step", "float32", 8, 64)
-    old = [result_of(training), result_of(CASES[0]), result_of(CASES[1])]
+def test_latest():
+    """What is compared has the same sources, and all of a benchmark the same machine and versions."""
+    other = ENVIRONMENT | {"source": "4567", "commit": "new"}
+    training, larger = Case("training", "a", "step", "float32", 8, 64), CASES[0]._replace(N=2 * CASES[0].N)
+    assert CASES[0]._replace(provider="") == CASES[1]._replace(provider="")
+    elsewhere = result_of(larger, ENVIRONMENT | {"torch": "older"})
+    old = [result_of(training), result_of(CASES[0]), result_of(CASES[1]), result_of(larger)]
     new = [result_of(CASES[1], other, time_s=9.0), result_of(CASES[1], other, time_s=3.0)]
-    assert latest(old + new) == [old[0], new[1]]
+    assert latest([elsewhere, *old, *new]) == [old[0], old[3], new[1]]
+    assert latest([*old, elsewhere]) == [old[0], elsewhere]
 
 
 def test_the_environment_tells_which_code_ran():

@@ -3,12 +3,13 @@
 The kernels are `topk_ortho.kernels`; here they are put in order. Nothing is read on the host once a warm-start state is
 given: every call enqueues the same kernels, and those of a repair return at once unless the first pass failed (see
 `topk_ortho.kernels.radix_select`). Without a state the host looks whether it failed, and compiles and launches a repair
-only then. float32 columns in "highest" precision are first screened in fp16, whose rounding is bounded, and what may be
-selected is computed again in float32. If the guess failed, the screen finds a better one and passes once more; float32
-products of all pairs are for what it leaves undecided. float64 has no kernels: it goes to `tiled`.
+only then. float32 columns in "highest" or "high" precision are first screened in fp16, whose rounding is bounded, and
+what may be selected is computed again in float32. If the guess failed, the screen finds a better one and passes once
+more; float32 or tf32 products of all pairs are for what it leaves undecided. float64 has no kernels, so it goes to
+`tiled`.
 
-Extra memory: O(k) records, for row-major x a slab of its transpose, for float32 columns in "highest" or "medium"
-precision an fp16 copy. bf16 and fp16 columns, and float32 ones in "high" precision, are copied if the lines of x are
+Extra memory: O(k) records, for row-major x a slab of its transpose, for float32 columns that are screened or in
+"medium" precision an fp16 copy. bf16 and fp16 columns, and those multiplied as tf32, are copied if the lines of x are
 not multiples of 16 entries, as those of a row-major x whose N is not. A gradient has sums of columns with many
 partners, see `TritonBackend.sums_bytes`.
 """
