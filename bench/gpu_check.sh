@@ -6,11 +6,11 @@
 # STEP        seconds  what it is
 #   tests         185  pytest -m gpu, with pytest-xdist (where it is installed) on up to 16 cores: most is compilation
 #   memcheck       60  compute-sanitizer over the test named sanitizer: accesses out of bounds
-#   racecheck     110  the same: races in shared memory
+#   racecheck      95  the same: races in shared memory
 #   ncu            35  a profile of one first pass
 #   bench          85  python -m bench --device cuda, which begins no case after 55 seconds
 #
-# The seconds are the longest that a step may take, 475 together; a step that reaches them is interrupted, and fails with
+# The seconds are the longest that a step may take, 460 together; a step that reaches them is interrupted, and fails with
 # status 124, or 137 if it would not end. A step goes on if one before it failed; the exit status is 1 if any failed. A
 # step whose tool is missing is skipped. Output goes into the log of its step as it comes, results into summary.txt.
 # PYTHON chooses the interpreter, LOG_DIR where logs go, STEP_LIMIT_S another limit for every step.
@@ -75,7 +75,7 @@ sanitizer() {
         "$python" -m pytest -q --tb=short tests/test_gpu.py -k sanitizer
 }
 sanitizer memcheck 60
-sanitizer racecheck 110
+sanitizer racecheck 95
 
 step ncu 35 ncu ncu --clock-control none --kernel-name regex:survivors --launch-count 1 --set full \
     --force-overwrite --export "$logs/first_pass" \
