@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topk_ortho.kernels.launch import launch
+
 _BLOCK_ENTRY = 64  # entries of a sample at a step; few SAEs have more features active in a sample
 _BLOCK_PRODUCT = 128
 
@@ -54,7 +56,8 @@ def coactivation_products(
     A key is ``(feature - first_feature) * n_features + second feature``, which the dtype of `keys` must hold. The
     products of ``entries[i]`` go to the places from ``starts[i]`` to ``starts[i + 1]``, as many as entries follow it.
     """
-    _coactivation_products_kernel[(entries.numel(),)](
+    launch(
+        _coactivation_products_kernel, (entries.numel(),),
         entries, starts, features, values, keys, products, first_feature, n_features, BLOCK=_BLOCK_ENTRY, num_warps=1,
         enable_fp_fusion=True,
     )  # fmt: skip
@@ -96,8 +99,17 @@ def coactivation_sums(keys: Tensor, products: Tensor, sums: Tensor) -> Tensor:
     """
     n_blocks = triton.cdiv(keys.numel(), _BLOCK_PRODUCT)
     leading = torch.empty(n_blocks, dtype=torch.float64, device=keys.device)
-    _coactivation_sums_kernel[(n_blocks,)](
-        keys, products, sums, leading, keys.numel(), BLOCK=_BLOCK_PRODUCT, num_warps=4, enable_fp_fusion=True
+    launch(
+        _coactivation_sums_kernel,
+        (n_blocks,),
+        keys,
+        products,
+        sums,
+        leading,
+        keys.numel(),
+        BLOCK=_BLOCK_PRODUCT,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
     return leading
 
@@ -136,8 +148,17 @@ def coactivation_long_sums(keys: Tensor, products: Tensor, leading: Tensor, sums
 
     Then `sums` holds the sum of the products of every run at its first place, and 0 at the others.
     """
-    _coactivation_long_sums_kernel[(leading.numel(),)](
-        keys, products, leading, sums, keys.numel(), BLOCK=_BLOCK_PRODUCT, num_warps=4, enable_fp_fusion=True
+    launch(
+        _coactivation_long_sums_kernel,
+        (leading.numel(),),
+        keys,
+        products,
+        leading,
+        sums,
+        keys.numel(),
+        BLOCK=_BLOCK_PRODUCT,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
 
 
@@ -185,7 +206,8 @@ def coactivation_spread(
     it has none in this slab. Of the entries before it in its sample, those from `begins` up to `stops` have products in
     this slab. `ends` is where the sample ends.
     """
-    _coactivation_spread_kernel[(values.numel(),)](
+    launch(
+        _coactivation_spread_kernel, (values.numel(),),
         first_product, first_weights, second_weights, begins, stops, ends, values, out, BLOCK=_BLOCK_ENTRY,
         num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip

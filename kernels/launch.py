@@ -42,9 +42,17 @@ Kind = Literal["half", "tf32", "ieee"]
 _only_compiles = ContextVar("_only_compiles", default=False)
 
 
+def is_only_compiling() -> bool:
+    """Whether this is within `compiling_ahead`."""
+    return _only_compiles.get()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launch the programs of a kernel; within `compiling_ahead` compile it and launch nothing."""
-    if _only_compiles.get():
+    """Launch the programs of a kernel; within `compiling_ahead` compile it and launch nothing.
+
+    Every kernel is launched by it, so that none runs on what others have not written there.
+    """
+    if is_only_compiling():
         kernel.warmup(*arguments, grid=grid, **options)
     else:
         kernel[grid](*arguments, **options)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topk_ortho.kernels.launch import Operand, n_loaded
+from topk_ortho.kernels.launch import Operand, launch, n_loaded
 from topk_ortho.kernels.tiles import cosines, n_tiles_of, quartered_tile
 
 
@@ -68,7 +68,8 @@ def max_cosine(operand: Operand, best: Tensor, n_chunks: int, chunk_stride: int,
     first_chunk = replace(operand, x=operand.x[:, :largest])
     last_chunk = operand.x[:, (n_chunks - 1) * chunk_stride :]
     n_programs = min(first_chunk.n_tiles, triton.cdiv(operand.n_resident, n_chunks))
-    _max_cosine_kernel[(n_programs, n_chunks)](
+    launch(
+        _max_cosine_kernel, (n_programs, n_chunks),
         best_ptr=best, n_larger=n_larger,
         chunk_stride=chunk_stride if n_chunks > 1 else 0,  # N would be taken for one, which 16 need not divide
         **first_chunk.arguments() | {"n_loaded": n_loaded(last_chunk)},

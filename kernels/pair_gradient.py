@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topk_ortho.kernels.launch import current_device
+from topk_ortho.kernels.launch import current_device, launch
 from topk_ortho.kernels.tiles import round_to
 
 LINE_BYTES = 512
@@ -157,7 +157,8 @@ def segment_sums(
     own = lines.new_empty(lines.shape[:2])
     if n_segments > 0:
         n_programs = min(own.numel(), current_device().n_multiprocessors * _PROGRAMS_PER_SM)
-        _segment_sums_kernel[(n_programs,)](
+        launch(
+            _segment_sums_kernel, (n_programs,),
             x_slab, x_slab.stride(0), x_slab.stride(1), inverse, targets, partners, weights, values, lines, own,
             n_rows, n_features, n_segments,
             SEGMENT=SEGMENT, BLOCK_M=block_m, BLOCK_PAIR=_BLOCK_PAIR, num_warps=1, enable_fp_fusion=True,
@@ -175,7 +176,8 @@ def pair_gradient(
     """
     n_features, _ = x_slab.shape
     n_blocks, n_segments, block_m = sums.lines.shape
-    _pair_gradient_kernel[(n_features, n_blocks)](
+    launch(
+        _pair_gradient_kernel, (n_features, n_blocks),
         x_slab, x_slab.stride(0), x_slab.stride(1), norms, inverse, offsets, partners, weights, values, *sums,
         grad_slab, grad_slab.stride(0), grad_slab.stride(1), x_slab.shape[1], n_segments, eps,
         SEGMENT=SEGMENT, BLOCK_M=block_m, BLOCK_PAIR=_BLOCK_PAIR, num_warps=1, enable_fp_fusion=True,

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topk_ortho.kernels.launch import launch
+
 _BLOCK = 256  # not measured
 
 
@@ -47,8 +49,19 @@ def pair_targets(rows: Tensor, cols: Tensor, row_weights: Tensor, col_weights: T
     """
     p = rows.numel()
     targets = torch.empty(2 * p, dtype=torch.int32, device=rows.device)
-    _pair_targets_kernel[(triton.cdiv(p, _BLOCK),)](
-        rows, cols, row_weights, col_weights, targets, p, n_features, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True
+    launch(
+        _pair_targets_kernel,
+        (triton.cdiv(p, _BLOCK),),
+        rows,
+        cols,
+        row_weights,
+        col_weights,
+        targets,
+        p,
+        n_features,
+        BLOCK=_BLOCK,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
     return targets
 
@@ -121,7 +134,8 @@ def pair_lists(
     offsets = torch.empty(n_features + 1, dtype=torch.int64, device=device)
     partners = torch.empty(2 * p, dtype=torch.int32, device=device)
     weights, values = (torch.empty(2 * p, dtype=torch.float32, device=device) for _ in range(2))
-    _pair_lists_kernel[(triton.cdiv(n_features + 1, _BLOCK) + triton.cdiv(2 * p, _BLOCK),)](
+    launch(
+        _pair_lists_kernel, (triton.cdiv(n_features + 1, _BLOCK) + triton.cdiv(2 * p, _BLOCK),),
         targets, order, rows, cols, row_weights, col_weights, cosines, norms,
         inverse, offsets, partners, weights, values, p, n_features, eps,
         BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True,

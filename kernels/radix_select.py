@@ -215,11 +215,11 @@ def _begin_kernel(
     flags = tl.load(flags_ptr)
     stage = tl.where(flags > 0, DIGITS, PASS)
     if IS_ROUNDED:
-        # Products of fp16 numbers are exact in float32, and `sum_error` bounds the rounding of their sums. M / 32 + 32
-        # units of 2**-23 cover rows beyond M, and the sums of `rescore`, of which a lane has M / 64 terms. The factor
-        # 1.01 covers the norms of rounded columns and the rounding of this formula.
+        # Products of fp16 numbers are exact in float32, and `sum_error` bounds the rounding of their sums. M / 64 + 64
+        # units of 2**-24 cover `rescore`, of which a lane sums M / 64 terms over all slabs. The factor 1.01 covers the
+        # norms of rounded columns and the rounding of this formula.
         deviation = tl.load(deviation_ptr)
-        slack = 1.01 * (2.0 * deviation + deviation * deviation + sum_error + (M // 32 + 32) * 2.0**-23)
+        slack = 1.01 * (2.0 * deviation + deviation * deviation + sum_error + (M // 64 + 64) * 2.0**-24)
         least = tl.where(tl.load(deviation_ptr + 1) > 0, -2.0, 0.0)
         stage = PASS
     # without a guess a pass would record every pair, which is in vain if they cannot fit
@@ -378,7 +378,7 @@ def tie_row(
 
 def begin(
     radix: RadixSelect, flags: Tensor, state: Tensor | None, deviation: Tensor | None, rank: int, n_rows: int,
-    sum_error: float, can_overflow: bool,
+    sum_error: float | None, can_overflow: bool,
 ) -> None:  # fmt: skip
     """Choose the first bound: the guess in `state`, else the similarity at `rank` in the sampled histogram, else none.
 
@@ -386,12 +386,13 @@ def begin(
     it. Without it the operand has the columns as they are, and `flags` of the norms may say that they must not be
     multiplied: then the first pass is left out.
     """
+    assert deviation is None or sum_error is not None, "nothing is known of the rounding of this device"
     shift, bits = SAMPLE_DIGIT
     launch(
         _begin_kernel, (1,),
         radix.plan, radix.bounds, radix.sample_histogram,
         flags, flags if state is None else state, flags if deviation is None else deviation,
-        rank, radix.row_ties.numel(), n_rows, sum_error, int(can_overflow),
+        rank, radix.row_ties.numel(), n_rows, sum_error or 0.0, int(can_overflow),
         HAS_STATE=state is not None, IS_ROUNDED=deviation is not None, SHIFT=shift, BINS=2**bits,
         num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip

@@ -82,7 +82,7 @@ def topk_pairs(
     state : Tensor, optional
         Warm-start state from `initial_state`, updated in place: a call on slowly changing x starts from the last
         threshold. The state changes the time that a call takes, never which pairs are the k most similar; on the
-        "triton" backend float32 values may differ in their last bits, for "high" more, see Notes. The "sparse"
+        "triton" backend float32 values may differ in their last bits, see Notes. The "sparse"
         backend needs none.
 
     Returns
@@ -113,7 +113,7 @@ def topk_pairs(
 
     "triton" screens float32 matrices of 1024 features or more in float16 for "highest" and "high": by a bound on its
     error it knows what may be selected, and computes only those products in float32. Where more are undecided than
-    there is room for, all products are float32 ("high": tf32), and summed in another order. "tiled" screens in
+    there is room for, all products are float32, and summed in another order. "tiled" screens in
     bfloat16 from N = 1024 and up to M = 4096, on CPUs that have instructions for it, at whatever precision.
 
     "sparse" computes the pairs of features that are active in the same row of x, and no others: L0 features in each row

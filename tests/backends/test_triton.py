@@ -277,8 +277,10 @@ class TestCompilingAhead:
         def compiling_ahead():
             n_times.append(None)
             token = launch._only_compiles.set(True)
-            yield
-            launch._only_compiles.reset(token)
+            try:
+                yield
+            finally:
+                launch._only_compiles.reset(token)
 
         monkeypatch.setattr(triton, "compiling_ahead", compiling_ahead)
         monkeypatch.setattr(triton, "INTERPRETED", False)
@@ -294,6 +296,10 @@ class TestCompilingAhead:
             assert len(ahead) == 1
         assert_selection(topk_pairs(x[:, :41], k=60, state=state, backend="triton"), x[:, :41], k=60)
         assert len(ahead) == 1
+        for part in (x[:16], x[:, :32]):  # Triton compiles anew where 16 divides a number
+            n_before = len(ahead)
+            assert_selection(topk_pairs(part, k=60, state=state, backend="triton"), part, k=60)
+            assert len(ahead) == n_before + 1
         for arguments in ({"similarity": "positive"}, {"tau": "adaptive"}, {"precision": "medium"}):
             n_before = len(ahead)
             topk_pairs(x, k=60, state=state, backend="triton", **arguments)
@@ -569,6 +575,8 @@ class TestScreened:
         [
             (7000, 1024, 1e-7, {}, True),
             (7000, 1023, 1e-7, {}, False),
+            (2**17, 1024, 1e-7, {}, True),
+            (2**17 + 1, 1024, 1e-7, {}, False),
             (16, 1024, None, {}, False),
             (16, 1024, 1e-7, {"n_std": 1.0}, False),
             (16, 1024, 1e-7, {"precision": "high"}, True),
@@ -581,11 +589,14 @@ class TestScreened:
         """From so many features on, where the rounding of sums is known, and more than fp16 is asked for."""
         operands = self.operands(m, n, sum_error, monkeypatch, **arguments)
         assert (operands.deviation is not None) == is_screened
+        if is_screened:
+            assert operands.repair.kind == "ieee", "a repair would select other pairs"
 
     @staticmethod
     def operands(m, n, sum_error, monkeypatch, **arguments):
         device = launch.current_device()._replace(sum_error=sum_error)
-        monkeypatch.setattr(launch, "current_device", lambda: device)
+        for module in (launch, triton):
+            monkeypatch.setattr(module, "current_device", lambda: device)
         per_feature = torch.ones(n, device=DEVICE)
         norms = Norms(*[per_feature] * 4, flags=torch.zeros(1, dtype=torch.int32, device=DEVICE))
         rounded = launch.Operand(x=per_feature, factor=per_feature, scale=None, kind="half")
@@ -595,10 +606,10 @@ class TestScreened:
     @pytest.mark.parametrize(
         ("m", "of_a_product", "restarts", "expected"),
         [
-            (7000, 1e-7, False, 7e-4),
-            (7001, 1e-7, True, 2048e-7 + 4 * 2.0**-24),
-            (7001, 0.9e-7, False, 6.3009e-4),
-            (10**6, 1e-7, True, 2048e-7 + 489 * 2.0**-24),
+            (3400, 1e-7, False, 3.4e-4),
+            (3401, 1e-7, True, 2048e-7 + 2 * 2.0**-24),
+            (3401, 0.9e-7, False, 3.0609e-4),
+            (2**17, 1e-7, True, 2048e-7 + 64 * 2.0**-24),
         ],
     )
     def test_long_sums_begin_anew(self, m, of_a_product, restarts, expected, monkeypatch):

@@ -8,12 +8,16 @@ import json
 from typing import Any
 
 import torch
+from triton import knobs
 from triton._C.libtriton import ir
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
 from bench.compile_report import ARCHITECTURES, AbsentDevice, variants
-from topk_ortho.kernels.launch import compiling_ahead
+from topk_ortho.backends import triton as backends
+from topk_ortho.backends.triton import TritonBackend
+from topk_ortho.definitions import Query
+from topk_ortho.kernels.launch import compiling_ahead, is_only_compiling
 from topk_ortho.kernels.transpose import transpose
 
 _TARGET = ARCHITECTURES["sm_90"].target
@@ -54,14 +58,36 @@ def compiled_ahead() -> dict[str, int]:
         for tensor in (x, out):
             transpose(tensor, tensor.T)
 
-    with compiling_ahead():
-        launch_both()
+    try:
+        with compiling_ahead():
+            launch_both()
+            raise KeyError
+    except KeyError:
+        assert not is_only_compiling(), "nothing would be launched any more"
     kernel = device.kernel
     assert kernel is not None
     result = {"compiled": len(kernel.device_caches[id(device)][0]), "launched": device.n_programs}
     device.kernel = None
     launch_both()
     return result | {"compiled later": int(device.kernel is not None), "launched later": device.n_programs}
+
+
+def of_a_call(dtype: torch.dtype) -> dict[str, int]:
+    """What a call with a state launches, and how much of it the backend does not compile ahead; by kernel and key."""
+    backend, query = TritonBackend(), Query(k=2000)
+    x, state = torch.empty(300, 2000, dtype=dtype, device="meta"), torch.empty(3, device="meta")
+    device = AbsentDevice("sm_90", compiles=False)
+    ahead, later = set(), set()
+    for seen, call in ((ahead, backend._compile_ahead), (later, backend._select)):
+
+        def collect(*, fn: Any, key: str, _seen: set[tuple[str, str]] = seen, **_: Any) -> bool:
+            _seen.add((fn.jit_function.__name__, key))
+            return True
+
+        knobs.runtime.jit_cache_hook = collect
+        call(x, query, state)
+    assert device.kernel is None
+    return {"launched": len(later), "not ahead": len(later - ahead)}
 
 
 def main() -> None:
@@ -78,7 +104,9 @@ def main() -> None:
         # the launch that has most of its options on compiles most of the kernel
         _, *arguments = max(of_kernel, key=lambda launch: launch[0])
         errors[name] = errors_by_argument(*arguments)
-    print(json.dumps({"names": names, "errors": errors, "ahead": compiled_ahead()}))
+    backends.may_synchronize = lambda device, state: False
+    calls = {str(dtype): of_a_call(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    print(json.dumps({"names": names, "errors": errors, "ahead": compiled_ahead(), "calls": calls}))
 
 
 if __name__ == "__main__":

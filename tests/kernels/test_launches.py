@@ -64,3 +64,10 @@ def test_an_argument_may_be_one(launches):
 def test_kernels_are_compiled_ahead(launches):
     """Both, and neither is launched; a launch finds what was compiled."""
     assert launches["ahead"] == {"compiled": 2, "launched": 0, "compiled later": 0, "launched later": 1}
+
+
+@pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float32"])
+def test_all_that_a_call_launches_is_compiled_ahead(dtype, launches):
+    calls = launches["calls"][dtype]
+    assert calls["launched"] >= 9
+    assert calls["not ahead"] == 0

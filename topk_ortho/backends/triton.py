@@ -5,7 +5,7 @@ given: every call enqueues the same kernels, and those of a repair return at onc
 `topk_ortho.kernels.radix_select`). Without a state the host looks whether it failed, and compiles and launches a repair
 only then. float32 columns in "highest" or "high" precision are first screened in fp16, whose rounding is bounded, and
 what may be selected is computed again in float32. If the guess failed, the screen finds a better one and passes once
-more; float32 or tf32 products of all pairs are for what it leaves undecided. float64 has no kernels, so it goes to
+more; float32 products of all pairs are for what it leaves undecided. float64 has no kernels, so it goes to
 `tiled`.
 
 Extra memory: O(k) records, for row-major x a slab of its transpose, for float32 columns that are screened or in
@@ -78,11 +78,15 @@ class TritonBackend:
     """Features from which x is copied if its lines are not aligned, unless float32 is multiplied as it is, which takes
     far longer than its loads. The pass loads every entry of 1,024 features 8 times. Without a copy it loads them one by
     one: of bf16 and fp16 by 32 instructions a step in place of 4 on sm_80, none asynchronous. Not measured."""
-    most_sum_error: float = 7e-4
-    """Largest bound on the rounding of its sums for which a screen adds up all rows of x at once: with a larger one
-    more pairs pass than the records hold. That is up to 17,800 rows of x on Hopper and Blackwell, and 8,500 on Ampere,
-    Ada and CDNA 3. For more rows the sums begin anew every 2,048, which has a closer bound, but takes registers that
-    larger tiles have not."""
+    most_screened_rows: int = 2**17
+    """Rows up to which float32 columns are screened. The more rows x has, the closer to each other are the cosines of
+    columns with independent entries: of longer ones, more are within the rounding of the k-th than the records hold.
+    That is a calculation, not a measurement."""
+    most_sum_error: float = 3.4e-4
+    """Largest bound on the rounding of its sums for which a screen adds up all rows of x at once, which it does in
+    larger tiles. That is up to 8,600 rows on Hopper and Blackwell, and 4,100 on Ampere, Ada and CDNA 3. For more the
+    sums begin anew every 2,048 rows: their bound is closer, so that fewer pairs are left undecided. On an H200 a screen
+    of 16,384 rows took the same time either way."""
     slab_bytes: int = 2**25
     """Size of a slab of x that stays in L2 while lines of it are gathered: an A100 has 40 MB, an H200 has 60 MB. Both
     have it in two halves, but on an H200 the gradient gathers as fast from 2**25 bytes, more than a half, as from
@@ -167,12 +171,18 @@ class TritonBackend:
         return _finish(call, self.most_margin)
 
     def _compile_ahead(self, x: Tensor, query: Query, state: Tensor | None) -> None:
-        """Before the first call of its kind that launches a repair whether or not it is needed, compile all kernels.
+        """Before the first call of its kind that launches a repair whether or not it is needed, compile its kernels.
 
-        Where shapes differ in what divides them, kernels may be compiled again, one by one.
+        Those for which other numbers are 1, or multiples of 16, are compiled when they are launched.
         """
-        kind = x.device, x.dtype, x.stride(0) == 1, query.similarity, query.precision, query.n_std is None
-        if kind in _COMPILED or INTERPRETED or may_synchronize(x.device, state):
+        if INTERPRETED or may_synchronize(x.device, state):
+            return
+        kind = (
+            x.device, x.dtype, x.stride(0) == 1, *(size % 16 == 0 for size in x.shape),
+            query.similarity, query.precision, query.n_std is None,
+            self._is_screened(x, query), self._restarts(x), x.shape[1] > MOST_FEATURES_OF_ONE_KEY,
+        )  # fmt: skip
+        if kind in _COMPILED:
             return
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return  # the operators of torch between the kernels would become a part of the graph
@@ -243,21 +253,32 @@ class TritonBackend:
                 )  # fmt: skip
 
     def _operands(self, x: Tensor, norms: "Norms", query: Query) -> "_Operands":
-        kind = _kind(x, query.precision)
+        if self._is_screened(x, query):
+            rounded, deviation = _rounded(x, norms)
+            restarts = self._restarts(x)
+            # in float32 for "high" too, so that the selection does not depend on whether a repair is needed
+            _, scaled = _plain_and_scaled(x, norms, "ieee")
+            rounded, error = replace(rounded, restarts=restarts), sum_error(x.shape[0], restarts=restarts)
+            return _Operands(rounded, scaled, norms.flags, deviation, error)
         if x.dtype == torch.float32 and query.precision == "medium":
             rounded, _ = _rounded(x, norms)
             return _Operands(rounded, rounded, torch.zeros_like(norms.flags), None)
-        error = sum_error(x.shape[0], restarts=False)
+        kind = _kind(x, query.precision)
+        plain, scaled = _plain_and_scaled(self._loadable(x, kind), norms, kind)
+        return _Operands(plain, scaled, norms.flags, None)
+
+    def _is_screened(self, x: Tensor, query: Query) -> bool:
+        """Whether x [M, N] is multiplied in fp16 first: if this pays, and its rounding is known."""
+        is_wanted = x.dtype == torch.float32 and query.precision != "medium"
+        n_rows, n_features = x.shape
+        pays = n_features >= self.least_screened_features and n_rows <= self.most_screened_rows
         # an adaptive tau needs every cosine in full precision
-        is_screened = query.n_std is None and x.shape[1] >= self.least_screened_features
-        if x.dtype != torch.float32 or error is None or not is_screened:
-            plain, scaled = _plain_and_scaled(self._loadable(x, kind), norms, kind)
-            return _Operands(plain, scaled, norms.flags, None)
-        rounded, deviation = _rounded(x, norms)
-        if error > self.most_sum_error:
-            rounded, error = replace(rounded, restarts=True), sum_error(x.shape[0], restarts=True)
-        _, scaled = _plain_and_scaled(x, norms, kind)  # not aligned: it is hardly ever needed
-        return _Operands(rounded, scaled, norms.flags, deviation, error)
+        return is_wanted and pays and query.n_std is None and current_device().sum_error is not None
+
+    def _restarts(self, x: Tensor) -> bool:
+        """Whether sums over the rows of x in a screen begin anew; the rounding must be known."""
+        error = sum_error(x.shape[0], restarts=False)
+        return error is not None and error > self.most_sum_error
 
     def _loadable(self, x: Tensor, kind: "Kind") -> Tensor:
         """x; an aligned copy where loads of single entries would cost more."""
@@ -290,8 +311,8 @@ class _Operands(NamedTuple):
     deviation: Tensor | None
     """float32 [2] of `round_columns`: how far the first operand is from the precision asked for, and whether it has
     negative entries; None if it has that precision"""
-    sum_error: float = 0.0
-    """Bound on the rounding of the gram of the first operand, beyond that of its columns"""
+    sum_error: float | None = None
+    """Bound on the rounding of the gram of the first operand, beyond that of its columns, which comes with it"""
 
 
 class _Call(NamedTuple):
