@@ -2,7 +2,10 @@
 
 import re
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Barrier
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -304,6 +307,21 @@ class TestCompilingAhead:
             n_before = len(ahead)
             topk_pairs(x, k=60, state=state, backend="triton", **arguments)
             assert len(ahead) == n_before + 1
+
+    def test_once_for_two_threads(self, ahead, monkeypatch):
+        """The second one finds the first at it, and waits."""
+        monkeypatch.setattr(triton, "may_synchronize", lambda device, state: False)
+        monkeypatch.setattr(TritonBackend, "_select", lambda *_: time.sleep(0.1))
+        both = Barrier(2)
+
+        def first_call():
+            both.wait()
+            TritonBackend()._compile_ahead(torch.ones(9, 9), Query(k=3), initial_state())
+
+        with ThreadPoolExecutor(2) as pool:
+            for call in [pool.submit(first_call) for _ in range(2)]:
+                call.result()
+        assert len(ahead) == 1
 
     @pytest.mark.usefixtures("_small_pieces")
     def test_not_where_a_repair_may_never_be_needed(self, ahead):

@@ -16,6 +16,7 @@ partners, see `TritonBackend.sums_bytes`.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,8 @@ if IMPORT_ERROR is None:
 
 _COMPILED: set[tuple[object, ...]] = set()
 """Kinds of calls whose kernels were compiled ahead."""
+_COMPILING = Lock()
+"""Held by the thread that compiles ahead."""
 MOST_FEATURES_OF_ONE_KEY = 2**17
 """Features up to which one key of 64 bits holds a similarity and the number of a pair, so that one sort orders both"""
 
@@ -186,9 +189,11 @@ class TritonBackend:
             return
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return  # the operators of torch between the kernels would become a part of the graph
-        with compiling_ahead():
-            self._select(x, query, state)
-        _COMPILED.add(kind)
+        with _COMPILING:
+            if kind not in _COMPILED:  # by another thread, which this one has waited for
+                with compiling_ahead():
+                    self._select(x, query, state)
+                _COMPILED.add(kind)
 
     def _begin(self, x: Tensor, norms: "Norms", query: Query, state: Tensor | None) -> "_Call":
         """Allocate what the kernels of a call share, and choose the bound of the first pass."""
