@@ -11,7 +11,7 @@ x is [4096, 65536], row-major unless said otherwise. Kernels over gram tiles are
 (bf16, float32 as tf32, float32 as it is) as the backend launches them: the first pass not scaled, the passes of a
 repair scaled where flags ask for it, both with moments. Only the first pass is also compiled for fp16, for
 feature-major x and for a ragged N of 65,535 (and `max_cosine` for the last). The passes of a screen are compiled for
-fp16 too, and where sums begin anew. Similarities are absolute, tensors are aligned to 16 bytes, and, for AMD, below
+fp16 too, and with blocked summation. Similarities are absolute, tensors are aligned to 16 bytes, and, for AMD, below
 2 GB.
 """
 

@@ -46,7 +46,7 @@ def cases(device_type: str) -> list[Case]:
         add(_BOTH, dtype, 4096, [65536], ["topk_ortho_warm", "chunked"])
         add(_FORWARD, dtype, 4096, [16384, 8192], sweep)
         add(_BOTH, dtype, 4096, [16384, 8192], sweep_of_both)
-    add(_FORWARD, "float32", 32768, [_CUBLAS_N], ["cublas", "topk_ortho_warm", "half_gemm"])  # sums begin anew
+    add(_FORWARD, "float32", 32768, [_CUBLAS_N], ["cublas", "topk_ortho_warm", "half_gemm"])  # blocked summation
     for dtype, m in itertools.product(dtypes, (1024, 16384)):
         add(_FORWARD, dtype, m, [_CUBLAS_N], ["cublas"])
         add(_FORWARD, dtype, m, [32768], sweep)

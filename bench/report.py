@@ -29,7 +29,7 @@ _PASS = {"forward": "forward", "forward_backward": "forward + backward"}
 _DENSE = {  # provider: label, color; in the order of the table
     "topk_ortho_warm": ("topk_ortho, warm", "#7fb2e5"),
     "topk_ortho": ("topk_ortho", "#2a6fbb"),
-    "topk_ortho_failed": ("topk_ortho, after too high a guess", "#1b3f66"),
+    "topk_ortho_failed": ("topk_ortho, after a failed guess", "#1b3f66"),
     "tiled": ("topk_ortho, plain torch", "#55a868"),
     "half_gemm": ("matrix products only", "#888888"),
     "cublas": ("a full square product", "#444444"),
@@ -40,7 +40,7 @@ _DENSE = {  # provider: label, color; in the order of the table
 }
 _SHORT = {  # provider: label; what the page shows of a GPU, in the order of its table
     "topk_ortho_warm": "topk_ortho",
-    "topk_ortho_failed": "after too high a guess",
+    "topk_ortho_failed": "after a failed guess",
     "half_gemm": "matrix products only",
     "chunked": "row blocks, merged torch.topk",
     "naive_compiled": "matmul + torch.topk, torch.compile",

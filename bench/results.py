@@ -59,10 +59,10 @@ def _whole_lines(path: Path) -> bytes:
 
 
 def latest(results: list[Result]) -> list[Result]:
-    """The last result of each case, from the machine and the versions of the last one of its benchmark.
+    """The last result of each case, among those from the machine and versions of its benchmark's last result.
 
-    Cases that differ by the provider alone, between which ratios are taken, are also from the same sources. Others may
-    be older, where a run had no time for all.
+    Cases that differ by the provider alone, between which ratios are taken, come from the same sources. Other cases may
+    be older, because a run with a time budget measures the most important ones first.
     """
     machines = {r.case.benchmark: _machine_of(r.environment) for r in results}
     here = [r for r in results if _machine_of(r.environment) == machines[r.case.benchmark]]

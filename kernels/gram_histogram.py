@@ -116,8 +116,8 @@ def gram_histogram(
 ) -> None:  # fmt: skip
     """Add pairs to the histogram of a digit, those above `floor` or, for a screen, all; then take the next step.
 
-    That is to make a guess of the counts, or to narrow the range that holds the k-th similarity. Returns at once unless
-    the stage is SCREEN if `is_screen`, else DIGITS.
+    For a screen that step derives a new guess from the counts; otherwise it narrows the range that holds the k-th
+    similarity. Returns at once unless the stage is SCREEN if `is_screen`, else DIGITS.
     """
     histograms = radix.screen_histograms if is_screen else radix.digit_histograms
     launch(

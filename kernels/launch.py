@@ -33,7 +33,7 @@ NEVER, ALWAYS, IF_FLAGGED = (tl.constexpr(choice) for choice in range(3))
 """Whether a kernel multiplies x by the scale of its operand, see `Operand.scaled`."""
 
 RESTART_ROWS = 2048
-"""Rows of x after which sums begin anew in an operand that `restarts`."""
+"""Rows of x in each of the partial sums of an operand that `restarts`."""
 
 Kind = Literal["half", "tf32", "ieee"]
 """What is multiplied: bf16 or fp16 numbers; float32 numbers truncated to tf32; float32 numbers as they are."""
@@ -50,7 +50,8 @@ def is_only_compiling() -> bool:
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Launch the programs of a kernel; within `compiling_ahead` compile it and launch nothing.
 
-    Every kernel is launched by it, so that none runs on what others have not written there.
+    Every kernel must be launched by this function: while others are only compiled, one that is launched otherwise would
+    read memory that nobody has written.
     """
     if is_only_compiling():
         kernel.warmup(*arguments, grid=grid, **options)
@@ -62,7 +63,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 def compiling_ahead() -> Iterator[None]:
     """Compile what is launched here by `launch`, several kernels at a time; at the end all of it is ready.
 
-    Triton would compile a kernel when it is first launched, one after the other.
+    Otherwise Triton compiles each kernel at its first launch, one after another.
     """
     with ThreadPoolExecutor(thread_name_prefix="topk_ortho") as pool, triton.AsyncCompileMode(pool):
         token = _only_compiles.set(True)
@@ -188,7 +189,7 @@ DESCRIBED_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
     ),
 }
 
-# For that pass where sums begin anew: a program holds the sums of all rows so far beside those of the last ones, so
+# For a first pass by descriptors with blocked summation: a program holds the total beside the current partial sum, so
 # that its tile is half as large.
 RESTARTED_CONFIGS: dict[tuple[str, Kind], TileConfig] = {
     ("sm_90", "half"): TileConfig(
@@ -244,7 +245,7 @@ class Device(NamedTuple):
 def sum_error(n_rows: int, *, restarts: bool) -> float | None:
     """Bound on the rounding of the gram of unit columns in fp16 with so many rows, None where no bound is known.
 
-    By Cauchy-Schwarz no partial sum exceeds 1. Where sums begin anew, those of RESTART_ROWS rows are added in float32.
+    By Cauchy-Schwarz no partial sum exceeds 1. With `restarts` those of RESTART_ROWS rows each are added in float32.
     """
     of_a_product = current_device().sum_error
     if of_a_product is None or not restarts:
@@ -286,8 +287,8 @@ class Operand:
     flags: Tensor | None = None
     """int32 [1], not 0 if x must be multiplied by `scale`, with which it comes"""
     restarts: bool = False
-    """Whether sums begin anew every RESTART_ROWS rows of x, which bounds the rounding of long ones, see `sum_error`;
-    only for operands without a scale"""
+    """Whether summation over the rows of x is blocked: RESTART_ROWS rows at a time are summed, and these partial sums
+    are added in float32, for which the bound on the rounding is smaller, see `sum_error`; not with a scale"""
     is_lean: bool = False
     """Whether these operands are for a first pass over the gram in which x is not scaled and no moments are taken. The
     kernel of such a pass needs fewer registers, so its block sizes are others: `DESCRIBED_CONFIGS`, `LEAN_CONFIGS`"""
@@ -343,9 +344,9 @@ class Operand:
         """Whether kernels multiply x by `scale`.
 
         Matrix units of NVIDIA read operands from shared memory, into which they are copied without registers if they
-        need not be scaled. So there the kernels have two loops, and `flags` choose. A compute unit of gfx942 has no
-        room for the buffers of both, and without a matrix unit scaling costs little: there x is always multiplied,
-        mostly by 1.
+        need not be scaled. So there the kernels have two loops, and `flags` choose. On gfx942, which has no room for
+        the buffers of both loops, and for products without a matrix unit, x is always multiplied by `scale`, which is
+        mostly 1.
         """
         if self.scale is None:
             return NEVER

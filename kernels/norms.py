@@ -4,8 +4,8 @@
 
 Sums are float32. The squares of x * 2**-70 are summed at the same time and take over where those of x overflow, so that
 every norm that float32 can hold is right. `scale` and `factor` are two factors of 1 / max(norm, EPS). The scale is 1,
-or, for a norm above 2**60, a power of two that brings it into [2, 4), by which x is multiplied exactly: no fp16 column
-that has fewer than 2**88 rows is that long.
+or, for a norm above 2**60, a power of two that brings it into [2, 4). Multiplying x by it is exact. Columns of fp16 are
+never scaled, as their norm cannot exceed 2**60 with fewer than 2**88 rows.
 """
 
 from typing import NamedTuple

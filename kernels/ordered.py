@@ -3,9 +3,9 @@
     key[p]    = (2**29 - 1 - bits(similarity[p])) * 2**34 + rows[p] * N + cols[p]
     listed[i] = record[order[i]] if similarity[order[i]] > floor else padding,    i < k
 
-The order is that of the keys: by similarity descending, then by (row, col). Floats >= 0 order as their bits do, but for
--0.0, which has the place of 0.0. So have similarities below 0, which are never listed. Those from 0 to 1 have 30 bits;
-less 2**29 they are signed, so that they fit above the 34 bits of the pair. Places without a record come last.
+The order is that of the keys: by similarity descending, then by (row, col). Floats >= 0 order as their bits do. -0.0
+and similarities below 0, which are never listed, get the key of 0.0. Floats from 0 to 1 have 30 bits; less 2**29 they
+are signed, so that they fit above the 34 bits of the pair. Places without a record come last.
 
 The listed pairs are the beginning of the order. So the threshold is the similarity at place k - 1, if that is listed,
 and the program whose places hold the last listed pair knows how many there are.
@@ -81,7 +81,7 @@ def _sort_keys_kernel(
 
 @triton.jit
 def _similarity_at(place, mask, order_ptr, values_ptr, IS_ABS: tl.constexpr):
-    """Similarity of the record at a place of the order, which the mask says that there is; else 0."""
+    """Similarity of the record at a place of the order; 0 where the mask is false."""
     value = tl.load(values_ptr + tl.load(order_ptr + place, mask=mask, other=0), mask=mask, other=0.0)
     return tl.abs(value) if IS_ABS else value
 

@@ -16,8 +16,8 @@ launch next, whatever the data are.
              whose ties are needed.
     COLLECT  A pass records what was found: enough pairs and at most `capacity`, by construction.
 
-Between two passes is a step: to certify the pass, to make a guess of the counts, to narrow the range, or to find the
-last row of ties. The program of the pass that ends last takes it, see `is_last_program`.
+Between two passes is a step: to certify the pass, to derive a guess from the counts, to narrow the range, or to find
+the last row of ties. The program of the pass that ends last takes it, see `is_last_program`.
 
 A pair is recorded if its similarity exceeds the bound, or equals it and the row of the pair is at most `tie_row`.
 
@@ -240,8 +240,8 @@ def _begin_kernel(
 def is_last_program(arrived_ptr):
     """Whether every other program of this launch has called this before: then all that they have written is seen.
 
-    A launch of programs on one axis may call it once. What follows on it is done by one program, and needs no kernel of
-    its own.
+    It is for launches with a one-dimensional grid, once in each. The program that gets True takes the step after the
+    pass, which therefore needs no kernel of its own.
     """
     tl.debug_barrier()  # until all threads of this program have written
     n_before = tl.atomic_add(arrived_ptr, 1, sem="acq_rel")

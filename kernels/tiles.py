@@ -119,9 +119,9 @@ def gram_tile(
 
     A column reaches only its own row and column of the tile, so that what x holds beyond N, NaN even, reaches nothing
     else. SCALED says whether x is multiplied by `scale`: NEVER, ALWAYS, or IF_FLAGGED, that is, if `flags` are set.
-    Where they are not, every scale is 1, and x goes into the product as it was loaded. If RESTART is not 0, sums begin
-    anew every RESTART rows, and are added up. TRANSPOSED transposes addresses of x instead of what is loaded from them,
-    see `launch.Operand`.
+    Where they are not, every scale is 1, and x goes into the product as it was loaded. If RESTART is not 0, RESTART
+    rows at a time are summed, and these partial sums are added. TRANSPOSED transposes addresses of x instead of what is
+    loaded from them, see `launch.Operand`.
     """
     if SCALED == IF_FLAGGED:
         if tl.load(flags_ptr) > 0:

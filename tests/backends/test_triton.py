@@ -630,14 +630,14 @@ class TestScreened:
             (2**17, 1e-7, True, 2048e-7 + 64 * 2.0**-24),
         ],
     )
-    def test_long_sums_begin_anew(self, m, of_a_product, restarts, expected, monkeypatch):
+    def test_long_sums_are_blocked(self, m, of_a_product, restarts, expected, monkeypatch):
         operands = self.operands(m, 1024, of_a_product, monkeypatch)
         assert operands.first.restarts == restarts
         assert operands.sum_error == pytest.approx(expected)
 
     @pytest.mark.parametrize("guess", [0.2, 0.999, -1.0], ids=["good", "too_high", "none"])
     @pytest.mark.parametrize("precision", ["highest", "high"])
-    def test_selection_by_sums_that_begin_anew(self, precision, guess, monkeypatch):
+    def test_selection_by_blocked_summation(self, precision, guess, monkeypatch):
         """Every 64 rows of 200, in the first pass and in that which finds a better guess."""
         monkeypatch.setattr(launch, "RESTART_ROWS", 64)
         seen = []

@@ -331,7 +331,7 @@ class TestDescribed:
         assert_close_records(select(operand, 6000, bound=bound), expected, error)
 
     @pytest.mark.parametrize("is_feature_major", [False, True], ids=["row_major", "feature_major"])
-    def test_sums_that_begin_anew(self, is_feature_major, monkeypatch):
+    def test_blocked_summation(self, is_feature_major, monkeypatch):
         """Of 64 rows each, the last of 8."""
         monkeypatch.setattr(launch, "RESTART_ROWS", 64)
         key = current_device().architecture, "half"

@@ -294,7 +294,7 @@ def test_sum_error(n_rows, restarts, expected, on_architecture):
     assert launch.sum_error(n_rows, restarts=restarts) is None
 
 
-def test_blocks_where_sums_begin_anew(on_architecture):
+def test_tiles_with_blocked_summation(on_architecture):
     """The total takes as many registers as the sums, so that those configs that leave no room for it are not taken."""
     x = torch.ones(16, 32, dtype=BF16)
     for architecture in ("sm_80", "sm_90", "sm_100", "gfx942"):
@@ -304,7 +304,7 @@ def test_blocks_where_sums_begin_anew(on_architecture):
         assert operand.arguments()["RESTART"] == launch.RESTART_ROWS
 
 
-def test_where_sums_begin_anew_a_step_ends():
+def test_a_block_of_a_sum_ends_with_a_step():
     """A descriptor's box of rows would reach beyond it."""
     configs = [*TILE_CONFIGS.values(), *launch.RESTARTED_CONFIGS.values()]
     assert {launch.RESTART_ROWS % config.block_m for config in configs} == {0}

@@ -291,7 +291,7 @@ class TestGramTile:
         assert_tile(tile, x * scale if flags else x, 0, 32)
 
     @pytest.mark.parametrize("m", [1, 31, 32, 33, 64, 85])
-    def test_sums_that_begin_anew(self, m):
+    def test_blocked_summation(self, m):
         x = VIEWS["sliced_out_of_nan"](normal(m, 50, seed=1))
         for corner in self.CORNERS:
             tile, _ = tile_at(to_device(x), *corner, restart=32)

@@ -82,14 +82,14 @@ class TritonBackend:
     far longer than its loads. The pass loads every entry of 1,024 features 8 times. Without a copy it loads them one by
     one: of bf16 and fp16 by 32 instructions a step in place of 4 on sm_80, none asynchronous. Not measured."""
     most_screened_rows: int = 2**17
-    """Rows up to which float32 columns are screened. The more rows x has, the closer to each other are the cosines of
-    columns with independent entries: of longer ones, more are within the rounding of the k-th than the records hold.
-    That is a calculation, not a measurement."""
+    """Rows up to which float32 columns are screened. With more rows the cosines of independent columns lie closer
+    together, until more of them are within the rounding of the k-th than fit into the records. The limit is calculated,
+    not measured."""
     most_sum_error: float = 3.4e-4
     """Largest bound on the rounding of its sums for which a screen adds up all rows of x at once, which it does in
-    larger tiles. That is up to 8,600 rows on Hopper and Blackwell, and 4,100 on Ampere, Ada and CDNA 3. For more the
-    sums begin anew every 2,048 rows: their bound is closer, so that fewer pairs are left undecided. On an H200 a screen
-    of 16,384 rows took the same time either way."""
+    larger tiles. That is up to 8,600 rows on Hopper and Blackwell, and 4,100 on Ampere, Ada and CDNA 3. With more rows
+    summation is blocked, see `launch.Operand`: its bound is smaller, so that fewer pairs are left undecided. On an H200
+    a screen of 16,384 rows took the same time either way."""
     slab_bytes: int = 2**25
     """Size of a slab of x that stays in L2 while lines of it are gathered: an A100 has 40 MB, an H200 has 60 MB. Both
     have it in two halves, but on an H200 the gradient gathers as fast from 2**25 bytes, more than a half, as from
@@ -174,9 +174,10 @@ class TritonBackend:
         return _finish(call, self.most_margin)
 
     def _compile_ahead(self, x: Tensor, query: Query, state: Tensor | None) -> None:
-        """Before the first call of its kind that launches a repair whether or not it is needed, compile its kernels.
+        """Compile the kernels of a call before the first one of its kind that always launches a repair.
 
-        Those for which other numbers are 1, or multiples of 16, are compiled when they are launched.
+        Triton compiles a kernel again where other integer arguments are 1 or multiples of 16. Those that the kind does
+        not tell, such as k, may have such variants, which are compiled at their first launch.
         """
         if INTERPRETED or may_synchronize(x.device, state):
             return
@@ -281,7 +282,7 @@ class TritonBackend:
         return is_wanted and pays and query.n_std is None and current_device().sum_error is not None
 
     def _restarts(self, x: Tensor) -> bool:
-        """Whether sums over the rows of x in a screen begin anew; the rounding must be known."""
+        """Whether summation over the rows of x is blocked where it is screened."""
         error = sum_error(x.shape[0], restarts=False)
         return error is not None and error > self.most_sum_error
 
@@ -369,7 +370,7 @@ def _is_certified(call: _Call) -> bool:
 def _repair(call: _Call) -> None:
     """Find the k-th similarity digit by digit, and record what is above it.
 
-    The kernels return at once if a pass was certified. They scale columns if one of them is too long for products.
+    The kernels return at once if a pass was certified. They scale columns only if the norm of one exceeds 2**60.
     """
     operand, radix, k, floor, is_abs = call.operands.repair, call.radix, call.query.k, floor_of(call.query), call.is_abs
     for number in range(radix_select.MOST_DIGITS):
