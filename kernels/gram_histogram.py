@@ -9,7 +9,7 @@ whatever order tiles finish.
 import triton
 import triton.language as tl
 
-from topk_ortho.kernels.gram_survivors import Moments, add_moments, no_moments, store_moments, store_tau
+from topk_ortho.kernels.gram_survivors import Moments, add_moments, moments_arguments, store_moments, store_tau
 from topk_ortho.kernels.launch import Operand, launch
 from topk_ortho.kernels.radix_select import (
     DIGIT_BINS,
@@ -125,7 +125,7 @@ def gram_histogram(
         plan_ptr=radix.plan, bounds_ptr=radix.bounds, histograms_ptr=histograms, histogram_ptr=histograms[number],
         arrived_ptr=radix.arrived, k=k, capacity=capacity, floor=floor,
         STAGE=(SCREEN if is_screen else DIGITS).value, IS_ABS=is_abs, BINS=DIGIT_BINS.value,
-        **(no_moments(radix.plan) if moments is None else moments.arguments()), **operand.arguments(),
+        **moments_arguments(moments, radix.plan), **operand.arguments(),
     )  # fmt: skip
 
 

@@ -103,6 +103,18 @@ def _record(
 
 
 @triton.jit
+def _end_pass(
+    arrived_ptr, plan_ptr, bounds_ptr, n_survivors_ptr, moments_ptr, tau_ptr, k, capacity, floor, n_std,
+    N_LINES: tl.constexpr,
+):  # fmt: skip
+    """Certify the pass in its last program, by an adaptive tau if there are lines of moments."""
+    if is_last_program(arrived_ptr):
+        if N_LINES > 0:
+            floor = tl.maximum(floor, store_tau(moments_ptr, tau_ptr, n_std, N_LINES))
+        certify(plan_ptr, bounds_ptr, n_survivors_ptr, n_survivors_ptr, k, capacity, floor, False)
+
+
+@triton.jit
 def _gram_survivors_kernel(
     x_ptr, stride_xm, stride_xn, factor_ptr, scale_ptr, flags_ptr,  # [M, N], [N] float32 x 2, [1] int32
     plan_ptr, bounds_ptr,                                           # [7] int64, [3] float32
@@ -135,11 +147,10 @@ def _gram_survivors_kernel(
             )
     if N_LINES > 0:
         store_moments(moments_ptr, count, mean, squares)
-    if CERTIFIES:  # noqa: SIM102 -- the compiler decides the outer condition
-        if is_last_program(arrived_ptr):
-            if N_LINES > 0:
-                floor = tl.maximum(floor, store_tau(moments_ptr, tau_ptr, n_std, N_LINES))
-            certify(plan_ptr, bounds_ptr, n_survivors_ptr, n_survivors_ptr, k, capacity, floor, False)
+    if CERTIFIES:
+        _end_pass(
+            arrived_ptr, plan_ptr, bounds_ptr, n_survivors_ptr, moments_ptr, tau_ptr, k, capacity, floor, n_std, N_LINES
+        )
 
 
 @triton.jit
@@ -203,9 +214,8 @@ def _described_survivors_kernel(
             _record(
                 cosine, bound, offs_row, offs_col, values_ptr, rows_ptr, cols_ptr, n_survivors_ptr, capacity, IS_ABS
             )
-    if CERTIFIES:  # noqa: SIM102 -- the compiler decides the outer condition
-        if is_last_program(arrived_ptr):
-            certify(plan_ptr, bounds_ptr, n_survivors_ptr, n_survivors_ptr, k, capacity, floor, False)
+    if CERTIFIES:
+        _end_pass(arrived_ptr, plan_ptr, bounds_ptr, n_survivors_ptr, plan_ptr, plan_ptr, k, capacity, floor, 0.0, 0)
 
 
 class Moments(NamedTuple):
@@ -217,15 +227,12 @@ class Moments(NamedTuple):
     """float32 [1], the mean plus n_std standard deviations, once a pass has seen all pairs"""
     n_std: float
 
-    def arguments(self) -> dict[str, Any]:
-        """What a kernel takes that gathers them."""
-        n_lines = triton.next_power_of_2(self.lines.shape[0])
-        return {"moments_ptr": self.lines, "tau_ptr": self.tau, "n_std": self.n_std, "N_LINES": n_lines}
 
-
-def no_moments(unused: Tensor) -> dict[str, Any]:
-    """What a kernel takes that gathers no moments."""
-    return {"moments_ptr": unused, "tau_ptr": unused, "n_std": 0.0, "N_LINES": 0}
+def moments_arguments(moments: Moments | None, unused: Tensor) -> dict[str, Any]:
+    """Arguments of a kernel that gathers moments, or, with N_LINES = 0, of one that gathers none."""
+    lines, tau, n_std = moments or (unused, unused, 0.0)
+    n_lines = 0 if moments is None else triton.next_power_of_2(lines.shape[0])
+    return {"moments_ptr": lines, "tau_ptr": tau, "n_std": n_std, "N_LINES": n_lines}
 
 
 def gram_survivors(
@@ -255,5 +262,5 @@ def gram_survivors(
         values_ptr=values, rows_ptr=rows, cols_ptr=cols, n_survivors_ptr=radix.n_survivors,
         arrived_ptr=radix.arrived, k=k, capacity=values.numel(), floor=floor,
         STAGE=(PASS if is_first else COLLECT).value, IS_ABS=is_abs, CERTIFIES=certifies,
-        **(no_moments(radix.plan) if moments is None else moments.arguments()), **operand.arguments(),
+        **moments_arguments(moments, radix.plan), **operand.arguments(),
     )  # fmt: skip

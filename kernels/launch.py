@@ -30,7 +30,8 @@ LINE_STEP = 16
 knows of an integer argument whether 16 divides it."""
 
 NEVER, ALWAYS, IF_FLAGGED = (tl.constexpr(choice) for choice in range(3))
-"""Whether a kernel multiplies x by the scale of its operand, see `Operand.scaled`."""
+"""Values of SCALED, which tells a kernel whether to multiply x by the scale of its operand: not at all, always, or only
+if the flags of the operand are set, see `Operand.scaled`."""
 
 RESTART_ROWS = 2048
 """Rows of x in each of the partial sums of an operand that `restarts`."""
@@ -40,11 +41,7 @@ Kind = Literal["half", "tf32", "ieee"]
 
 
 _only_compiles = ContextVar("_only_compiles", default=False)
-
-
-def is_only_compiling() -> bool:
-    """Whether this is within `compiling_ahead`."""
-    return _only_compiles.get()
+"""Whether `launch` compiles kernels without launching them, as it does within `compiling_ahead`"""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -53,7 +50,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     Every kernel must be launched by this function: while others are only compiled, one that is launched otherwise would
     read memory that nobody has written.
     """
-    if is_only_compiling():
+    if _only_compiles.get():
         kernel.warmup(*arguments, grid=grid, **options)
     else:
         kernel[grid](*arguments, **options)
@@ -287,8 +284,8 @@ class Operand:
     flags: Tensor | None = None
     """int32 [1], not 0 if x must be multiplied by `scale`, with which it comes"""
     restarts: bool = False
-    """Whether summation over the rows of x is blocked: RESTART_ROWS rows at a time are summed, and these partial sums
-    are added in float32, for which the bound on the rounding is smaller, see `sum_error`; not with a scale"""
+    """Whether a kernel sums RESTART_ROWS rows of x at a time, starting from 0 each time, and adds up these partial sums
+    in float32. The rounding of such a blocked summation has a smaller bound, see `sum_error`. Not with a scale"""
     is_lean: bool = False
     """Whether these operands are for a first pass over the gram in which x is not scaled and no moments are taken. The
     kernel of such a pass needs fewer registers, so its block sizes are others: `DESCRIBED_CONFIGS`, `LEAN_CONFIGS`"""
@@ -341,7 +338,7 @@ class Operand:
 
     @property
     def scaled(self) -> tl.constexpr:
-        """Whether kernels multiply x by `scale`.
+        """What SCALED is in kernels that multiply these operands: NEVER, ALWAYS or IF_FLAGGED.
 
         Matrix units of NVIDIA read operands from shared memory, into which they are copied without registers if they
         need not be scaled. So there the kernels have two loops, and `flags` choose. On gfx942, which has no room for

@@ -238,10 +238,10 @@ def _begin_kernel(
 
 @triton.jit
 def is_last_program(arrived_ptr):
-    """Whether every other program of this launch has called this before: then all that they have written is seen.
+    """Tell whether this program of a launch is the last one to come here, after all that it had to write.
 
-    It is for launches with a one-dimensional grid, once in each. The program that gets True takes the step after the
-    pass, which therefore needs no kernel of its own.
+    Exactly one program gets True. It sees what all others have written, so that it can take the step that follows on
+    the launch, which therefore needs no kernel of its own. Every program calls this once, in a one-dimensional grid.
     """
     tl.debug_barrier()  # until all threads of this program have written
     n_before = tl.atomic_add(arrived_ptr, 1, sem="acq_rel")

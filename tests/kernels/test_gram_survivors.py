@@ -332,7 +332,7 @@ class TestDescribed:
 
     @pytest.mark.parametrize("is_feature_major", [False, True], ids=["row_major", "feature_major"])
     def test_blocked_summation(self, is_feature_major, monkeypatch):
-        """Of 64 rows each, the last of 8."""
+        """The 200 rows of x are summed in three blocks of 64, and one of the 8 that are left."""
         monkeypatch.setattr(launch, "RESTART_ROWS", 64)
         key = current_device().architecture, "half"
         monkeypatch.setitem(RESTARTED_CONFIGS, key, RESTARTED_CONFIGS.get(key, DESCRIBED_CONFIGS[key]))

@@ -62,7 +62,7 @@ def test_an_argument_may_be_one(launches):
 
 
 def test_kernels_are_compiled_ahead(launches):
-    """Both, and neither is launched; a launch finds what was compiled."""
+    """Two launches within `compiling_ahead` compile two kernels and run none; launched again, neither is compiled."""
     assert launches["ahead"] == {"compiled": 2, "launched": 0, "compiled later": 0, "launched later": 1}
 
 

@@ -96,7 +96,7 @@ class TestSortKeys:
 
     @pytest.mark.parametrize("is_abs", [True, False])
     def test_the_first_and_the_last_key(self, is_abs):
-        """Of the largest N that has one key; the last one is below that of no record."""
+        """With 2**17 columns, the most that one key can number, the last key is still below that of no record."""
         n = 2**17
         zeros = np.array([1.0, 0.0, -0.0, 1 - 2**-24, -0.25], dtype=np.float32)
         rows, cols = np.array([0, n - 2, n - 2, 0, 0]), np.array([1, n - 1, n - 1, 1, 1])
