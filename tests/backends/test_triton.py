@@ -637,8 +637,13 @@ class TestScreened:
 
     @pytest.mark.parametrize("guess", [0.2, 0.999, -1.0], ids=["good", "too_high", "none"])
     @pytest.mark.parametrize("precision", ["highest", "high"])
-    def test_selection_by_blocked_summation(self, precision, guess, monkeypatch):
-        """Every 64 rows of 200, in the first pass and in that which finds a better guess."""
+    @pytest.mark.parametrize("is_described", [False, True], ids=["pointers", "descriptors"])
+    def test_selection_by_blocked_summation(self, is_described, precision, guess, monkeypatch):
+        """Every 64 rows of 200, as many as a step has on Hopper; in the first pass and in that which guesses again."""
+        if is_described and launch.INTERPRETED:
+            config = launch.RESTARTED_CONFIGS["sm_90", "half"]
+            for configs in (launch.DESCRIBED_CONFIGS, launch.RESTARTED_CONFIGS):
+                monkeypatch.setitem(configs, ("interpreter", "half"), config)
         monkeypatch.setattr(launch, "RESTART_ROWS", 64)
         seen = []
 
